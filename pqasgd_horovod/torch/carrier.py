@@ -1,0 +1,88 @@
+"""Horovod's torch collectives as a carrier of coded bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.torch as horovod
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError, CollectiveTimeoutError
+
+_SPINS = 200
+_NAP_SECONDS = 50e-6
+
+
+class HorovodHandle:
+    """One collective in flight; it can be waited for again after a timeout."""
+
+    def __init__(self, handle: int, name: str) -> None:
+        self._handle = handle
+        self._name = name
+        self._result: NDArray[np.uint8] | None = None
+
+    def done(self) -> bool:
+        """Return whether :meth:`wait` would return at once."""
+        return self._result is not None or bool(horovod.poll(self._handle))
+
+    def wait(self, timeout: float | None = None) -> NDArray[np.uint8]:
+        """Block until the collective is complete and return the received bytes, in rank order.
+
+        Raises CollectiveTimeoutError after ``timeout`` seconds (None: never); the collective then stays in flight.
+        """
+        if self._result is None:
+            self._poll(timeout)
+            received: Any = horovod.synchronize(self._handle)
+            # An alltoall also returns how much came from whom; the sizes are known here.
+            output = received[0] if isinstance(received, tuple) else received
+            self._result = output.numpy()
+        return self._result
+
+    def _poll(self, timeout: float | None) -> None:
+        # Horovod's own wait spins on a core, which its background thread may need: spin briefly, then nap.
+        deadline = None if timeout is None else time.monotonic() + timeout
+        spins = 0
+        while not horovod.poll(self._handle):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise CollectiveTimeoutError(
+                    f"{self._name}: not every rank took part within {timeout:g} s; "
+                    "every rank has to make the same sequence of collective calls"
+                )
+            spins += 1
+            time.sleep(0.0 if spins < _SPINS else _NAP_SECONDS)
+
+
+class HorovodCarrier:
+    """Carry uint8 arrays with ``horovod.torch`` allgather and alltoall, without copying what is sent.
+
+    Calls are matched between ranks by name. ``rank`` and ``size`` are those of the process set; Horovod must be initialised and
+    this process must belong to the set. A sent array must not change until its handle is done.
+    """
+
+    def __init__(self, process_set: Any = horovod.global_process_set) -> None:
+        if not horovod.is_initialized():
+            raise ArgumentError("Horovod is not initialised: call hvd.init() first")
+        if not process_set.included():
+            raise ArgumentError(f"process_set: rank {horovod.rank()} does not belong to {process_set}")
+        self._process_set = process_set
+        self.rank: int = process_set.rank()
+        self.size: int = process_set.size()
+
+    def allgather(self, name: str, payload: NDArray[np.uint8]) -> HorovodHandle:
+        """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""
+        handle = horovod.allgather_async(torch.from_numpy(payload), name=name, process_set=self._process_set)
+        return HorovodHandle(handle, name)
+
+    def alltoall(self, name: str, payload: NDArray[np.uint8], splits: Sequence[int]) -> HorovodHandle:
+        """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""
+        handle = horovod.alltoall_async(
+            torch.from_numpy(payload),
+            splits=torch.tensor(splits, dtype=torch.int32),
+            name=name,
+            process_set=self._process_set,
+        )
+        return HorovodHandle(handle, name)
