@@ -1,0 +1,307 @@
+"""The C++ core, loaded with ctypes: every call releases the GIL, and none allocates.
+
+``include/pqasgd.h`` is the interface; ``docs/architecture.md`` defines the bytes. Pointers come from NumPy arrays or, as plain integers, from a
+framework's tensors, so that this module imports neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError, NativeLibraryError, WireFormatError
+
+KIND_NONE, KIND_FP16, KIND_BF16, KIND_MAXSCALE, KIND_QSGD, KIND_TERNGRAD, KIND_EDEN = range(7)
+FLAG_STOCHASTIC = 1
+DTYPE_F32, DTYPE_F64, DTYPE_F16, DTYPE_BF16 = range(4)
+MAX_BLOCK_SIZE = 8192
+CAST_BLOCK_SIZE = 1024
+ISAS = ("avx512", "avx2", "neon", "plain")
+
+_ABI_VERSION = 1
+_NONFINITE, _BAD_ARGUMENT, _BAD_LENGTH, _BAD_SCALE, _BAD_CODE = 1, -1, -2, -3, -4
+_NUMPY_DTYPES = {np.dtype(np.float32): DTYPE_F32, np.dtype(np.float64): DTYPE_F64, np.dtype(np.float16): DTYPE_F16}
+ITEMSIZE = {DTYPE_F32: 4, DTYPE_F64: 8, DTYPE_F16: 2, DTYPE_BF16: 2}
+
+
+class CodecSpec(NamedTuple):
+    """What the core needs to know about a codec."""
+
+    kind: int
+    bits: int
+    block_size: int
+    flags: int = 0
+
+
+class _Codec(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_int32), ("bits", ctypes.c_int32), ("block_size", ctypes.c_int32), ("flags", ctypes.c_int32)]
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+class _Source(ctypes.Structure):
+    _fields_ = [
+        ("segments", ctypes.POINTER(_Segment)),
+        ("offsets", ctypes.POINTER(ctypes.c_int64)),
+        ("num_segments", ctypes.c_int64),
+        ("anchor", ctypes.c_void_p),
+        ("anchor_dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+def _load() -> ctypes.CDLL:
+    # Another build of the same core, such as the sanitized one of `make sanitize`, can be named in the environment.
+    path = Path(os.environ.get("PQASGD_CORE_LIBRARY") or Path(__file__).with_name("libpqasgd_core.so"))
+    advice = "build it with `make` in a checkout, or reinstall the package with a C++17 compiler and CMake present"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeLibraryError(f"the native core {path.name} could not be loaded ({error}); {advice}") from error
+    pointer, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "pq_abi_version": (i32, []),
+        "pq_isa": (ctypes.c_char_p, []),
+        "pq_has_isa": (i32, [ctypes.c_char_p]),
+        "pq_force_isa": (i32, [ctypes.c_char_p]),
+        "pq_set_num_threads": (None, [i32]),
+        "pq_get_num_threads": (i32, []),
+        "pq_payload_nbytes": (i64, [pointer, i64]),
+        "pq_encode": (i32, [pointer, pointer, i64, i64, u64, pointer, i64]),
+        "pq_decode_add": (i32, [pointer, pointer, i64, i64, u64, ctypes.c_float, pointer]),
+        "pq_reduce": (i32, [pointer, i32, pointer, i64, pointer, ctypes.c_float, pointer, i64, i64, pointer]),
+        "pq_apply": (i32, [pointer, i64, i64, pointer]),
+        "pq_gather": (i32, [pointer, i64, i64, pointer, i32]),
+        "pq_capture": (i32, [pointer, i64, i64]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name, None)
+        if function is None:
+            raise NativeLibraryError(f"the native core {path.name} has no {name}: it is from another version; {advice}")
+        function.restype, function.argtypes = result, arguments
+    found = library.pq_abi_version()
+    if found != _ABI_VERSION:
+        raise NativeLibraryError(f"the native core has interface version {found}, this package needs {_ABI_VERSION}; {advice}")
+    return library
+
+
+_library = _load()
+
+
+def isa() -> str:
+    """Return the instruction set in use: "avx512", "avx2", "neon" or "plain"."""
+    return _library.pq_isa().decode()
+
+
+def available_isas() -> list[str]:
+    """Return the instruction sets this processor has, the best first."""
+    return [name for name in ISAS if _library.pq_has_isa(name.encode())]
+
+
+def force_isa(name: str | None) -> None:
+    """Use this instruction set (None: the best one); the bytes are the same with any, so this is for tests."""
+    if _library.pq_force_isa(None if name is None else name.encode()) != 0:
+        raise ArgumentError(f"isa={name!r} is not available on this processor; choose from {available_isas()}")
+
+
+def get_num_threads() -> int:
+    """Return how many threads one call may use."""
+    return _library.pq_get_num_threads()
+
+
+def set_num_threads(threads: int) -> None:
+    """Let one call use up to this many threads; the bytes do not depend on it. PQASGD_NUM_THREADS sets it at import."""
+    if not isinstance(threads, int) or threads < 1:
+        raise ArgumentError(f"threads={threads!r} is not allowed; give a whole number of at least 1")
+    _library.pq_set_num_threads(threads)
+
+
+def _threads_from_environment() -> None:
+    text = os.environ.get("PQASGD_NUM_THREADS")
+    if text:
+        if not text.isdecimal() or int(text) < 1:
+            raise ArgumentError(f"PQASGD_NUM_THREADS={text!r} is not allowed; give a whole number of at least 1")
+        set_num_threads(int(text))
+
+
+_threads_from_environment()
+
+
+class Source:
+    """A flat vector made of memory segments, optionally seen relative to an anchor: where numbers come from, and where means go.
+
+    ``segments`` are ``(pointer, dtype code, number of elements)``; ``anchor`` is ``(pointer, DTYPE_F32 or DTYPE_F64)`` of an array as long as the
+    whole vector. ``owner`` is kept alive for as long as this object.
+
+    >>> import numpy as np
+    >>> Source.from_arrays([np.zeros(3, np.float32), np.ones(2, np.float16)]).numel
+    5
+    """
+
+    def __init__(
+        self, segments: Sequence[tuple[int, int, int]], anchor: tuple[int, int] | None = None, owner: object = None
+    ) -> None:
+        self._owner = owner
+        self._segments = (_Segment * max(1, len(segments)))()
+        self._offsets = (ctypes.c_int64 * (len(segments) + 1))()
+        for i, (data, dtype, numel) in enumerate(segments):
+            self._segments[i] = _Segment(data, numel, dtype, 0)
+            self._offsets[i + 1] = self._offsets[i] + numel
+        self.numel: int = self._offsets[len(segments)]
+        pointer, dtype = anchor or (None, DTYPE_F32)
+        self.has_anchor = anchor is not None
+        self._struct = _Source(self._segments, self._offsets, len(segments), pointer, dtype, 0)
+        self._as_argument = ctypes.addressof(self._struct)
+
+    @classmethod
+    def from_arrays(cls, arrays: Sequence[NDArray[Any]], anchor: NDArray[Any] | None = None) -> Source:
+        """Make a source of contiguous fp16, fp32 or fp64 arrays; the anchor is fp32 or fp64 and as long as all of them together."""
+        segments = []
+        for i, array in enumerate(arrays):
+            if array.dtype not in _NUMPY_DTYPES or not array.flags.c_contiguous:
+                raise ArgumentError(
+                    f"arrays[{i}] has dtype {array.dtype} and contiguous={array.flags.c_contiguous}; "
+                    "allowed are contiguous float16, float32 and float64 arrays"
+                )
+            segments.append((array.ctypes.data, _NUMPY_DTYPES[array.dtype], array.size))
+        pair = None
+        if anchor is not None:
+            total = sum(numel for _, _, numel in segments)
+            if anchor.dtype not in (np.float32, np.float64) or not anchor.flags.c_contiguous or anchor.size != total:
+                raise ArgumentError(
+                    f"anchor has dtype {anchor.dtype} and {anchor.size} elements; allowed is a contiguous float32 or "
+                    f"float64 array of {total} elements"
+                )
+            pair = (anchor.ctypes.data, _NUMPY_DTYPES[anchor.dtype])
+        return cls(segments, pair, owner=(list(arrays), anchor))
+
+
+def _check(status: int, what: str) -> None:
+    if status >= 0:
+        return
+    if status == _BAD_LENGTH:
+        raise WireFormatError(f"{what}: the payload has not the size that this codec gives this many elements: it is truncated or foreign")
+    if status == _BAD_SCALE:
+        raise WireFormatError(f"{what}: the payload holds a scale that is negative, NaN or Inf: it is corrupted")
+    if status == _BAD_CODE:
+        raise WireFormatError(f"{what}: the payload holds a code that no encoder writes: it is corrupted")
+    raise ArgumentError(f"{what}: the codec, the range or the memory given to the native core is not valid")
+
+
+def _floats(name: str, array: NDArray[Any]) -> int:
+    if array.dtype != np.float32 or not array.flags.c_contiguous or not array.flags.writeable:
+        raise ArgumentError(f"{name} has dtype {array.dtype}; allowed is a writable contiguous float32 array")
+    return array.ctypes.data
+
+
+def _bytes(name: str, array: NDArray[Any], writeable: bool = False) -> int:
+    if array.dtype != np.uint8 or not array.flags.c_contiguous or (writeable and not array.flags.writeable):
+        raise ArgumentError(f"{name} has dtype {array.dtype}; allowed is a contiguous uint8 array")
+    return array.ctypes.data
+
+
+def payload_nbytes(spec: CodecSpec, count: int) -> int:
+    """Return the exact size in bytes of the payload of ``count`` elements."""
+    nbytes = _library.pq_payload_nbytes(ctypes.byref(_Codec(*spec)), count)
+    if nbytes < 0:
+        raise ArgumentError(f"the codec {spec} or the number of elements {count} is not allowed")
+    return nbytes
+
+
+def encode(spec: CodecSpec, source: Source, start: int, count: int, key: int, out: NDArray[np.uint8]) -> bool:
+    """Encode ``source[start : start + count]`` into ``out``; False if something was not finite (``out`` is then unspecified)."""
+    status = _library.pq_encode(
+        ctypes.byref(_Codec(*spec)), source._as_argument, start, count, key, _bytes("out", out, True), out.size
+    )
+    _check(status, "encode")
+    return status != _NONFINITE
+
+
+def decode_add(
+    spec: CodecSpec, payload: NDArray[np.uint8], count: int, key: int, weight: float, destination: NDArray[np.float32]
+) -> None:
+    """Do ``destination += weight * decoded``; raises WireFormatError (the destination is then unspecified)."""
+    if destination.size != count:
+        raise ArgumentError(f"destination has {destination.size} elements; {count} are decoded")
+    status = _library.pq_decode_add(
+        ctypes.byref(_Codec(*spec)),
+        _bytes("payload", payload),
+        payload.size,
+        count,
+        key,
+        weight,
+        _floats("destination", destination),
+    )
+    _check(status, "decode")
+
+
+def reduce(
+    spec: CodecSpec,
+    payloads: Sequence[NDArray[np.uint8] | None],
+    keys: Sequence[int],
+    weight: float,
+    own: Source | None,
+    own_start: int,
+    destination: NDArray[np.float32],
+) -> None:
+    """Set ``destination`` to the sum, in order, of ``weight * decoded``, in one walk over memory.
+
+    A payload of None stands for the uncoded numbers ``own[own_start : own_start + destination.size]``.
+    """
+    count, nbytes = destination.size, payload_nbytes(spec, destination.size)
+    pointers = (ctypes.c_void_p * max(1, len(payloads)))()
+    for i, payload in enumerate(payloads):
+        if payload is None:
+            pointers[i] = None
+        elif payload.size != nbytes:
+            _check(_BAD_LENGTH, "decode")
+        else:
+            pointers[i] = _bytes("payloads", payload)
+    status = _library.pq_reduce(
+        ctypes.byref(_Codec(*spec)),
+        len(payloads),
+        pointers,
+        nbytes,
+        (ctypes.c_uint64 * max(1, len(keys)))(*keys),
+        weight,
+        None if own is None else own._as_argument,
+        own_start,
+        count,
+        _floats("destination", destination),
+    )
+    _check(status, "decode")
+
+
+def apply(mean: NDArray[np.float32], start: int, target: Source) -> None:
+    """With an anchor: ``anchor[start:] += mean`` and the segments become the anchor; without one the segments become the mean."""
+    if mean.dtype != np.float32 or not mean.flags.c_contiguous:
+        raise ArgumentError(f"mean has dtype {mean.dtype}; allowed is a contiguous float32 array")
+    _check(_library.pq_apply(mean.ctypes.data, start, mean.size, target._as_argument), "apply")
+
+
+def gather(source: Source, start: int, destination: NDArray[Any]) -> None:
+    """Copy ``source[start : start + destination.size]``, minus the anchor, into a float32 or float64 array."""
+    if destination.dtype not in (np.float32, np.float64) or not destination.flags.c_contiguous or not destination.flags.writeable:
+        raise ArgumentError(f"destination has dtype {destination.dtype}; allowed is a writable float32 or float64 array")
+    status = _library.pq_gather(
+        source._as_argument, start, destination.size, destination.ctypes.data, _NUMPY_DTYPES[destination.dtype]
+    )
+    _check(status, "gather")
+
+
+def capture(source: Source) -> None:
+    """Set the anchor to the present values of the segments."""
+    _check(_library.pq_capture(source._as_argument, 0, source.numel), "capture")

@@ -1,0 +1,232 @@
+// The C ABI: checks every argument, picks the kernels, spreads blocks over threads.
+#include "pqasgd.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(PQ_HAVE_X86)
+#include <immintrin.h>
+#endif
+
+namespace pqasgd {
+namespace {
+
+// ---- which kernels ----
+
+const Kernels* available(const char* isa) {
+#if defined(PQ_HAVE_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && !std::strcmp(isa, kernels_avx512.isa)) return &kernels_avx512;
+  if (avx2 && !std::strcmp(isa, kernels_avx2.isa)) return &kernels_avx2;
+#endif
+  return std::strcmp(isa, kernels_plain.isa) ? nullptr : &kernels_plain;
+}
+
+const Kernels* best() {
+  for (const char* isa : {"avx512", "avx2"})
+    if (const Kernels* k = available(isa)) return k;
+  return &kernels_plain;
+}
+
+std::atomic<const Kernels*> g_kernels{nullptr};
+std::atomic<int32_t> g_threads{1};
+
+const Kernels& kernels() {
+  const Kernels* k = g_kernels.load(std::memory_order_relaxed);
+  if (!k) g_kernels.store(k = best(), std::memory_order_relaxed);
+  return *k;
+}
+
+// Round to nearest with subnormals kept, whatever the caller's thread is set to: the bytes depend on it.
+struct DefaultFloatEnvironment {
+#if defined(PQ_HAVE_X86)
+  const unsigned saved = _mm_getcsr();
+  DefaultFloatEnvironment() { _mm_setcsr(0x1f80); }
+  ~DefaultFloatEnvironment() { _mm_setcsr(saved); }
+#endif
+};
+
+// ---- threads ----
+
+constexpr int64_t kElementsPerThread = 1 << 18;  // less is not worth a thread's start
+
+// Calls f(begin, end) on consecutive ranges of [0, n). Threads are started for the call: the work is milliseconds, and a pool would not survive a fork.
+template <class F>
+void spread(int64_t n, int64_t elements_each, F f) {
+  const int64_t useful = n * elements_each / kElementsPerThread;
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>({g_threads.load(), useful, n}));
+  auto part = [&](int64_t t) {
+    DefaultFloatEnvironment guard;
+    f(n * t / threads, n * (t + 1) / threads);
+  };
+  std::vector<std::thread> others;
+  int64_t started = 1;
+  try {
+    for (; started < threads; ++started) others.emplace_back(part, started);
+  } catch (const std::system_error&) {  // no more threads to be had: do their share here
+  }
+  part(0);
+  for (int64_t t = started; t < threads; ++t) part(t);
+  for (auto& thread : others) thread.join();
+}
+
+// ---- what the caller may pass ----
+
+bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
+  if (!codec || count < 0 || count > (int64_t{1} << 40)) return false;
+  Plan p{};
+  p.codec = *codec;
+  p.count = count;
+  const int bits = codec->bits, size = codec->block_size;
+  int64_t last_nbytes = 0;
+  const bool uniform_size = size >= 64 && size <= kMaxBlock && size % 64 == 0;
+  auto layout = [&](auto nbytes) {
+    p.num_blocks = (count + p.codec.block_size - 1) / p.codec.block_size;
+    p.block_nbytes = nbytes(p.codec.block_size);
+    if (p.num_blocks) last_nbytes = nbytes(p.block_elements(p.num_blocks - 1));
+  };
+  switch (codec->kind) {
+    case PQ_NONE:
+    case PQ_FP16:
+    case PQ_BF16: {
+      if (size != kCastBlock) return false;
+      const int64_t width = codec->kind == PQ_NONE ? 4 : 2;
+      layout([&](int64_t n) { return n * width; });
+      break;
+    }
+    case PQ_MAXSCALE:
+    case PQ_QSGD:
+      if (bits < 2 || bits > 8 || !uniform_size) return false;
+      layout([&](int64_t n) { return (n * bits + 7) / 8; });
+      break;
+    case PQ_TERNGRAD:
+      if (!uniform_size) return false;
+      layout([&](int64_t n) { return (n + 4) / 5; });
+      break;
+    case PQ_EDEN:
+      if (bits < 1 || bits > 8 || !uniform_size || (size & (size - 1))) return false;
+      layout([&](int64_t n) { return eden_padded(n, size) * bits / 8; });
+      break;
+    default: return false;
+  }
+  if (p.num_blocks > int64_t{UINT32_MAX}) return false;  // the block index is half of the random counter
+  p.scales_nbytes = codec->kind >= PQ_MAXSCALE ? 4 * p.num_blocks : 0;
+  p.payload_nbytes = p.scales_nbytes + (p.num_blocks ? (p.num_blocks - 1) * p.block_nbytes + last_nbytes : 0);
+  *plan = p;
+  return true;
+}
+
+bool good_source(const pq_source* s, int64_t start, int64_t count) {
+  if (!s || start < 0 || count < 0 || s->num_segments < 0 || !s->offsets || (s->num_segments && !s->segments)) return false;
+  if (s->offsets[0] != 0 || (s->anchor && s->anchor_dtype != PQ_F32 && s->anchor_dtype != PQ_F64)) return false;
+  for (int64_t i = 0; i < s->num_segments; ++i) {
+    const pq_segment& segment = s->segments[i];
+    if (segment.numel < 0 || s->offsets[i + 1] - s->offsets[i] != segment.numel || (segment.numel && !segment.data) ||
+        segment.dtype < PQ_F32 || segment.dtype > PQ_BF16_BITS)
+      return false;
+  }
+  return start <= s->offsets[s->num_segments] && count <= s->offsets[s->num_segments] - start;
+}
+
+}  // namespace
+}  // namespace pqasgd
+
+using namespace pqasgd;
+
+extern "C" {
+
+int32_t pq_abi_version(void) { return PQ_ABI_VERSION; }
+const char* pq_isa(void) { return kernels().isa; }
+int32_t pq_has_isa(const char* name) { return name && available(name) != nullptr; }
+
+int32_t pq_force_isa(const char* name) {
+  const Kernels* k = name ? available(name) : best();
+  if (!k) return PQ_BAD_ARGUMENT;
+  g_kernels = k;
+  return PQ_OK;
+}
+
+void pq_set_num_threads(int32_t threads) { g_threads = std::max(1, threads); }
+int32_t pq_get_num_threads(void) { return g_threads; }
+
+int64_t pq_payload_nbytes(const pq_codec* codec, int64_t count) {
+  Plan plan;
+  return make_plan(codec, count, &plan) ? plan.payload_nbytes : int64_t{PQ_BAD_ARGUMENT};
+}
+
+int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start, int64_t count, uint64_t key, uint8_t* payload,
+                  int64_t payload_nbytes) {
+  Plan plan;
+  if (!make_plan(codec, count, &plan) || !good_source(source, start, count) || (!payload && payload_nbytes))
+    return PQ_BAD_ARGUMENT;
+  if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
+  std::atomic<bool> finite{true};
+  spread(plan.num_blocks, codec->block_size, [&](int64_t begin, int64_t end) {
+    if (!kernels().encode(plan, *source, start, key, payload, begin, end)) finite = false;
+  });
+  return finite ? PQ_OK : PQ_NONFINITE;
+}
+
+int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t payload_nbytes, int64_t count, uint64_t key,
+                      float weight, float* destination) {
+  Plan plan;
+  if (!make_plan(codec, count, &plan) || (count && (!payload || !destination))) return PQ_BAD_ARGUMENT;
+  if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
+  std::atomic<int32_t> status{PQ_OK};
+  spread(plan.num_blocks, codec->block_size, [&](int64_t begin, int64_t end) {
+    const int32_t s = kernels().decode_add(plan, payload, key, weight, destination, begin, end);
+    if (s != PQ_OK) status = s;
+  });
+  return status;
+}
+
+int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
+                  const uint64_t* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
+                  float* destination) {
+  Plan plan;
+  if (!make_plan(codec, count, &plan) || num_payloads < 0 || (num_payloads && (!payloads || !keys)) || (count && !destination))
+    return PQ_BAD_ARGUMENT;
+  if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
+  for (int32_t r = 0; r < num_payloads; ++r)
+    if (!payloads[r] && !good_source(own, own_start, count)) return PQ_BAD_ARGUMENT;
+  std::atomic<int32_t> status{PQ_OK};
+  spread(plan.num_blocks, (int64_t)codec->block_size * std::max(1, num_payloads), [&](int64_t begin, int64_t end) {
+    const int32_t s = kernels().reduce(plan, num_payloads, payloads, keys, weight, own, own_start, destination, begin, end);
+    if (s != PQ_OK) status = s;
+  });
+  return status;
+}
+
+int32_t pq_apply(const float* mean, int64_t start, int64_t count, const pq_source* target) {
+  if (!good_source(target, start, count) || (count && !mean)) return PQ_BAD_ARGUMENT;
+  spread(count, 1, [&](int64_t begin, int64_t end) { kernels().apply(mean + begin, start + begin, end - begin, *target); });
+  return PQ_OK;
+}
+
+int32_t pq_gather(const pq_source* source, int64_t start, int64_t count, void* destination, int32_t dtype) {
+  if (!good_source(source, start, count) || (count && !destination) || (dtype != PQ_F32 && dtype != PQ_F64))
+    return PQ_BAD_ARGUMENT;
+  const int64_t width = dtype == PQ_F32 ? 4 : 8;
+  spread(count, 1, [&](int64_t begin, int64_t end) {
+    kernels().gather(*source, start + begin, end - begin, (char*)destination + begin * width, dtype);
+  });
+  return PQ_OK;
+}
+
+int32_t pq_capture(const pq_source* source, int64_t start, int64_t count) {
+  if (!good_source(source, start, count) || !source->anchor) return PQ_BAD_ARGUMENT;
+  spread(count, 1, [&](int64_t begin, int64_t end) { kernels().capture(*source, start + begin, end - begin); });
+  return PQ_OK;
+}
+
+}  // extern "C"

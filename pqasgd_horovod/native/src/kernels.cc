@@ -1,0 +1,646 @@
+// The codecs on one instruction set. Compiled once per set with PQ_ISA defined; docs/architecture.md is the specification.
+#include "kernels.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "packing.h"
+#include "simd.h"
+
+namespace pqasgd {
+namespace PQ_ISA {
+namespace {
+
+constexpr int H = 16 / W;
+constexpr int32_t kInfBits = 0x7f800000;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- reading and writing the caller's tensors ----
+
+int64_t find_segment(const pq_source& s, int64_t position) {
+  return std::upper_bound(s.offsets, s.offsets + s.num_segments + 1, position) - s.offsets - 1;
+}
+
+// Calls f(segment, offset in it, offset in the range, length) for the pieces of [start, start + n).
+template <class F>
+void for_pieces(const pq_source& s, int64_t start, int64_t n, F f) {
+  int64_t done = 0;
+  for (int64_t i = find_segment(s, start); done < n; ++i) {
+    const int64_t inside = start + done - s.offsets[i];
+    const int64_t length = std::min(s.segments[i].numel - inside, n - done);
+    if (length > 0) f(s.segments[i], inside, done, length);
+    done += std::max<int64_t>(length, 0);
+  }
+}
+
+void to_floats(const pq_segment& segment, int64_t at, int64_t n, float* out) {
+  switch (segment.dtype) {
+    case PQ_F32: std::memcpy(out, (const float*)segment.data + at, (size_t)n * 4); break;
+    case PQ_F64: {
+      const double* x = (const double*)segment.data + at;
+      for (int64_t i = 0; i < n; ++i) out[i] = (float)x[i];
+      break;
+    }
+    case PQ_F16: halves_to_floats((const uint16_t*)segment.data + at, n, out); break;
+    default: bfloats_to_floats((const uint16_t*)segment.data + at, n, out);
+  }
+}
+
+template <class T, class Out>
+void subtract_anchor(const T* x, const double* anchor, int64_t n, Out* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = (Out)((double)x[i] - anchor[i]);
+}
+
+// Values of [start, start + n) minus the anchor, as float32 (or float64 for gather).
+void load_values(const pq_source& s, int64_t start, int64_t n, float* out) {
+  for_pieces(s, start, n, [&](const pq_segment& segment, int64_t at, int64_t to, int64_t length) {
+    float* o = out + to;
+    if (!s.anchor) {
+      to_floats(segment, at, length, o);
+    } else if (s.anchor_dtype == PQ_F32) {
+      const float* a = (const float*)s.anchor + start + to;
+      if (segment.dtype == PQ_F32) {
+        const float* x = (const float*)segment.data + at;
+        for (int64_t i = 0; i < length; ++i) o[i] = x[i] - a[i];
+      } else {
+        to_floats(segment, at, length, o);
+        for (int64_t i = 0; i < length; ++i) o[i] = o[i] - a[i];
+      }
+    } else {
+      const double* a = (const double*)s.anchor + start + to;
+      if (segment.dtype == PQ_F64) {
+        subtract_anchor((const double*)segment.data + at, a, length, o);
+      } else {
+        to_floats(segment, at, length, o);
+        subtract_anchor(o, a, length, o);
+      }
+    }
+  });
+}
+
+// A block as floats, zero-padded to `padded`: in place where the caller's memory already is that.
+const float* load_block(const pq_source& s, int64_t start, int64_t n, int64_t padded, float* scratch) {
+  if (!s.anchor && n == padded) {
+    const int64_t i = find_segment(s, start);
+    if (s.segments[i].dtype == PQ_F32 && start + n <= s.offsets[i + 1])
+      return (const float*)s.segments[i].data + (start - s.offsets[i]);
+  }
+  load_values(s, start, n, scratch);
+  std::fill(scratch + n, scratch + padded, 0.0f);
+  return scratch;
+}
+
+void store_values(const float* values, int64_t n, const pq_segment& segment, int64_t at) {
+  switch (segment.dtype) {
+    case PQ_F32: std::memcpy((float*)segment.data + at, values, (size_t)n * 4); break;
+    case PQ_F64: {
+      double* x = (double*)segment.data + at;
+      for (int64_t i = 0; i < n; ++i) x[i] = values[i];
+      break;
+    }
+    case PQ_F16: floats_to_halves(values, n, (uint16_t*)segment.data + at); break;
+    default: floats_to_bfloats(values, n, (uint16_t*)segment.data + at);
+  }
+}
+
+// ---- stochastic rounding to uniform levels, in fixed point ----
+
+int fraction_bits(int bits) { return bits == 8 ? 15 : 16; }
+
+// codes = (rint(v * inv) + u + offset) >> F over a padded block; |v * inv| <= 2^22.
+template <bool kClamp>
+PQ_INLINE void round_to_levels(const float* v, int64_t padded, float inv, float limit, int32_t offset, int F, uint64_t key,
+                               uint32_t block, uint8_t* codes) {
+  // Adding 1.5 * 2^23 leaves the integer, rounded to even, in the low bits of the float.
+  const float magic = 12582912.0f;
+  const int32_t rest = offset - 0x4B400000;
+  for (int64_t i = 0; i < padded; i += 64) {
+    vi u[4 * H];
+    uniform16(key, (uint32_t)(i / 64), block, u);
+    for (int k = 0; k < 4 * H; ++k) {
+      vf x = load<vf>(v + i + k * W) * inv;
+      if (kClamp) x = clamp(x, limit);
+      const vi t = bits(x + magic);
+      store_bytes(codes + i + k * W, (t + ((u[k] >> (16 - F)) + rest)) >> F);
+    }
+  }
+}
+
+float max_abs(const float* v, int64_t padded) {
+  vi m[4] = {};
+  for (int64_t i = 0; i < padded; i += 4 * W)
+    for (int k = 0; k < 4; ++k) m[k] = max(m[k], bits(load<vf>(v + i + k * W)) & 0x7fffffff);
+  const vi all = max(max(m[0], m[1]), max(m[2], m[3]));
+  int32_t top = 0;
+  for (int k = 0; k < W; ++k) top = std::max(top, all[k]);
+  float f;
+  std::memcpy(&f, &top, 4);
+  return f;
+}
+
+float sum_of_squares(const float* v, int64_t padded) {
+  Sum64 sum;
+  for (int64_t i = 0; i < padded; i += 64)
+    for (int k = 0; k < Sum64::N; ++k) {
+      const vf x = load<vf>(v + i + k * W);
+      sum.lane[k] = sum.lane[k] + x * x;
+    }
+  return sum.fold();
+}
+
+// Each codec's block functions share this shape: encode_block(v, n, padded, ..) -> finite, codes and scale;
+// decode_block adds n decoded numbers.
+
+struct Uniform {
+  static int64_t padded(const Plan&, int64_t n) { return round_up(n, 64); }
+
+  static bool encode_block(const Plan& plan, const float* v, int64_t n, int64_t padded, uint64_t key, uint32_t block,
+                           float* scale, uint8_t* out) {
+    const bool ternary = plan.codec.kind == PQ_TERNGRAD, l2 = plan.codec.kind == PQ_QSGD;
+    const int bits = ternary ? 2 : plan.codec.bits, F = fraction_bits(bits);
+    const int32_t s = (1 << (bits - 1)) - 1;
+    alignas(64) uint8_t codes[kMaxBlock + 64];
+    float size = l2 ? sum_of_squares(v, padded) : max_abs(v, padded);
+    if (!(size < INFINITY)) return false;
+    const bool zero = size < 0x1p-100f;
+    if (l2) size = std::sqrt(size);
+    *scale = zero ? 0.0f : size;
+    if (zero) {
+      std::memset(codes, s, (size_t)padded);
+    } else {
+      const float limit = (float)(s << F), inv = limit / size;
+      if (l2) round_to_levels<true>(v, padded, inv, limit, s << F, F, key, block, codes);
+      else round_to_levels<false>(v, padded, inv, limit, s << F, F, key, block, codes);
+    }
+    if (ternary) {
+      pack_ternary(codes, n, out);
+    } else {
+      std::fill(codes + n, codes + padded, 0);
+      pack(codes, n, bits, out);
+    }
+    return true;
+  }
+
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, float scale, float weight,
+                              float* destination) {
+    const bool ternary = plan.codec.kind == PQ_TERNGRAD;
+    const int bits = ternary ? 2 : plan.codec.bits;
+    const int32_t s = (1 << (bits - 1)) - 1;
+    alignas(64) uint8_t codes[kMaxBlock + 64];
+    if (ternary) {
+      if (!unpack_ternary(in, n, codes)) return PQ_BAD_CODE;
+    } else {
+      unpack(in, n, bits, codes);
+      uint8_t top = 0;
+      for (int64_t i = 0; i < n; ++i) top = top > codes[i] ? top : codes[i];
+      if (top > 2 * s) return PQ_BAD_CODE;
+    }
+    const float gw = scale / (float)s * weight;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      const vf x = to_float(load_bytes(codes + i) - s);
+      store(destination + i, load<vf>(destination + i) + x * gw);
+    }
+    for (; i < n; ++i) {
+      const float x = (float)((int32_t)codes[i] - s) * gw;
+      destination[i] = destination[i] + x;
+    }
+    return PQ_OK;
+  }
+};
+
+// ---- EDEN ----
+
+struct Signs {  // sign masks of the 16-lane vectors of a block, made 64 vectors at a time
+  Words words;
+  uint64_t key;
+  uint32_t block;
+  int64_t ready = -1;
+  PQ_INLINE vi mask(int64_t vector, int h) {  // 0x80000000 where the sign is negative
+    if (vector / 64 != ready) {
+      ready = vector / 64;
+      words = threefry16(key, 0x80000000u + 16u * (uint32_t)ready, block);
+    }
+    const vu w = (vector & 32) ? words.w1[h] : words.w0[h];
+    return (vi)((w << (int)(31 - (vector & 31))) & 0x80000000u);
+  }
+};
+
+// Stages inside a vector and across R consecutive ones: strides 1 .. R * W / 2.
+template <int R>
+PQ_INLINE void transform_registers(vf (&x)[R]) {
+  for (int r = 0; r < R; ++r) {
+    x[r] = butterfly_lanes<1>(x[r]);
+    x[r] = butterfly_lanes<2>(x[r]);
+    if constexpr (W > 4) x[r] = butterfly_lanes<4>(x[r]);
+    if constexpr (W > 8) x[r] = butterfly_lanes<8>(x[r]);
+  }
+  for (int h = 1; h < R; h *= 2)
+    for (int r = 0; r < R; ++r)
+      if (!(r & h)) {
+        const vf a = x[r], b = x[r + h];
+        x[r] = a + b;
+        x[r + h] = a - b;
+      }
+}
+
+// Stages of strides stride, 2 stride, .., R / 2 stride, in memory.
+template <int R>
+PQ_INLINE void transform_pass(float* z, int64_t size, int64_t stride) {
+  for (int64_t base = 0; base < size; base += R * stride)
+    for (int64_t j = 0; j < stride; j += W) {
+      vf x[R];
+      for (int r = 0; r < R; ++r) x[r] = load<vf>(z + base + j + r * stride);
+#pragma GCC unroll 3
+      for (int h = 1; h < R; h *= 2)
+        for (int r = 0; r < R; ++r)
+          if (!(r & h)) {
+            const vf a = x[r], b = x[r + h];
+            x[r] = a + b;
+            x[r + h] = a - b;
+          }
+      for (int r = 0; r < R; ++r) store(z + base + j + r * stride, x[r]);
+    }
+}
+
+// Fast Walsh-Hadamard transform, unnormalised, strides in rising order. get(i) gives the W inputs from i on.
+template <class Get>
+PQ_INLINE void hadamard(float* z, int64_t size, Get get) {
+  constexpr int kMost = 8;
+  int64_t stride;
+  if (size >= kMost * W) {
+    for (int64_t i = 0; i < size; i += kMost * W) {
+      vf x[kMost];
+      for (int r = 0; r < kMost; ++r) x[r] = get(i + r * W);
+      transform_registers(x);
+      for (int r = 0; r < kMost; ++r) store(z + i + r * W, x[r]);
+    }
+    stride = kMost * W;
+  } else {  // 64 elements in four vectors of 16
+    vf x[4];
+    for (int r = 0; r < 4; ++r) x[r] = get(r * W);
+    transform_registers(x);
+    for (int r = 0; r < 4; ++r) store(z + r * W, x[r]);
+    stride = 4 * W;
+  }
+  while (size / stride >= 8) {
+    transform_pass<8>(z, size, stride);
+    stride *= 8;
+  }
+  if (size / stride == 4) transform_pass<4>(z, size, stride);
+  else if (size / stride == 2) transform_pass<2>(z, size, stride);
+}
+
+// Number of scaled thresholds that |z| reaches: a chain of comparisons, or a table of narrow cells with one threshold each.
+template <int kChain>
+struct ChainSearch {
+  vf scaled[kChain > 0 ? kChain : 1];
+  ChainSearch(const LloydMax& table, float sigma) {
+    for (int k = 0; k < kChain; ++k) scaled[k] = set1(table.threshold[k] * sigma);
+  }
+  PQ_INLINE vi operator()(vf a) const {
+    vi m{};
+    for (int k = 0; k < kChain; ++k) m = count_if_at_least(m, a, scaled[k]);
+    return m;
+  }
+};
+struct CellSearch {
+  const LloydMax& table;
+  float sigma, cells_per_unit;
+  CellSearch(const LloydMax& t, float s) : table(t), sigma(s), cells_per_unit(t.cells_per_sigma / s) {}
+  PQ_INLINE vi operator()(vf a) const {
+    const vi cell = min(truncate(a * cells_per_unit), set1(table.num_cells - 1));  // |z| <= sigma sqrt(P): no overflow
+    return count_if_at_least(gather(table.cell_base, cell), a, gather(table.cell_threshold, cell) * sigma);
+  }
+};
+
+struct Eden {
+  static int64_t padded(const Plan& plan, int64_t n) { return eden_padded(n, plan.codec.block_size); }
+
+  template <class Search>
+  static PQ_INLINE float quantize(const LloydMax& table, int bits_, const float* z, int64_t P, float sigma, uint8_t* codes) {
+    const Search search(table, sigma);
+    Sum64 dot;
+    for (int64_t i = 0; i < P; i += 64)
+      for (int k = 0; k < Sum64::N; ++k) {
+        const vf x = load<vf>(z + i + k * W), a = abs(x);
+        const vi m = search(a);
+        dot.lane[k] = dot.lane[k] + a * lookup(table.centroid, m, bits_ - 1);
+        store_bytes(codes + i + k * W, m | (vi)((vu)bits(x) >> 31 << (bits_ - 1)));
+      }
+    return dot.fold();
+  }
+
+  // table[index], index below 2^index_bits.
+  static PQ_INLINE vf lookup(const float* table, vi index, [[maybe_unused]] int index_bits) {
+#if defined(__AVX512F__)
+    if (index_bits <= 4) return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+    if (index_bits == 5)
+      return (vf)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
+#elif defined(__AVX2__)
+    if (index_bits <= 3) return (vf)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+#endif
+    return gather(table, index);
+  }
+
+  static bool encode_block(const Plan& plan, const float* v, int64_t n, int64_t P, uint64_t key, uint32_t block, float* scale,
+                           uint8_t* out) {
+    (void)n;
+    const int bits_ = plan.codec.bits;
+    alignas(64) float z[kMaxBlock];
+    alignas(64) uint8_t codes[kMaxBlock];
+    Signs signs{{}, key, block};
+    hadamard(z, P, [&](int64_t i) { return from_bits(bits(load<vf>(v + i)) ^ signs.mask(i / 16, (int)(i % 16) / W)); });
+    const float n2 = sum_of_squares(z, P);
+    if (!(n2 < INFINITY)) return false;
+    if (n2 < 0x1p-80f) {
+      *scale = 0.0f;
+      std::memset(out, 0, (size_t)(P * bits_ / 8));
+      return true;
+    }
+    if (plan.codec.flags & PQ_STOCHASTIC) {
+      const int F = fraction_bits(bits_);
+      const int32_t top = (1 << bits_) - 1;
+      const float peak = max_abs(z, P), inv = (float)top * (float)(1 << (F - 1)) / peak;
+      *scale = peak / ((float)top * (float)P);
+      round_to_levels<false>(z, P, inv, 0.0f, top << (F - 1), F, key, block, codes);
+    } else {
+      const LloydMax& table = lloyd_max(bits_);
+      const float energy = n2 / (float)P, sigma = std::sqrt(energy);
+      float dot;
+      switch (bits_) {
+        case 1: dot = quantize<ChainSearch<0>>(table, 1, z, P, sigma, codes); break;
+        case 2: dot = quantize<ChainSearch<1>>(table, 2, z, P, sigma, codes); break;
+        case 3: dot = quantize<ChainSearch<3>>(table, 3, z, P, sigma, codes); break;
+        case 4: dot = quantize<ChainSearch<7>>(table, 4, z, P, sigma, codes); break;
+        default: dot = quantize<CellSearch>(table, bits_, z, P, sigma, codes);
+      }
+      *scale = energy / dot;
+    }
+    pack(codes, P, bits_, out);
+    return true;
+  }
+
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t key, uint32_t block, float scale,
+                              float weight, float* destination) {
+    const int bits_ = plan.codec.bits;
+    const int64_t P = eden_padded(n, plan.codec.block_size);
+    alignas(64) float u[kMaxBlock];
+    alignas(64) uint8_t codes[kMaxBlock];
+    unpack(in, P, bits_, codes);
+    if (plan.codec.flags & PQ_STOCHASTIC) {
+      const int32_t top = (1 << bits_) - 1;
+      hadamard(u, P, [&](int64_t i) { return to_float(load_bytes(codes + i) * 2 - top); });
+    } else {
+      const float* table = lloyd_max(bits_).decode;
+      switch (bits_) {  // a constant lets the table stay in a register
+        case 1: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 1); }); break;
+        case 2: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 2); }); break;
+        case 3: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 3); }); break;
+        case 4: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 4); }); break;
+        case 5: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 5); }); break;
+        default: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 8); });
+      }
+    }
+    const float gw = scale * weight;
+    Signs signs{{}, key, block};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      const vf x = from_bits(bits(load<vf>(u + i)) ^ signs.mask(i / 16, (int)(i % 16) / W));
+      store(destination + i, load<vf>(destination + i) + x * gw);
+    }
+    if (i < n) {
+      alignas(64) float last[W];
+      store(last, from_bits(bits(load<vf>(u + i)) ^ signs.mask(i / 16, (int)(i % 16) / W)) * gw);
+      for (int k = 0; i < n; ++i, ++k) destination[i] = destination[i] + last[k];
+    }
+    return PQ_OK;
+  }
+};
+
+// ---- casts ----
+
+struct Cast {
+  static int64_t padded(const Plan&, int64_t n) { return n; }
+
+  static bool encode_block(const Plan& plan, const float* v, int64_t n, int64_t, uint64_t, uint32_t, float*, uint8_t* out) {
+    // A value that rounds to Inf is as lost as one that is Inf.
+    const int32_t limit = plan.codec.kind == PQ_FP16 ? 0x477ff000 : plan.codec.kind == PQ_BF16 ? 0x7f7f8000 : kInfBits;
+    int32_t top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      int32_t b;
+      std::memcpy(&b, v + i, 4);
+      top = std::max(top, b & 0x7fffffff);
+    }
+    if (top >= limit) return false;
+    if (plan.codec.kind == PQ_NONE) {
+      std::memcpy(out, v, (size_t)n * 4);
+    } else {
+      alignas(64) uint16_t halves[kCastBlock];
+      if (plan.codec.kind == PQ_FP16) floats_to_halves(v, n, halves);
+      else floats_to_bfloats(v, n, halves);
+      std::memcpy(out, halves, (size_t)n * 2);
+    }
+    return true;
+  }
+
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, float, float weight,
+                              float* destination) {
+    alignas(64) float values[kCastBlock];
+    if (plan.codec.kind == PQ_NONE) {
+      std::memcpy(values, in, (size_t)n * 4);
+    } else {
+      alignas(64) uint16_t halves[kCastBlock];
+      std::memcpy(halves, in, (size_t)n * 2);
+      if (plan.codec.kind == PQ_FP16) halves_to_floats(halves, n, values);
+      else bfloats_to_floats(halves, n, values);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = values[i] * weight;
+      destination[i] = destination[i] + x;
+    }
+    return PQ_OK;
+  }
+};
+
+// ---- loops over blocks ----
+
+template <class Codec>
+bool encode_blocks(const Plan& plan, const pq_source& source, int64_t start, uint64_t key, uint8_t* payload, int64_t begin,
+                   int64_t end) {
+  alignas(64) float scratch[kMaxBlock];
+  bool finite = true;
+  for (int64_t block = begin; block < end && finite; ++block) {
+    const int64_t n = plan.block_elements(block), padded = Codec::padded(plan, n);
+    const float* v = load_block(source, start + block * plan.codec.block_size, n, padded, scratch);
+    float scale = 0.0f;
+    finite = Codec::encode_block(plan, v, n, padded, key, (uint32_t)block, &scale,
+                                 payload + plan.scales_nbytes + block * plan.block_nbytes);
+    if (plan.scales_nbytes) std::memcpy(payload + 4 * block, &scale, 4);
+  }
+  return finite;
+}
+
+template <class Codec>
+PQ_INLINE int32_t decode_one(const Plan& plan, const uint8_t* payload, uint64_t key, float weight, int64_t block, int64_t n,
+                             float* destination) {
+  float scale = 0.0f;
+  if (plan.scales_nbytes) {
+    std::memcpy(&scale, payload + 4 * block, 4);
+    if (!(scale >= 0.0f && scale < INFINITY)) return PQ_BAD_SCALE;
+  }
+  return Codec::decode_block(plan, payload + plan.scales_nbytes + block * plan.block_nbytes, n, key, (uint32_t)block, scale,
+                             weight, destination);
+}
+
+template <class Codec>
+int32_t decode_blocks(const Plan& plan, const uint8_t* payload, uint64_t key, float weight, float* destination, int64_t begin,
+                      int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int32_t status = decode_one<Codec>(plan, payload, key, weight, block, plan.block_elements(block),
+                                             destination + block * plan.codec.block_size);
+    if (status != PQ_OK) return status;
+  }
+  return PQ_OK;
+}
+
+template <class Codec>
+int32_t reduce_blocks(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
+                      const pq_source* own, int64_t own_start, float* destination, int64_t begin, int64_t end) {
+  alignas(64) float scratch[kMaxBlock];
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t n = plan.block_elements(block), at = block * plan.codec.block_size;
+    float* const sum = destination + at;  // a block: it stays in the first cache while the payloads are added
+    std::fill(sum, sum + n, 0.0f);
+    for (int32_t r = 0; r < num_payloads; ++r) {
+      if (payloads[r]) {
+        const int32_t status = decode_one<Codec>(plan, payloads[r], keys[r], weight, block, n, sum);
+        if (status != PQ_OK) return status;
+      } else {
+        const float* v = load_block(*own, own_start + at, n, n, scratch);
+        for (int64_t i = 0; i < n; ++i) {
+          const float x = v[i] * weight;
+          sum[i] = sum[i] + x;
+        }
+      }
+    }
+  }
+  return PQ_OK;
+}
+
+template <class F>
+auto with_codec(const Plan& plan, F f) {
+  switch (plan.codec.kind) {
+    case PQ_MAXSCALE:
+    case PQ_QSGD:
+    case PQ_TERNGRAD: return f(Uniform{});
+    case PQ_EDEN: return f(Eden{});
+    default: return f(Cast{});
+  }
+}
+
+bool encode(const Plan& plan, const pq_source& source, int64_t start, uint64_t key, uint8_t* payload, int64_t begin,
+            int64_t end) {
+  return with_codec(plan, [&](auto codec) {
+    return encode_blocks<decltype(codec)>(plan, source, start, key, payload, begin, end);
+  });
+}
+
+int32_t decode_add(const Plan& plan, const uint8_t* payload, uint64_t key, float weight, float* destination, int64_t begin,
+                   int64_t end) {
+  return with_codec(plan, [&](auto codec) {
+    return decode_blocks<decltype(codec)>(plan, payload, key, weight, destination, begin, end);
+  });
+}
+
+int32_t reduce(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
+               const pq_source* own, int64_t own_start, float* destination, int64_t begin, int64_t end) {
+  return with_codec(plan, [&](auto codec) {
+    return reduce_blocks<decltype(codec)>(plan, num_payloads, payloads, keys, weight, own, own_start, destination, begin, end);
+  });
+}
+
+void apply(const float* mean, int64_t start, int64_t count, const pq_source& target) {
+  alignas(64) float scratch[kCastBlock];
+  for_pieces(target, start, count, [&](const pq_segment& segment, int64_t at, int64_t from, int64_t length) {
+    if (!target.anchor) {
+      store_values(mean + from, length, segment, at);
+      return;
+    }
+    if (target.anchor_dtype == PQ_F64) {
+      double* anchor = (double*)target.anchor + start + from;
+      for (int64_t i = 0; i < length; ++i) anchor[i] = anchor[i] + (double)mean[from + i];
+      if (segment.dtype == PQ_F64) {
+        std::memcpy((double*)segment.data + at, anchor, (size_t)length * 8);
+        return;
+      }
+      for (int64_t done = 0; done < length; done += kCastBlock) {
+        const int64_t n = std::min<int64_t>(kCastBlock, length - done);
+        for (int64_t i = 0; i < n; ++i) scratch[i] = (float)anchor[done + i];
+        store_values(scratch, n, segment, at + done);
+      }
+      return;
+    }
+    float* anchor = (float*)target.anchor + start + from;
+    const float* m = mean + from;
+    if (segment.dtype == PQ_F32) {
+      float* x = (float*)segment.data + at;
+      for (int64_t i = 0; i < length; ++i) x[i] = anchor[i] = anchor[i] + m[i];
+    } else {
+      for (int64_t i = 0; i < length; ++i) anchor[i] = anchor[i] + m[i];
+      store_values(anchor, length, segment, at);
+    }
+  });
+}
+
+void gather_values(const pq_source& source, int64_t start, int64_t count, void* destination, int32_t dtype) {
+  if (dtype == PQ_F32) {
+    load_values(source, start, count, (float*)destination);
+    return;
+  }
+  double* out = (double*)destination;
+  alignas(64) float scratch[kCastBlock];
+  for_pieces(source, start, count, [&](const pq_segment& segment, int64_t at, int64_t to, int64_t length) {
+    for (int64_t done = 0; done < length; done += kCastBlock) {
+      const int64_t n = std::min<int64_t>(kCastBlock, length - done);
+      double* o = out + to + done;
+      if (segment.dtype == PQ_F64) {
+        std::memcpy(o, (const double*)segment.data + at + done, (size_t)n * 8);
+      } else {
+        to_floats(segment, at + done, n, scratch);
+        std::copy(scratch, scratch + n, o);
+      }
+      if (!source.anchor) continue;
+      const int64_t where = start + to + done;
+      if (source.anchor_dtype == PQ_F64)
+        for (int64_t i = 0; i < n; ++i) o[i] -= ((const double*)source.anchor)[where + i];
+      else
+        for (int64_t i = 0; i < n; ++i) o[i] -= (double)((const float*)source.anchor)[where + i];
+    }
+  });
+}
+
+void capture(const pq_source& source, int64_t start, int64_t count) {
+  pq_source values = source;
+  values.anchor = nullptr;
+  if (source.anchor_dtype == PQ_F64) gather_values(values, start, count, (double*)source.anchor + start, PQ_F64);
+  else gather_values(values, start, count, (float*)source.anchor + start, PQ_F32);
+}
+
+}  // namespace
+}  // namespace PQ_ISA
+
+#define PQ_JOIN_(a, b) a##b
+#define PQ_JOIN(a, b) PQ_JOIN_(a, b)
+#define PQ_TEXT_(a) #a
+#define PQ_TEXT(a) PQ_TEXT_(a)
+extern const Kernels PQ_JOIN(kernels_, PQ_ISA) = {
+#if defined(__aarch64__)
+    "neon",
+#else
+    PQ_TEXT(PQ_ISA),
+#endif
+    PQ_ISA::encode, PQ_ISA::decode_add, PQ_ISA::reduce, PQ_ISA::apply, PQ_ISA::gather_values, PQ_ISA::capture};
+
+}  // namespace pqasgd

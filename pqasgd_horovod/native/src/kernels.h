@@ -1,0 +1,63 @@
+// What each instruction set provides; kernels.cc is compiled once per set and fills one of these tables.
+#pragma once
+#include <cstdint>
+
+#include "pqasgd.h"
+
+namespace pqasgd {
+
+constexpr int kMaxBlock = 8192;
+constexpr int kCastBlock = 1024;
+
+// A codec with its block layout worked out; block sizes are checked before a Plan is made.
+struct Plan {
+  pq_codec codec;
+  int64_t count;           // elements
+  int64_t num_blocks;
+  int64_t scales_nbytes;   // 4 * num_blocks, or 0
+  int64_t block_nbytes;    // code bytes of a full block
+  int64_t payload_nbytes;
+
+  int64_t block_elements(int64_t block) const {
+    const int64_t left = count - block * codec.block_size;
+    return left < codec.block_size ? left : codec.block_size;
+  }
+};
+
+struct Kernels {
+  const char* isa;
+  // Blocks [begin, end) of source[start, start + plan.count); false if something is not finite.
+  bool (*encode)(const Plan&, const pq_source&, int64_t start, uint64_t key, uint8_t* payload, int64_t begin, int64_t end);
+  // destination += weight * decoded, for blocks [begin, end); destination is the whole vector.
+  int32_t (*decode_add)(const Plan&, const uint8_t* payload, uint64_t key, float weight, float* destination, int64_t begin,
+                        int64_t end);
+  int32_t (*reduce)(const Plan&, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
+                    const pq_source* own, int64_t own_start, float* destination, int64_t begin, int64_t end);
+  void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target);
+  void (*gather)(const pq_source&, int64_t start, int64_t count, void* destination, int32_t dtype);
+  void (*capture)(const pq_source&, int64_t start, int64_t count);
+};
+
+extern const Kernels kernels_plain;
+#if defined(PQ_HAVE_X86)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// Tables for the Lloyd-Max quantizer, made once; see quantizer_tables.cc.
+struct LloydMax {
+  static constexpr int kMaxCells = 1024;
+  int num_cells;                 // |u| / cell width, clipped, selects a cell with at most one threshold in it
+  float cells_per_sigma;
+  float top_cell;                // num_cells - 1
+  alignas(64) float centroid[128];          // by magnitude index
+  alignas(64) float threshold[128];         // threshold[m] separates m and m + 1; the last is +inf
+  alignas(64) float decode[256];            // by code
+  alignas(64) int32_t cell_base[kMaxCells];
+  alignas(64) float cell_threshold[kMaxCells];
+};
+const LloydMax& lloyd_max(int bits);
+
+int64_t eden_padded(int64_t elements, int64_t block_size);
+
+}  // namespace pqasgd
