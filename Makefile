@@ -1,0 +1,43 @@
+# Thin on purpose: every target makes sure of the set-up (scripts/setup_env.py), then runs one command in its environment.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help setup demo test test-2 test-4 bench lint sanitize clean clean-all
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+( [a-z0-9-]+)*:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make the environment in .venv; all targets below do it by themselves
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup ## train on real data with stock Horovod and with PQASGD on two ranks, and compare
+	@python scripts/demo.py
+
+test: setup ## run all tests (PYTEST_ARGS="-k eden" for some)
+	@pytest $(PYTEST_ARGS)
+
+test-2: setup ## run tests/ranks on 2 ranks under horovodrun
+test-4: setup ## run tests/ranks on 4 ranks under horovodrun
+test-2 test-4: test-%:
+	@python scripts/test_ranks.py $* $(PYTEST_ARGS)
+
+bench: setup ## measure codecs and exchange; results in build/bench
+	@python scripts/bench.py
+
+lint: setup ## check style with ruff and types with mypy
+	@ruff check
+	@mypy
+
+sanitize: setup ## run the native tests under AddressSanitizer and UBSan
+	@python scripts/sanitize.py $(PYTEST_ARGS)
+
+clean: ## remove what was built here; .venv and the cache stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis pqasgd_horovod/native/*.so
+	find pqasgd_horovod scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+clean-all: clean ## remove .venv too; the cache in ~/.cache/pqasgd_horovod stays
+	rm -rf .venv

