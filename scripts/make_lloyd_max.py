@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Recompute the Lloyd-Max centroids of the normal law and compare or rewrite the table in codecs/lloyd_max.py.
 
-A quantizer of N(0, 1) with 2K levels, symmetric about zero, has the least mean squared error when every centroid is the mean of its cell
-and every threshold is halfway between its neighbours (Lloyd 1957, Max 1960). With positive centroids c_0 < .. < c_{K-1}, thresholds
-t_0 = 0, t_k = (c_{k-1} + c_k) / 2, t_K = infinity, this is the system
+A quantizer of N(0, 1) with 2K levels, symmetric about zero, has the least mean squared error when every centroid is the
+mean of its cell and every threshold is halfway between its neighbours (Lloyd 1957, Max 1960). With positive centroids
+c_0 < .. < c_{K-1}, thresholds t_0 = 0, t_k = (c_{k-1} + c_k) / 2, t_K = infinity, this is the system
 
     F_k(c) = c_k - E[x | t_k < x < t_{k+1}] = 0,      E[x | a < x < b] = (phi(a) - phi(b)) / (Phi(b) - Phi(a)).
 
-F_k depends on c_{k-1}, c_k and c_{k+1} only, so each Newton step solves a tridiagonal system. The start is the high-resolution optimum,
-whose levels have density proportional to phi(x)^(1/3): quantiles of N(0, 3). Standard library only.
+F_k depends on c_{k-1}, c_k and c_{k+1} only, so each Newton step solves a tridiagonal system. The start is the
+high-resolution optimum, whose levels have density proportional to phi(x)^(1/3): quantiles of N(0, 3). Standard library
+only.
 
     python3 scripts/make_lloyd_max.py            check the table against the solver (exit status 1 if a number differs)
     python3 scripts/make_lloyd_max.py --write    rewrite the table
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import re
 import struct
@@ -48,13 +50,15 @@ def cell_mean(a: float, b: float) -> float:
 
 def thresholds(centroids: list[float]) -> list[float]:
     """Cell boundaries of the positive half: zero, the midpoints, infinity."""
-    return [0.0, *((low + high) / 2 for low, high in zip(centroids, centroids[1:], strict=False)), math.inf]
+    return [0.0, *((low + high) / 2 for low, high in itertools.pairwise(centroids)), math.inf]
 
 
 def newton_step(centroids: list[float]) -> list[float]:
     """Return the correction dc that solves F'(c) dc = -F(c) by elimination in the tridiagonal system."""
     t = thresholds(centroids)
-    diagonal, upper, right = [], [], []
+    diagonal: list[float] = []
+    upper: list[float] = []
+    right: list[float] = []
     for k, c in enumerate(centroids):
         a, b = t[k], t[k + 1]
         mean, p = cell_mean(a, b), mass(a, b)
@@ -77,7 +81,7 @@ def newton_step(centroids: list[float]) -> list[float]:
 
 def is_rising(centroids: list[float]) -> bool:
     """True if 0 < c_0 < c_1 < ..."""
-    return all(low < high for low, high in zip([0.0, *centroids], centroids, strict=False))
+    return all(low < high for low, high in itertools.pairwise([0.0, *centroids]))
 
 
 def solve(bits: int) -> list[float]:
@@ -103,7 +107,8 @@ def mean_squared_error(centroids: list[float]) -> float:
 
 def float32(x: float) -> float:
     """Nearest float32."""
-    return struct.unpack("<f", struct.pack("<f", x))[0]
+    (nearest,) = struct.unpack("<f", struct.pack("<f", x))
+    return float(nearest)
 
 
 def literal(x: float) -> str:
@@ -115,7 +120,8 @@ def table(all_centroids: list[list[float]]) -> str:
     """Source text of the table."""
     lines = ["POSITIVE_CENTROIDS: tuple[tuple[float, ...], ...] = ("]
     for bits, centroids in enumerate(all_centroids, start=1):
-        lines.append(f"    (  # {bits} bit{'s' if bits > 1 else ''}, mean squared error {mean_squared_error(centroids):.4e}")
+        plural = "s" if bits > 1 else ""
+        lines.append(f"    (  # {bits} bit{plural}, mean squared error {mean_squared_error(centroids):.4e}")
         words = [literal(c) + "," for c in centroids]
         for at in range(0, len(words), VALUES_PER_LINE):
             lines.append("        " + " ".join(words[at : at + VALUES_PER_LINE]))
@@ -124,22 +130,25 @@ def table(all_centroids: list[list[float]]) -> str:
 
 
 def main() -> int:
+    """Check or rewrite the table; return the exit status."""
     parser = argparse.ArgumentParser(description="Check or rewrite the Lloyd-Max table.")
     parser.add_argument("--write", action="store_true", help=f"rewrite the table in {TABLE_FILE.name}")
     arguments = parser.parse_args()
     solved = [solve(bits) for bits in range(1, MAX_BITS + 1)]
     if arguments.write:
         old = TABLE_FILE.read_text()
-        new, count = re.subn(r"^POSITIVE_CENTROIDS.*?^\)$", lambda _: table(solved), old, count=1, flags=re.MULTILINE | re.DOTALL)
+        pattern = re.compile(r"^POSITIVE_CENTROIDS.*?^\)$", re.MULTILINE | re.DOTALL)
+        new, count = pattern.subn(lambda _: table(solved), old, count=1)
         if count != 1:
             raise RuntimeError(f"{TABLE_FILE} holds no table 'POSITIVE_CENTROIDS ... )' to replace")
         TABLE_FILE.write_text(new)
         return 0
     spec = importlib.util.spec_from_file_location("lloyd_max", TABLE_FILE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if module.POSITIVE_CENTROIDS != tuple(tuple(float(literal(c)) for c in row) for row in solved):
+    if tuple(tuple(float(literal(c)) for c in row) for row in solved) != module.POSITIVE_CENTROIDS:
         print(f"the table in {TABLE_FILE} differs from the solver's; rewrite it with --write", file=sys.stderr)
         return 1
     return 0

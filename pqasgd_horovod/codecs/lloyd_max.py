@@ -1,16 +1,17 @@
 """Lloyd-Max centroids of the normal law: the one table the NumPy specification and the C++ core share.
 
-``scripts/make_lloyd_max.py`` solves for it. ``python3 pqasgd_horovod/codecs/lloyd_max.py`` prints it as a C array for the native build,
-which is why this file imports nothing outside the standard library.
+``scripts/make_lloyd_max.py`` solves for it. ``python3 pqasgd_horovod/codecs/lloyd_max.py`` prints it as a C array for
+the native build, which is why this file imports nothing outside the standard library.
 
-Source: S. Lloyd, "Least squares quantization in PCM", 1957 (IEEE Trans. Inf. Theory 28, 1982); J. Max, "Quantizing for minimum
-distortion", IRE Trans. Inf. Theory 6, 1960.
+Source: S. Lloyd, "Least squares quantization in PCM", 1957 (IEEE Trans. Inf. Theory 28, 1982); J. Max, "Quantizing for
+minimum distortion", IRE Trans. Inf. Theory 6, 1960.
 """
 
 from __future__ import annotations
 
 import struct
 
+# fmt: off
 POSITIVE_CENTROIDS: tuple[tuple[float, ...], ...] = (
     (  # 1 bit, mean squared error 3.6338e-01
         0.7978846,
@@ -63,7 +64,8 @@ POSITIVE_CENTROIDS: tuple[tuple[float, ...], ...] = (
         3.2285001, 3.3298485, 3.4440718, 3.575588, 3.7316663, 3.9256377, 4.1865954, 4.6035357,
     ),
 )
-"""``POSITIVE_CENTROIDS[bits - 1]``: the 2^(bits-1) positive centroids, rising; every number is the shortest decimal of a float32."""
+# fmt: on
+"""``POSITIVE_CENTROIDS[bits - 1]``: the 2^(bits-1) positive ones, rising, each the shortest decimal of a float32."""
 
 
 def c_table() -> str:
@@ -72,7 +74,10 @@ def c_table() -> str:
     >>> c_table().splitlines()[2]
     '    {0x1.9884540000000p-1f,},'
     """
-    lines = ["/* Generated from pqasgd_horovod/codecs/lloyd_max.py; do not edit. */", "static const float kLloydMax[8][128] = {"]
+    lines = [
+        "/* Generated from pqasgd_horovod/codecs/lloyd_max.py; do not edit. */",
+        "static const float kLloydMax[8][128] = {",
+    ]
     for centroids in POSITIVE_CENTROIDS:
         exact = struct.unpack(f"<{len(centroids)}f", struct.pack(f"<{len(centroids)}f", *centroids))
         lines.append("    {" + " ".join(f"{c.hex()}f," for c in exact) + "},")

@@ -1,0 +1,443 @@
+"""What a codec is: the contract, the registry, and all that does not depend on the codec.
+
+A codec turns a flat vector into bytes and back, block by block. Two implementations stand behind one object: the native
+core (:meth:`Codec.encode`, :meth:`Codec.decode_add`) and the NumPy specification (:meth:`Codec.reference_encode`,
+:meth:`Codec.reference_decode_add`), which give the same bytes and the same floats. ``docs/architecture.md`` has the
+format.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import ArgumentError, NonFiniteError, WireFormatError
+
+if TYPE_CHECKING:
+    from ..native import CodecSpec
+
+FLOAT32 = NDArray[np.float32]
+UINT8 = NDArray[np.uint8]
+UINT32 = NDArray[np.uint32]
+
+SCALE_NBYTES = 4
+_SCALE_DTYPE = np.dtype("<f4")
+_VALUE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+_ANCHOR_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+registry: dict[str, type[Codec]] = {}
+"""Every codec by its id; filled by :func:`register`."""
+
+CodecClass = TypeVar("CodecClass", bound="type[Codec]")
+
+
+def register(cls: CodecClass) -> CodecClass:
+    """Class decorator: enter a codec into :data:`registry` under its ``id``."""
+    if cls.id in registry:
+        raise ArgumentError(
+            f"codec id {cls.id!r} is taken by {registry[cls.id].__name__}; give {cls.__name__} another id"
+        )
+    registry[cls.id] = cls
+    return cls
+
+
+def from_config(config: Mapping[str, Any]) -> Codec:
+    """Return the codec that a ``config()`` describes; the inverse of :meth:`Codec.config`.
+
+    Raises ArgumentError if the id is not registered, or a field is unknown or has a value that is not allowed.
+
+    >>> from pqasgd_horovod import codecs
+    >>> codecs.from_config({"id": "maxscale", "bits": 4})
+    MaxScale(bits=4, block_size=512)
+    """
+    arguments = dict(config)
+    codec_id = arguments.pop("id", None)
+    if codec_id not in registry:
+        raise ArgumentError(f"config['id'] is {codec_id!r}; registered codecs are {', '.join(sorted(registry))}")
+    cls = registry[codec_id]
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ArgumentError(f"config of codec {codec_id!r} has unknown fields {unknown}; it takes {known or 'none'}")
+    return cls(**arguments)
+
+
+class Blocks(NamedTuple):
+    """Neighbouring blocks of one size; ``indices`` are their positions in the payload, 0 for the first."""
+
+    indices: UINT32
+    elements: int
+    start: int  # position of the first element in the vector
+
+    @property
+    def stop(self) -> int:
+        """Position after the last element."""
+        return self.start + len(self.indices) * self.elements
+
+
+class EncodedBlocks(NamedTuple):
+    """Blocks of one size, encoded: code bytes (blocks, code_nbytes), scales (blocks,), and if all was in range."""
+
+    codes: UINT8
+    scales: FLOAT32 | None = None
+    in_range: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(abc.ABC):
+    r"""What bytes stand for these numbers; the base of every codec.
+
+    For a vector :math:`v` the decoded vector :math:`Q(v)` has the error :math:`E\|Q(v) - v\|^2 \le q \|v\|^2`.
+    Subclasses are frozen dataclasses: hashable, and equal if and only if their configurations are equal. They state
+    facts that other parts rely on, and define functions on a two-dimensional array of blocks.
+    """
+
+    id: ClassVar[str]
+    """The name in configurations and in :data:`registry`."""
+    has_scale: ClassVar[bool] = True
+    """True if the payload starts with one float32 for each block."""
+    commutes_with_sum: ClassVar[bool] = False
+    """True if a sum of encoded vectors is a sensible code of the sum, in a dtype that Horovod's allreduce adds."""
+    lossless: ClassVar[bool] = False
+    """True if decoding gives back every float32 number."""
+
+    @property
+    @abc.abstractmethod
+    def bits(self) -> int:
+        """Bits of one code, before what packing may save."""
+
+    @property
+    @abc.abstractmethod
+    def block_size(self) -> int:
+        """Elements that share a scale: the literature's bucket."""
+
+    @property
+    @abc.abstractmethod
+    def unbiased(self) -> bool:
+        """True if the decoded vector is right on average over all keys, up to the resolution of the random numbers."""
+
+    @property
+    def native_flags(self) -> int:
+        """Flags for the native core."""
+        return 0
+
+    @property
+    def native_spec(self) -> CodecSpec:
+        """What the native core needs to know; the kind is its constant ``KIND_<ID>``."""
+        from .. import native
+
+        return native.CodecSpec(
+            getattr(native, f"KIND_{self.id.upper()}"), self.bits, self.block_size, self.native_flags
+        )
+
+    @abc.abstractmethod
+    def code_nbytes(self, elements: int) -> int:
+        """Bytes that the codes of one block of ``elements`` numbers take, 1 <= elements <= block_size."""
+
+    @abc.abstractmethod
+    def encode_blocks(self, values: FLOAT32, key: int, index: UINT32) -> EncodedBlocks:
+        """Encode blocks: ``values`` is (blocks, elements) and finite, ``index`` (blocks,) has their positions."""
+
+    @abc.abstractmethod
+    def decode_blocks(
+        self, scales: FLOAT32 | None, codes: UINT8, elements: int, key: int, index: UINT32
+    ) -> tuple[FLOAT32, FLOAT32]:
+        """Decode blocks to ``x`` (blocks, elements) and ``step`` (blocks,); the numbers are their products.
+
+        Raises WireFormatError for a code that no encoder writes.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration as a dict that JSON can hold; :func:`from_config` takes it back."""
+        return {"id": self.id, **dataclasses.asdict(self)}
+
+    def payload_nbytes(self, num_elements: int) -> int:
+        """Return the exact number of bytes that ``num_elements`` numbers become.
+
+        >>> from pqasgd_horovod import codecs
+        >>> codecs.eden(bits=2).payload_nbytes(1024)  # 4 for the scale, 256 for the codes
+        260
+        """
+        full, rest = divmod(check_count(num_elements), self.block_size)
+        scale = SCALE_NBYTES if self.has_scale else 0
+        nbytes = full * (scale + self.code_nbytes(self.block_size))
+        return nbytes + scale + self.code_nbytes(rest) if rest else nbytes
+
+    def payload_bits_per_element(self, num_elements: int) -> float:
+        """Return bits on the wire for each number, scales and padding included; 0 for an empty vector.
+
+        >>> from pqasgd_horovod import codecs
+        >>> codecs.maxscale(bits=4, block_size=512).payload_bits_per_element(1 << 20)
+        4.0625
+        """
+        num_elements = check_count(num_elements)
+        return 8 * self.payload_nbytes(num_elements) / num_elements if num_elements else 0.0
+
+    def split(self, num_elements: int) -> Iterator[Blocks]:
+        """Cut a vector into all full blocks, then the last shorter one; a part that would be empty is left out."""
+        full, rest = divmod(num_elements, self.block_size)
+        if full:
+            yield Blocks(np.arange(full, dtype=np.uint32), self.block_size, 0)
+        if rest:
+            yield Blocks(np.array([full], np.uint32), rest, full * self.block_size)
+
+    def encode(
+        self, values: np.ndarray, key: int = 0, *, anchor: np.ndarray | None = None, out: UINT8 | None = None
+    ) -> UINT8:
+        """Return the payload of ``values - anchor``, made by the native core.
+
+        Args:
+            values: contiguous vector, float16, float32 or float64. Numbers beyond float32 count as not finite.
+            key: 64-bit key of all random numbers; see :func:`pqasgd_horovod.keys.derive_key`.
+            anchor: None, or a contiguous float32 or float64 vector of the same length. The difference is taken in its
+                dtype, then rounded to float32.
+            out: None, or a contiguous uint8 vector of ``payload_nbytes(len(values))`` to write to.
+
+        Returns:
+            The payload, uint8; ``out`` if it was given.
+
+        Raises ArgumentError for arguments other than these, NonFiniteError if a number is NaN, infinite or too large
+        for the codec.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> payload = codecs.fp16().encode(np.array([1.0, -2.0], np.float32))
+        >>> payload.tobytes().hex()
+        '003c00c0'
+        """
+        from .. import native
+
+        check_values(values, anchor)
+        key = check_key(key)
+        expected = self.payload_nbytes(values.size)
+        if out is None:
+            out = np.empty(expected, np.uint8)
+        else:
+            check_vector("out", out, (np.dtype(np.uint8),), writeable=True)
+            if out.size != expected:
+                raise ArgumentError(f"out has {out.size} bytes; {self} makes {expected} bytes of {values.size} numbers")
+        source = native.Source.from_arrays([values], anchor)
+        if not native.encode(self.native_spec, source, 0, values.size, key, out):
+            raise self.non_finite_error(values, anchor)
+        return out
+
+    def decode(self, payload: UINT8, num_elements: int, key: int = 0) -> FLOAT32:
+        """Return the ``num_elements`` float32 numbers that ``payload`` stands for; see :meth:`decode_add`.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> codec = codecs.maxscale(bits=3)
+        >>> codec.decode(codec.encode(np.array([3.0, -1.0, 0.0], np.float32)), 3)
+        array([ 3., -1.,  0.], dtype=float32)
+        """
+        destination = np.zeros(check_count(num_elements), np.float32)
+        self.decode_add(payload, destination, key)
+        return destination
+
+    def decode_add(self, payload: UINT8, destination: FLOAT32, key: int = 0, weight: float = 1.0) -> None:
+        """Add ``weight`` times the decoded vector to ``destination`` with the native core.
+
+        Args:
+            payload: contiguous uint8 vector from :meth:`encode` with the same key.
+            destination: contiguous float32 vector, as long as the payload has numbers. Unspecified after an error.
+            key: the 64-bit key of the payload.
+            weight: finite number, rounded to float32.
+
+        Raises ArgumentError for arguments other than these, WireFormatError if the payload is truncated or corrupted.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> total = np.ones(2, np.float32)
+        >>> codecs.none().decode_add(codecs.none().encode(np.array([2.0, 4.0], np.float32)), total, weight=0.5)
+        >>> total
+        array([2., 3.], dtype=float32)
+        """
+        from .. import native
+
+        weight32 = self._check_decode(payload, destination, weight)
+        native.decode_add(self.native_spec, payload, destination.size, check_key(key), float(weight32), destination)
+
+    def reference_encode(self, values: np.ndarray, key: int = 0, *, anchor: np.ndarray | None = None) -> UINT8:
+        """Return what :meth:`encode` returns, computed by the NumPy specification.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> codecs.bf16().reference_encode(np.array([1.0], np.float32)).tobytes().hex()
+        '803f'
+        """
+        check_values(values, anchor)
+        key = check_key(key)
+        difference = subtract_anchor(values, anchor)
+        if not np.isfinite(difference).all():
+            raise self.non_finite_error(values, anchor)
+        all_scales, all_codes = [np.empty(0, _SCALE_DTYPE)], [np.empty(0, np.uint8)]
+        for part in self.split(values.size):
+            blocks = difference[part.start : part.stop].reshape(-1, part.elements)
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                encoded = self.encode_blocks(blocks, key, part.indices)
+            if not encoded.in_range:
+                raise self.non_finite_error(values, anchor)
+            if encoded.scales is not None:
+                all_scales.append(encoded.scales.astype(_SCALE_DTYPE))
+            all_codes.append(encoded.codes.reshape(-1))
+        return np.concatenate([np.concatenate(all_scales).view(np.uint8), *all_codes])
+
+    def reference_decode(self, payload: UINT8, num_elements: int, key: int = 0) -> FLOAT32:
+        """Return what :meth:`decode` returns, computed by the NumPy specification.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> codec = codecs.terngrad()
+        >>> codec.reference_decode(codec.reference_encode(np.array([2.0, 0.0, -2.0], np.float32)), 3)
+        array([ 2.,  0., -2.], dtype=float32)
+        """
+        destination = np.zeros(check_count(num_elements), np.float32)
+        self.reference_decode_add(payload, destination, key)
+        return destination
+
+    def reference_decode_add(self, payload: UINT8, destination: FLOAT32, key: int = 0, weight: float = 1.0) -> None:
+        """Do what :meth:`decode_add` does, by the NumPy specification.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> total = np.ones(1, np.float32)
+        >>> codecs.fp16().reference_decode_add(np.array([0x00, 0x3C], np.uint8), total, weight=2.0)
+        >>> total
+        array([3.], dtype=float32)
+        """
+        weight32 = self._check_decode(payload, destination, weight)
+        key = check_key(key)
+        parts = list(self.split(destination.size))
+        num_scales = sum(len(part.indices) for part in parts) if self.has_scale else 0
+        all_scales = payload[: SCALE_NBYTES * num_scales].view(_SCALE_DTYPE).astype(np.float32)
+        refused = np.flatnonzero(~((all_scales >= 0) & (all_scales < np.inf)))
+        if refused.size:
+            block = int(refused[0])
+            raise WireFormatError(
+                f"payload of {self}: the scale of block {block} is {all_scales[block]}, not a finite number >= 0"
+            )
+        at = SCALE_NBYTES * num_scales
+        for part in parts:
+            nbytes = self.code_nbytes(part.elements)
+            codes = payload[at : at + len(part.indices) * nbytes].reshape(-1, nbytes)
+            at += codes.size
+            scales = all_scales[part.indices] if self.has_scale else None
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                x, step = self.decode_blocks(scales, codes, part.elements, key, part.indices)
+                destination[part.start : part.stop] += (x * (step * weight32)[:, None]).reshape(-1)
+
+    def non_finite_error(self, values: np.ndarray, anchor: np.ndarray | None = None) -> NonFiniteError:
+        """Return the error for numbers that this codec cannot send, naming the first that is not finite, if any."""
+        bad = np.flatnonzero(~np.isfinite(subtract_anchor(values, anchor)))
+        if bad.size:
+            position = int(bad[0])
+            less = "" if anchor is None else f" - {anchor[position]}"
+            what = (
+                f"number {position} is {values[position]}{less}; {bad.size} of {values.size} are not finite in float32"
+            )
+        else:
+            largest = float(np.max(np.abs(subtract_anchor(values, anchor))))
+            what = f"the largest magnitude is {largest:g}, so that codes or sums of squares overflow"
+        return NonFiniteError(
+            f"{self} cannot encode values: {what}. Look for a diverging loss, or lower the learning rate"
+        )
+
+    def _check_decode(self, payload: UINT8, destination: FLOAT32, weight: float) -> np.float32:
+        check_vector("payload", payload, (np.dtype(np.uint8),))
+        check_vector("destination", destination, (np.dtype(np.float32),), writeable=True)
+        expected = self.payload_nbytes(destination.size)
+        if payload.size != expected:
+            raise WireFormatError(
+                f"payload has {payload.size} bytes; {self} makes {expected} bytes of {destination.size} numbers: "
+                "it is truncated, or was made by another codec or for another length"
+            )
+        with np.errstate(over="ignore"):
+            weight32: np.float32 = np.float32(weight)
+        if not math.isfinite(weight32):
+            raise ArgumentError(f"weight is {weight!r}; it must be a finite float32 number")
+        return weight32
+
+
+def subtract_anchor(values: np.ndarray, anchor: np.ndarray | None) -> FLOAT32:
+    """Return ``values - anchor`` as float32; the difference is taken in the dtype of the anchor."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if anchor is None:
+            return values.astype(np.float32)
+        difference: FLOAT32 = (values.astype(anchor.dtype) - anchor).astype(np.float32)
+        return difference
+
+
+def sum64(x: FLOAT32) -> FLOAT32:
+    """Return the sum over the last axis in the one order that every implementation keeps.
+
+    64 running sums, element i going to sum i mod 64; then the upper half is added to the lower half until one is left.
+
+    >>> import numpy as np
+    >>> sum64(np.ones((2, 100), np.float32))
+    array([100., 100.], dtype=float32)
+    """
+    padding = -x.shape[-1] % 64
+    rows = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]).reshape(*x.shape[:-1], -1, 64)
+    sums = np.zeros((*x.shape[:-1], 64), np.float32)
+    for row in range(rows.shape[-2]):
+        sums += rows[..., row, :]
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    total: FLOAT32 = sums[..., 0]
+    return total
+
+
+def check_vector(name: str, array: ArrayLike, dtypes: tuple[np.dtype, ...], *, writeable: bool = False) -> None:
+    """Raise ArgumentError unless ``array`` is a contiguous NumPy vector of one of ``dtypes``."""
+    allowed = " or ".join(dtype.name for dtype in dtypes)
+    if not isinstance(array, np.ndarray):
+        raise ArgumentError(f"{name} is a {type(array).__name__}; it must be a NumPy vector of {allowed}")
+    if array.dtype not in dtypes:
+        raise ArgumentError(f"{name} has dtype {array.dtype}; it must be {allowed}")
+    if array.ndim != 1 or not array.flags.c_contiguous:
+        raise ArgumentError(
+            f"{name} has shape {array.shape} and strides {array.strides}; it must be one contiguous vector: "
+            "pass np.ascontiguousarray(x).reshape(-1)"
+        )
+    if writeable and not array.flags.writeable:
+        raise ArgumentError(f"{name} is read-only; pass an array that can be written to")
+
+
+def check_values(values: np.ndarray, anchor: np.ndarray | None) -> None:
+    """Raise ArgumentError unless ``values`` and ``anchor`` can be encoded."""
+    check_vector("values", values, _VALUE_DTYPES)
+    if anchor is not None:
+        check_vector("anchor", anchor, _ANCHOR_DTYPES)
+        if anchor.size != values.size:
+            raise ArgumentError(
+                f"anchor has {anchor.size} elements and values has {values.size}; they must be as long as each other"
+            )
+
+
+def check_count(num_elements: int) -> int:
+    """Return ``num_elements`` as an int, or raise ArgumentError unless it is a whole number >= 0."""
+    return check_integer("num_elements", num_elements, 0, 2**48)
+
+
+def check_key(key: int) -> int:
+    """Return ``key`` as an int, or raise ArgumentError unless it is a whole number of 64 bits."""
+    return check_integer("key", key, 0, 2**64 - 1)
+
+
+def check_integer(name: str, value: int, low: int, high: int) -> int:
+    """Return ``value`` as an int, or raise ArgumentError unless it is a whole number from ``low`` to ``high``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{name} is {value!r}; it must be a whole number from {low} to {high}") from None
+    if isinstance(value, bool) or not low <= number <= high:
+        raise ArgumentError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+    return number
