@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import horovod.torch as horovod
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import ArgumentError, CollectiveTimeoutError
-
-_SPINS = 200
-_NAP_SECONDS = 50e-6
+from ..exchange.carriers import Bytes, wait_until
 
 
 class HorovodHandle:
@@ -23,37 +18,29 @@ class HorovodHandle:
     def __init__(self, handle: int, name: str) -> None:
         self._handle = handle
         self._name = name
-        self._result: NDArray[np.uint8] | None = None
+        self._result: Bytes | None = None
 
     def done(self) -> bool:
         """Return whether :meth:`wait` would return at once."""
         return self._result is not None or bool(horovod.poll(self._handle))
 
-    def wait(self, timeout: float | None = None) -> NDArray[np.uint8]:
+    def wait(self, timeout: float | None = None) -> Bytes:
         """Block until the collective is complete and return the received bytes, in rank order.
 
         Raises CollectiveTimeoutError after ``timeout`` seconds (None: never); the collective then stays in flight.
         """
         if self._result is None:
-            self._poll(timeout)
+            # Horovod's own wait spins on a core that its background thread may need.
+            if not wait_until(self.done, timeout):
+                raise CollectiveTimeoutError(
+                    f"collective {self._name!r}: not every rank took part within {timeout:g} s; "
+                    "every rank has to make the same sequence of collective calls"
+                )
             received: Any = horovod.synchronize(self._handle)
             # An alltoall also returns how much came from whom; the sizes are known here.
             output = received[0] if isinstance(received, tuple) else received
             self._result = output.numpy()
         return self._result
-
-    def _poll(self, timeout: float | None) -> None:
-        # Horovod's own wait spins on a core, which its background thread may need: spin briefly, then nap.
-        deadline = None if timeout is None else time.monotonic() + timeout
-        spins = 0
-        while not horovod.poll(self._handle):
-            if deadline is not None and time.monotonic() >= deadline:
-                raise CollectiveTimeoutError(
-                    f"{self._name}: not every rank took part within {timeout:g} s; "
-                    "every rank has to make the same sequence of collective calls"
-                )
-            spins += 1
-            time.sleep(0.0 if spins < _SPINS else _NAP_SECONDS)
 
 
 class HorovodCarrier:
@@ -72,17 +59,17 @@ class HorovodCarrier:
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
 
-    def allgather(self, name: str, payload: NDArray[np.uint8]) -> HorovodHandle:
+    def allgather(self, name: str, payload: Bytes) -> HorovodHandle:
         """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""
-        handle = horovod.allgather_async(torch.from_numpy(payload), name=name, process_set=self._process_set)
+        return HorovodHandle(horovod.allgather_async(_as_tensor(payload), name=name, process_set=self._process_set), name)
+
+    def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> HorovodHandle:
+        """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""
+        pieces = torch.tensor(splits, dtype=torch.int32)
+        handle = horovod.alltoall_async(_as_tensor(payload), splits=pieces, name=name, process_set=self._process_set)
         return HorovodHandle(handle, name)
 
-    def alltoall(self, name: str, payload: NDArray[np.uint8], splits: Sequence[int]) -> HorovodHandle:
-        """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""
-        handle = horovod.alltoall_async(
-            torch.from_numpy(payload),
-            splits=torch.tensor(splits, dtype=torch.int32),
-            name=name,
-            process_set=self._process_set,
-        )
-        return HorovodHandle(handle, name)
+
+def _as_tensor(payload: Bytes) -> torch.Tensor:
+    # torch has no read-only tensors and warns about a view of a read-only array: such arrays are small, copy them.
+    return torch.from_numpy(payload if payload.flags.writeable else payload.copy())

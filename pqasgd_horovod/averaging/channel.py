@@ -1,0 +1,142 @@
+"""One flat vector and the exchange that averages it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import codecs, native
+from ..codecs.base import Codec
+from ..errors import MismatchError, NonFiniteError, WireFormatError
+from ..exchange import make_exchange
+from ..exchange.carriers import Carrier
+from ..exchange.handshake import verify_same
+from ..exchange.layout import cut_buckets, shard_alignment
+from .config import ExchangeConfig
+from .vector import AnchorArray, FlatVector, TensorView
+
+
+class Channel:
+    """A flat vector, its buckets, its anchor if it has one, and the exchange that brings the mean."""
+
+    def __init__(
+        self,
+        vector: FlatVector,
+        anchor: AnchorArray | None,
+        *,
+        carrier: Carrier,
+        config: ExchangeConfig,
+        compressed: bool,
+        name: str,
+        index: int,
+        digest: int,
+    ) -> None:
+        codec: Codec = config.codec if compressed else codecs.none()
+        second_codec = config.second_codec if compressed else None
+        self.vector = vector
+        self.anchor = anchor
+        sizes = cut_buckets(vector.num_elements, shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
+        self.starts: list[int] = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).tolist()
+        self.means: list[NDArray[np.float32]] = [np.empty(size, np.float32) for size in sizes]
+        self.exchange = make_exchange(
+            codec,
+            carrier,
+            sizes,
+            name=f"{name}.{index}",
+            # Bucket numbers begin at 0 in every channel: another seed keeps the rounding noise of channels apart.
+            seed=(config.seed + index) % 2**64,
+            digest=digest,
+            method=config.method if compressed else "auto",
+            second_codec=second_codec,
+            nonfinite=config.nonfinite,
+        )
+
+    @property
+    def num_buckets(self) -> int:
+        """Number of buckets."""
+        return len(self.means)
+
+    def tensors_in(self, bucket: int) -> range:
+        """Return the indices of the tensors that lie in a bucket, wholly or in part."""
+        return self.vector.tensors_in(self.starts[bucket], self.starts[bucket + 1])
+
+    def begin(self, step: int, round: int) -> None:
+        """Encode every bucket and launch its exchange."""
+        source = self.vector.source(self.anchor)
+        for bucket, start in enumerate(self.starts[:-1]):
+            self.exchange.begin(bucket, source, start, step=step, round=round)
+            self.exchange.advance()
+
+    def begin_bucket(self, bucket: int, step: int, round: int) -> None:
+        """Encode one bucket of a vector without anchor, whose tensors alone need to be there, and launch its exchange."""
+        tensors = self.tensors_in(bucket)
+        start = self.starts[bucket] - self.vector.offsets[tensors.start]
+        self.exchange.begin(bucket, self.vector.source(part=tensors), start, step=step, round=round)
+        self.exchange.advance()
+
+    def apply(self) -> None:
+        """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean."""
+        target = self.vector.source(self.anchor)
+        for mean, start in zip(self.means, self.starts):
+            native.apply(mean, start, target)
+
+
+def split_by_size(tensors: Sequence[TensorView], threshold: int) -> tuple[list[TensorView], list[TensorView]]:
+    """Return the tensors of at least ``threshold`` elements, which are compressed, and the rest, which is not."""
+    large = [tensor for tensor in tensors if tensor.numel >= threshold]
+    small = [tensor for tensor in tensors if tensor.numel < threshold]
+    return large, small
+
+
+def digest_tensors(vector: FlatVector, values: AnchorArray) -> dict[str, str]:
+    """Return a digest of each tensor's part of ``values``, by name."""
+    return {tensor.name: hashlib.sha256(values[vector.span(i)]).hexdigest()[:16] for i, tensor in enumerate(vector.tensors)}
+
+
+class ChannelSet:
+    """The channels of one optimizer, and what all channels that it ever had have sent."""
+
+    def __init__(self) -> None:
+        self._channels: Sequence[Channel] = ()
+        self._earlier_bytes = (0, 0)
+
+    def __iter__(self) -> Iterator[Channel]:
+        return iter(self._channels)
+
+    def replace(self, channels: Sequence[Channel]) -> None:
+        """Use other channels from now on."""
+        self._earlier_bytes = self.byte_counts()
+        self._channels = channels
+
+    def byte_counts(self) -> tuple[int, int]:
+        """Return the bytes sent and received so far."""
+        sent, received = self._earlier_bytes
+        for channel in self._channels:
+            sent += channel.exchange.bytes_sent
+            received += channel.exchange.bytes_received
+        return sent, received
+
+    def finish(self) -> None:
+        """Wait for all means; if one channel fails, still wait for the others, so that the next round can work, then raise the first error."""
+        errors: list[Exception] = []
+        for channel in self._channels:
+            try:
+                channel.exchange.finish(channel.means)
+            except (NonFiniteError, MismatchError, WireFormatError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def verify_replicas(self, carrier: Carrier, name: str, what: str) -> None:
+        """Raise MismatchError on every rank unless every tensor has the same bits on all ranks; collective."""
+        digests: dict[str, str] = {}
+        for channel in self._channels:
+            values = channel.vector.gather(np.dtype(np.float64))
+            digests.update(digest_tensors(channel.vector, values))
+        try:
+            verify_same(carrier, {what: digests}, f"{name}.consistency")
+        except MismatchError as error:
+            raise MismatchError(f"replicas differ after an average, which must not happen: {error}") from None

@@ -1,0 +1,142 @@
+"""Quantized gradients: every step the mean of the coded gradients, exchanged while they are still being computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..exchange.carriers import Carrier
+from ..exchange.handshake import verify_same
+from .channel import Channel, ChannelSet, split_by_size
+from .config import ExchangeConfig
+from .schedule import PeriodicAveraging
+from .state import STATE_VERSION, check_state
+from .statistics import CommunicationStatistics
+from .vector import FlatVector, TensorView
+
+
+class GradientAverager:
+    r"""Replace gradients :math:`g_i` by :math:`\frac1n \sum_i Q(g_i)`, or by the sum.
+
+    Use: :meth:`prepare` once, and again when the set of tensors changes; then in each step :meth:`ready` for each gradient that is complete (in any
+    order, it never blocks), and :meth:`finish`, which sends the rest and waits. ``carrier`` is None for a rank that trains alone.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier | None,
+        config: ExchangeConfig,
+        *,
+        name: str,
+        sum_over_ranks: bool = False,
+        check_consistency: bool = False,
+    ) -> None:
+        self._carrier = carrier if carrier is not None and carrier.size > 1 else None
+        self._config = config
+        self._name = name
+        self._sum_over_ranks = sum_over_ranks
+        self._check_consistency = check_consistency
+        self._channels = ChannelSet()
+        self._buckets_of: dict[str, tuple[Channel, list[int]]] = {}
+        self._missing: dict[tuple[Channel, int], int] = {}
+        self._ready: set[str] = set()
+        self._num_elements = 0
+        self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
+        self.steps = 0
+
+    def prepare(self, tensors: Sequence[TensorView]) -> None:
+        """Lay out the gradients and agree on that; collective. Raises MismatchError on every rank if the ranks differ."""
+        self._num_elements = sum(tensor.numel for tensor in tensors)
+        if self._carrier is None:
+            return
+        description = {
+            "steps": self.steps,
+            "exchange": self._config.config(),
+            "gradients": {tensor.name: tensor.description for tensor in tensors},
+        }
+        digest = verify_same(self._carrier, description, f"{self._name}.layout")
+        large, small = split_by_size(tensors, self._config.small_tensor_threshold)
+        self._channels.replace(
+            [
+                Channel(
+                    FlatVector(members),
+                    None,
+                    carrier=self._carrier,
+                    config=self._config,
+                    compressed=compressed,
+                    name=self._name,
+                    index=index,
+                    digest=digest,
+                )
+                for index, (members, compressed) in enumerate(((large, True), (small, False)))
+                if members
+            ]
+        )
+        self._buckets_of = {}
+        for channel in self._channels:
+            for i, tensor in enumerate(channel.vector.tensors):
+                buckets = [bucket for bucket in range(channel.num_buckets) if i in channel.tensors_in(bucket)]
+                self._buckets_of[tensor.name] = (channel, buckets)
+        self._start_step()
+
+    def _start_step(self) -> None:
+        self._ready = set()
+        self._missing = {
+            (channel, bucket): len(channel.tensors_in(bucket)) for channel in self._channels for bucket in range(channel.num_buckets)
+        }
+
+    def ready(self, name: str) -> None:
+        """Take note that a gradient will not change any more before :meth:`finish`; launch each bucket that is now complete."""
+        if self._carrier is None or name in self._ready:
+            return
+        self._ready.add(name)
+        channel, buckets = self._buckets_of[name]
+        for bucket in buckets:
+            self._missing[channel, bucket] -= 1
+            if self._missing[channel, bucket] == 0:
+                channel.begin_bucket(bucket, step=self.steps, round=self.steps)
+
+    def finish(self) -> None:
+        """Send what is left, wait, and write the means over the gradients of every rank; collective.
+
+        Raises NonFiniteError or DesynchronizedError on every rank, with the gradients untouched.
+        """
+        for name in self._buckets_of:
+            self.ready(name)
+        started = time.perf_counter()
+        try:
+            self._channels.finish()
+        finally:
+            self._start_step()
+            self.steps += 1
+            self.statistics.count_step(self._num_elements)
+        for channel in self._channels:
+            if self._carrier is not None and self._sum_over_ranks:
+                for mean in channel.means:
+                    np.multiply(mean, np.float32(self._carrier.size), out=mean)
+            channel.apply()
+        self.statistics.rounds += 1
+        self.statistics.exchange_seconds += time.perf_counter() - started
+        if self._check_consistency and self._carrier is not None:
+            self._channels.verify_replicas(self._carrier, self._name, "gradients")
+
+    def config(self) -> dict[str, Any]:
+        """Return what a saved state must have been made with."""
+        return {"averaging": PeriodicAveraging(period=1).config(), "exchange": self._config.config()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step counter, which keys the rounding noise, and the configuration."""
+        return {"version": STATE_VERSION, "steps": self.steps, "rounds": self.steps, "config": self.config(), "anchor": {}}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a state; None: begin anew. Raises ArgumentError, and changes nothing, if it was made with another configuration."""
+        if state is not None:
+            check_state(state, self.config())
+        self.steps = 0 if state is None else int(state["steps"])
+
+    def communication_stats(self) -> dict[str, Any]:
+        """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
+        return self.statistics.as_dict(*self._channels.byte_counts())

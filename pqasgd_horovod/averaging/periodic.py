@@ -1,0 +1,233 @@
+"""PQASGD: local steps, and every period an exchange of what changed since the anchor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
+from ..exchange.carriers import Carrier, Handle
+from ..exchange.handshake import verify_same
+from .channel import Channel, ChannelSet, digest_tensors, split_by_size
+from .config import ExchangeConfig
+from .schedule import PeriodicAveraging
+from .state import STATE_VERSION, check_state
+from .statistics import CommunicationStatistics
+from .vector import AnchorArray, FlatVector, TensorView, anchor_dtype
+
+
+class PeriodicAverager:
+    """The replica of one rank: its anchor, its counters, and the averages it takes part in.
+
+    Use: :meth:`prepare` before each local update, :meth:`count_step` after it. Both are collective at times: every rank has to make the same calls.
+    ``carrier`` is None for a rank that trains alone; then steps are counted and nothing else happens.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier | None,
+        averaging: PeriodicAveraging,
+        config: ExchangeConfig,
+        *,
+        name: str,
+        check_consistency: bool = False,
+    ) -> None:
+        self._carrier = carrier if carrier is not None and carrier.size > 1 else None
+        self._averaging = averaging
+        self._config = config
+        self._name = name
+        self._check_consistency = check_consistency
+        self._channels = ChannelSet()
+        self._prepared = False
+        self._buffer_names: frozenset[str] = frozenset()
+        self._restored: dict[str, AnchorArray] = {}
+        self._flush_vote: Handle | None = None
+        self._num_parameters = 0
+        self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
+        self.steps = 0
+        self.rounds = 0
+        self.steps_since_average = 0
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the anchor is there."""
+        return self._prepared
+
+    def prepare(self, parameters: Sequence[TensorView], buffers: Sequence[TensorView] = ()) -> None:
+        """Lay out the tensors and take anchors; collective.
+
+        Tensors that had an anchor keep it, also in the middle of a period; the others take a restored anchor, or else their present value, which
+        must be the same on every rank. Raises MismatchError on every rank if layout, counters or anchors differ, and changes nothing then.
+        """
+        self._num_parameters = sum(tensor.numel for tensor in parameters)
+        if self._carrier is None:
+            self._prepared = True
+            return
+        anchors = {**self._anchors(), **self._restored}
+        buffer_names = frozenset(tensor.name for tensor in buffers)
+        layout: list[tuple[FlatVector, AnchorArray, bool]] = []
+        digests: dict[str, str] = {}
+        for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+            large, small = split_by_size(
+                [tensor for tensor in parameters if anchor_dtype(tensor) == dtype], self._config.small_tensor_threshold
+            )
+            small += [tensor for tensor in buffers if anchor_dtype(tensor) == dtype]
+            for tensors, compressed in ((large, True), (small, False)):
+                if not tensors:
+                    continue
+                vector = FlatVector(tensors)
+                anchor = vector.gather(dtype)
+                for i, tensor in enumerate(tensors):
+                    if tensor.name in buffer_names:
+                        # Buffers are averaged as values: the change from zero.
+                        anchor[vector.span(i)] = 0
+                    elif tensor.name in anchors:
+                        anchor[vector.span(i)] = anchors[tensor.name]
+                digests.update(digest_tensors(vector, anchor))
+                layout.append((vector, anchor, compressed))
+        digest = self._agree(parameters, buffers, digests)
+        self._channels.replace(
+            [
+                Channel(
+                    vector,
+                    anchor,
+                    carrier=self._carrier,
+                    config=self._config,
+                    compressed=compressed,
+                    name=self._name,
+                    index=index,
+                    digest=digest,
+                )
+                for index, (vector, anchor, compressed) in enumerate(layout)
+            ]
+        )
+        self._buffer_names = buffer_names
+        self._restored = {}
+        self._prepared = True
+
+    def _agree(self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], digests: Mapping[str, str]) -> int:
+        assert self._carrier is not None
+        description = {
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "steps_since_average": self.steps_since_average,
+            "averaging": self._averaging.config(),
+            "exchange": self._config.config(),
+            "parameters": {tensor.name: tensor.description for tensor in parameters},
+            "buffers": {tensor.name: tensor.description for tensor in buffers},
+        }
+        digest = verify_same(self._carrier, description, f"{self._name}.layout")
+        try:
+            verify_same(self._carrier, {"parameters": digests}, f"{self._name}.start")
+        except MismatchError as error:
+            raise MismatchError(
+                "the ranks do not start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), root_rank=0) "
+                f"before the first step, or load the same checkpoint on every rank (digests of the values: {error})"
+            ) from None
+        return digest
+
+    def count_step(self) -> None:
+        """Count a local step, taken or skipped, and average if the schedule says so; collective then.
+
+        Raises NonFiniteError or DesynchronizedError on every rank, with parameters and anchor untouched; the next step then tries again.
+        """
+        self.steps += 1
+        self.steps_since_average += 1
+        self.statistics.count_step(self._num_parameters)
+        if self._averaging.due(self.steps_since_average):
+            self.average()
+
+    def average(self) -> None:
+        """Average now: anchor += mean of the decoded changes, parameters = anchor; collective."""
+        started = time.perf_counter()
+        for channel in self._channels:
+            channel.begin(step=self.steps, round=self.rounds)
+        self._channels.finish()
+        for channel in self._channels:
+            channel.apply()
+            self._clear_buffer_anchors(channel)
+        self.rounds += 1
+        self.steps_since_average = 0
+        self.statistics.rounds += 1
+        self.statistics.exchange_seconds += time.perf_counter() - started
+        if self._check_consistency and self._carrier is not None:
+            self._channels.verify_replicas(self._carrier, self._name, "parameters")
+
+    def _clear_buffer_anchors(self, channel: Channel) -> None:
+        assert channel.anchor is not None
+        for i, tensor in enumerate(channel.vector.tensors):
+            if tensor.name in self._buffer_names:
+                channel.anchor[channel.vector.span(i)] = 0
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Average a last partial period; collective, unless no step was made since the last average: then nothing happens.
+
+        With ``timeout`` the ranks first wait for each other, and raise CollectiveTimeoutError, nothing lost, if one does not come in that many seconds.
+        """
+        if self.steps_since_average == 0:
+            return
+        if self._carrier is not None:
+            if self._flush_vote is None:
+                self._flush_vote = self._carrier.allgather(f"{self._name}.flush", np.zeros(1, np.uint8))
+            try:
+                self._flush_vote.wait(timeout)
+            except CollectiveTimeoutError:
+                # The vote stays in flight: the next flush() of this rank waits for the same one.
+                raise CollectiveTimeoutError(
+                    f"{self.steps_since_average} steps were made since the last average, and averaging them takes every rank, but not every rank called "
+                    f"flush() or state_dict() within {timeout} s: call optimizer.flush() on every rank first, then state_dict() where you like"
+                ) from None
+            self._flush_vote = None
+        self.average()
+
+    def _anchors(self) -> dict[str, AnchorArray]:
+        return {
+            tensor.name: channel.anchor[channel.vector.span(i)]
+            for channel in self._channels
+            if channel.anchor is not None
+            for i, tensor in enumerate(channel.vector.tensors)
+            if tensor.name not in self._buffer_names
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Return what a saved state must have been made with."""
+        return {"averaging": self._averaging.config(), "exchange": self._config.config()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters, configuration and a copy of the anchor, by parameter name.
+
+        Raises ArgumentError in the middle of a period: :meth:`flush` first.
+        """
+        if self.steps_since_average:
+            raise ArgumentError(f"{self.steps_since_average} steps were made since the last average: call flush() first")
+        return {
+            "version": STATE_VERSION,
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "config": self.config(),
+            "anchor": {name: values.copy() for name, values in {**self._anchors(), **self._restored}.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a state; None: begin anew, from the parameters as they are at the next step.
+
+        The ranks compare what they have loaded at their next step. Raises ArgumentError, and changes nothing, if the state was made with another
+        configuration.
+        """
+        anchors: dict[str, AnchorArray] = {}
+        if state is not None:
+            check_state(state, self.config())
+            anchors = dict(state["anchor"])
+        self.steps = 0 if state is None else int(state["steps"])
+        self.rounds = 0 if state is None else int(state["rounds"])
+        self.steps_since_average = 0
+        self._restored = anchors
+        self._channels.replace(())
+        self._prepared = False
+
+    def communication_stats(self) -> dict[str, Any]:
+        """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
+        return self.statistics.as_dict(*self._channels.byte_counts())

@@ -1,0 +1,86 @@
+"""Tensors laid end to end, seen as one flat vector."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import native
+
+AnchorArray = NDArray[np.float32] | NDArray[np.float64]
+
+
+class TensorView(Protocol):
+    """A tensor of the model, as dense memory of a known type; each front end has its own."""
+
+    @property
+    def name(self) -> str:
+        """Name, the same on every rank and unlike any other."""
+        ...
+
+    @property
+    def dtype(self) -> int:
+        """``native.DTYPE_*``."""
+        ...
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Type, shape and order in memory, to be compared between ranks."""
+        ...
+
+    def pointer(self) -> int:
+        """Return where the elements are now; raise ArgumentError if type, size or order in memory have changed."""
+        ...
+
+
+def anchor_dtype(tensor: TensorView) -> np.dtype:
+    """Return the type of a tensor's anchor: float64 for float64, float32 for narrower types, whose lost digits it keeps."""
+    return np.dtype(np.float64 if tensor.dtype == native.DTYPE_F64 else np.float32)
+
+
+class FlatVector:
+    """The elements of ``tensors``, in order, as one vector of ``num_elements``."""
+
+    def __init__(self, tensors: Sequence[TensorView]) -> None:
+        self.tensors = tuple(tensors)
+        self.offsets = [0]
+        for tensor in self.tensors:
+            self.offsets.append(self.offsets[-1] + tensor.numel)
+        self.num_elements = self.offsets[-1]
+
+    def tensors_in(self, start: int, stop: int) -> range:
+        """Return the indices of the tensors that elements ``start`` to ``stop`` belong to."""
+        if stop <= start:
+            return range(0)
+        return range(bisect.bisect_right(self.offsets, start) - 1, bisect.bisect_left(self.offsets, stop))
+
+    def span(self, index: int) -> slice:
+        """Return where tensor ``index`` lies."""
+        return slice(self.offsets[index], self.offsets[index + 1])
+
+    def source(self, anchor: AnchorArray | None = None, part: range | None = None) -> native.Source:
+        """Return the vector as the native core reads and writes it, minus ``anchor``; of the tensors in ``part`` only if given.
+
+        Memory is looked up now, and must stay where it is while the source is in use.
+        """
+        tensors = self.tensors if part is None else self.tensors[part.start : part.stop]
+        segments = [(tensor.pointer(), tensor.dtype, tensor.numel) for tensor in tensors]
+        if anchor is None:
+            return native.Source(segments, None, owner=tensors)
+        code = native.DTYPE_F64 if anchor.dtype == np.float64 else native.DTYPE_F32
+        return native.Source(segments, (anchor.ctypes.data, code), owner=(tensors, anchor))
+
+    def gather(self, dtype: np.dtype) -> AnchorArray:
+        """Return a copy of the elements, in the type of an anchor."""
+        values: AnchorArray = np.empty(self.num_elements, dtype)
+        native.gather(self.source(), 0, values)
+        return values

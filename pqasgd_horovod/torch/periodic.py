@@ -1,0 +1,93 @@
+"""``period>1``: local steps, and at the end of each period PQASGD's average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from horovod.torch.optimizer import _DistributedOptimizer
+
+from ..averaging import PeriodicAverager
+from .tensors import TensorMemory, select_buffers
+from .wrapping import CommonMethods, Settings, parameters_of
+
+
+class PeriodicMethods(CommonMethods):
+    """``period>1``: local steps, and at the end of each period PQASGD's average."""
+
+    _step_supports_amp_scaling = True
+    """GradScaler then always calls ``step()``, also when it finds Inf, so that the ranks count the same steps."""
+
+    def __init__(self, params: Any, *arguments: Any) -> None:
+        _DistributedOptimizer.__init__(self, params, *arguments)
+        settings: Settings = self._settings
+        self._averager = PeriodicAverager(
+            settings.carrier,
+            settings.averaging,
+            settings.exchange,
+            name=settings.name,
+            check_consistency=settings.check_consistency,
+        )
+        self._placed: dict[torch.nn.Parameter, TensorMemory] = {}
+
+    def _register_hooks(self) -> None:
+        """Register none: gradients stay local."""
+
+    def _prepare(self) -> None:
+        """Before the local update: see that every trainable parameter has an anchor. Collective when one has not."""
+        trainable = [p for p in parameters_of(self) if p.requires_grad]
+        if self._averager.prepared and all(p in self._placed for p in trainable):
+            return
+        # A parameter that is frozen in the middle of a period still has local progress to average: it keeps its place.
+        placed = {
+            p: TensorMemory(self._parameter_names[p], lambda p=p: p)  # type: ignore[misc]
+            for p in parameters_of(self)
+            if p.requires_grad or p in self._placed
+        }
+        model = self._settings.model
+        buffers = [] if model is None else list(select_buffers(model, self._settings.averaging.buffers))
+        self._averager.prepare(list(placed.values()), buffers)
+        self._placed = placed
+
+    def synchronize(self) -> None:
+        """Do nothing but allow ``skip_synchronize()``: with ``period>1`` gradients stay local, and so does clipping them."""
+        self._synchronized = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let the user's optimizer step; at the end of a period average the replicas, which is collective.
+
+        Raises NonFiniteError or DesynchronizedError on every rank; parameters and anchor are then as before the average.
+        """
+        self._prepare()
+        loss = self._local_step(closure)
+        self._synchronized = False
+        self._averager.count_step()
+        return loss
+
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return self._inner_class.step(self, closure)
+        if float(found_inf):
+            return None
+        if grad_scale is not None:
+            inverse = grad_scale.double().reciprocal().float()
+            for parameter in parameters_of(self):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(inverse)
+        # A fused optimizer would take these for its own and scale once more; GradScaler removes them afterwards.
+        self.found_inf = self.grad_scale = None
+        return self._inner_class.step(self, closure)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Average a last partial period: call it on every rank before evaluating, saving or ending.
+
+        Nothing happens right after an average. Raises CollectiveTimeoutError if the other ranks do not come in ``timeout`` seconds (None: wait as any
+        collective does); nothing is lost then.
+        """
+        self._averager.flush(timeout)
+
+
+# The user's own step is hooked and profiled by torch; this one around it must not be, or step hooks would run twice.
+PeriodicMethods.step.hooked = True  # type: ignore[attr-defined]

@@ -1,0 +1,169 @@
+"""``period=1`` with any other codec: coded gradients, bucket by bucket, while backward runs."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as horovod
+import torch
+from horovod.torch.mpi_ops import sparse_allreduce_async
+from horovod.torch.optimizer import _DistributedOptimizer
+
+from ..averaging import GradientAverager
+from .tensors import GradientMemory
+from .wrapping import CommonMethods, Settings, parameters_of
+
+
+class GradientMethods(CommonMethods):
+    """``period=1`` with a codec that does not commute with a sum: coded gradients, exchanged during backward."""
+
+    def __init__(self, params: Any, *arguments: Any) -> None:
+        _DistributedOptimizer.__init__(self, params, *arguments)
+        settings: Settings = self._settings
+        self._averager = GradientAverager(
+            settings.carrier,
+            settings.exchange,
+            name=settings.name,
+            sum_over_ranks=settings.op == horovod.Sum,
+            check_consistency=settings.check_consistency,
+        )
+        self._gradients: dict[torch.nn.Parameter, GradientMemory] = {}
+        self._sparse: dict[torch.nn.Parameter, str] = {}
+        self._layout_is_current: bool | None = None
+        self._hooked: set[torch.nn.Parameter] = set()
+        self._add_hooks()
+
+    def _register_hooks(self) -> None:
+        """Register none of Horovod's."""
+
+    def _add_hooks(self) -> None:
+        """Watch the gradients of all parameters that are trainable now."""
+        if self._settings.carrier is None:
+            return
+        this = weakref.ref(self)
+
+        def on_gradient(parameter: torch.Tensor) -> None:
+            optimizer = this()
+            if optimizer is not None:
+                optimizer._on_gradient(parameter)
+
+        for parameter in parameters_of(self):
+            if parameter.requires_grad and parameter not in self._hooked:
+                self._hooked.add(parameter)
+                parameter.register_post_accumulate_grad_hook(on_gradient)
+
+    def _on_gradient(self, parameter: torch.nn.Parameter) -> None:
+        if self._allreduce_delay[parameter] <= 0:
+            raise AssertionError(
+                "Gradients were computed more than backward_passes_per_step times before step() or synchronize(). "
+                "Increase backward_passes_per_step to accumulate gradients locally."
+            )
+        assert parameter.grad is not None and not parameter.grad.requires_grad, "gradients must not need gradients (create_graph=True)"
+        self._allreduce_delay[parameter] -= 1
+        # Horovod's skip_synchronize and zero_grad look here for gradients in flight.
+        self._handles[parameter] = None
+        if self._allreduce_delay[parameter] == 0 and self._is_current():
+            self._launch(parameter)
+
+    def _launch(self, parameter: torch.nn.Parameter) -> None:
+        if parameter in self._gradients:
+            self._averager.ready(self._gradients[parameter].name)
+        elif self._handles.get(parameter) is None:
+            self._handles[parameter] = self._launch_sparse(parameter)
+
+    def _launch_sparse(self, parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor]:
+        """Send a sparse gradient as Horovod does; one that is missing here is sent as a sparse tensor without elements."""
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.sparse_coo_tensor(
+                torch.empty((1, 0), dtype=torch.int64), parameter.new_empty((0, *parameter.shape[1:])), tuple(parameter.shape)
+            )
+        elif not gradient.is_sparse:
+            gradient = gradient.to_sparse(1)
+        name = f"{self._settings.name}.{self._sparse[parameter]}"
+        handle: Callable[[], torch.Tensor] = sparse_allreduce_async(gradient, name=name, op=self.op, process_set=self.process_set)
+        return handle
+
+    def _is_current(self) -> bool:
+        """Return whether every trainable parameter has its place in the layout; looked up once in a step."""
+        if self._layout_is_current is None:
+            placed = self._gradients.keys() | self._sparse.keys()
+            self._layout_is_current = bool(placed) and all(p in placed for p in parameters_of(self) if p.requires_grad)
+        return self._layout_is_current
+
+    def _lay_out(self) -> None:
+        """Give every trainable parameter its place; one that was placed keeps it when it is frozen, and sends zeros."""
+        gradients: dict[torch.nn.Parameter, GradientMemory] = {}
+        sparse: dict[torch.nn.Parameter, str] = {}
+        for parameter in parameters_of(self):
+            name = self._parameter_names[parameter]
+            if parameter in self._sparse or (
+                parameter not in self._gradients
+                and not self.sparse_as_dense
+                and parameter.grad is not None
+                and parameter.grad.is_sparse
+            ):
+                sparse[parameter] = name
+            elif parameter in self._gradients or parameter.requires_grad:
+                gradients[parameter] = GradientMemory(name, parameter)
+        self._averager.prepare(list(gradients.values()))
+        self._gradients, self._sparse = gradients, sparse
+        self._add_hooks()
+
+    def synchronize(self) -> None:
+        """Wait until every gradient is the mean over all ranks; collective.
+
+        Raises NonFiniteError, MismatchError or DesynchronizedError on every rank, with the gradients as this rank computed them.
+        """
+        if not self._is_current():
+            self._lay_out()
+        for parameter in itertools.chain(self._gradients, self._sparse):
+            self._launch(parameter)
+        averaged = False
+        try:
+            self._averager.finish()
+            averaged = True
+        finally:
+            received = {parameter: self._handles[parameter]() for parameter in self._sparse}
+            for gradient in self._gradients.values():
+                gradient.restore(keep_mean=averaged)
+            for parameter in self._allreduce_delay:
+                self._allreduce_delay[parameter] = self.backward_passes_per_step
+            self._handles.clear()
+            self._layout_is_current = None
+        for parameter, gradient in received.items():
+            parameter.grad = gradient
+        self._synchronized = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Synchronize, unless inside ``skip_synchronize()``, then let the user's optimizer step.
+
+        A ``closure`` computes gradients anew: they are synchronized each time it is called.
+        """
+        if closure is not None and self._should_synchronize:
+            return self._inner_class.step(self, lambda: self._evaluate(closure))
+        if self._should_synchronize:
+            if self._synchronized:
+                warnings.warn(
+                    "optimizer.step() called without optimizer.skip_synchronize() after optimizer.synchronize(): "
+                    "the gradients are exchanged twice",
+                    stacklevel=2,
+                )
+            self.synchronize()
+        self._synchronized = False
+        return self._inner_class.step(self, closure)
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        self.synchronize()
+        self._synchronized = False
+        return loss
+
+
+# The user's own step is hooked and profiled by torch; this one around it must not be, or step hooks would run twice.
+GradientMethods.step.hooked = True  # type: ignore[attr-defined]

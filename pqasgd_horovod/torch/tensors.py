@@ -1,0 +1,137 @@
+"""Tensors of a model as the core sees them: dense memory of a known type, named alike on every rank."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from .. import native
+from ..errors import ArgumentError
+
+DTYPES = {
+    torch.float32: native.DTYPE_F32,
+    torch.float64: native.DTYPE_F64,
+    torch.float16: native.DTYPE_F16,
+    torch.bfloat16: native.DTYPE_BF16,
+}
+
+
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """Return the strides that matter: those of dimensions with more than one element, 0 for the others."""
+    return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride())]
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether the elements fill their memory without gap or overlap, in whatever order."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def check_tensor(what: str, tensor: torch.Tensor) -> None:
+    """Raise ArgumentError unless the core can read and write the tensor's memory."""
+    if tensor.device.type != "cpu":
+        raise ArgumentError(f"{what} is on {tensor.device}; this version exchanges CPU tensors only: keep the model on the CPU, or use stock horovod.torch")
+    if tensor.dtype not in DTYPES:
+        raise ArgumentError(f"{what} has dtype {tensor.dtype}; it must be {', '.join(map(str, DTYPES))}")
+    if tensor.layout != torch.strided:
+        raise ArgumentError(f"{what} has layout {tensor.layout}; it must be {torch.strided}")
+    if tensor.numel() and not is_dense(tensor):
+        raise ArgumentError(
+            f"{what} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}, which leave gaps in memory or overlap; "
+            "make it dense first: tensor.data = tensor.data.contiguous()"
+        )
+
+
+class TensorMemory:
+    """A parameter or a buffer, looked up anew each time since ``module.to()`` and assignments to ``.data`` move it."""
+
+    def __init__(self, name: str, look_up: Callable[[], torch.Tensor]) -> None:
+        self.name = name
+        self._look_up = look_up
+        tensor = look_up()
+        check_tensor(name, tensor)
+        self.dtype = DTYPES[tensor.dtype]
+        self.numel = tensor.numel()
+        self.description = describe(tensor)
+
+    def pointer(self) -> int:
+        tensor = self._look_up()
+        check_tensor(self.name, tensor)
+        if describe(tensor) != self.description:
+            raise ArgumentError(
+                f"{self.name} was {self.description} when training began and is {describe(tensor)} now; make such changes before the first step"
+            )
+        return tensor.data_ptr()
+
+
+class GradientMemory:
+    """The gradient of a parameter, in the parameter's type and order in memory."""
+
+    def __init__(self, name: str, parameter: torch.nn.Parameter) -> None:
+        check_tensor(name, parameter)
+        self.name = name
+        self.parameter = parameter
+        self.dtype = DTYPES[parameter.dtype]
+        self.numel = parameter.numel()
+        self.description = describe(parameter)
+        self._stand_in: torch.Tensor | None = None
+
+    def pointer(self) -> int:
+        """Return where the gradient is; a missing one becomes zeros, one of another order or type is copied first."""
+        if self._stand_in is not None:
+            return self._stand_in.data_ptr()
+        gradient = self.parameter.grad
+        if gradient is None or gradient.is_sparse or not self._fits(gradient):
+            fitting = torch.zeros_like(self.parameter, requires_grad=False)
+            if gradient is not None:
+                fitting.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+            if (gradient is None and not self.parameter.requires_grad) or (gradient is not None and gradient.is_sparse):
+                # A frozen parameter must not get a gradient from us, and a sparse one gets its mean in restore().
+                self._stand_in = fitting
+                return fitting.data_ptr()
+            self.parameter.grad = gradient = fitting
+        return gradient.data_ptr()
+
+    def _fits(self, gradient: torch.Tensor) -> bool:
+        return gradient.dtype == self.parameter.dtype and memory_order(gradient) == memory_order(self.parameter)
+
+    def restore(self, keep_mean: bool) -> None:
+        """Turn the mean back into a sparse gradient if the gradient was sparse (unless it is to be dropped); forget stand-ins."""
+        gradient = self.parameter.grad
+        if keep_mean and self._stand_in is not None and gradient is not None:
+            self.parameter.grad = self._stand_in.to_sparse(gradient.sparse_dim())
+        self._stand_in = None
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Return type, shape and order in memory as text, to be compared between ranks."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} strides {memory_order(tensor)}"
+
+
+def find_model(named_parameters: Any) -> torch.nn.Module | None:
+    """Return the module whose ``named_parameters()`` this generator is, if it is one; the generator is not advanced."""
+    if not inspect.isgenerator(named_parameters):
+        return None
+    owner = inspect.getgeneratorlocals(named_parameters).get("self")
+    return owner if isinstance(owner, torch.nn.Module) else None
+
+
+def select_buffers(model: torch.nn.Module, policy: str) -> Iterator[TensorMemory]:
+    """Yield the floating-point buffers that ``policy`` averages: see :class:`~pqasgd_horovod.averaging.PeriodicAveraging`."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        if policy == "local" or (policy == "statistics" and not isinstance(module, _NormBase)):
+            continue
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and id(buffer) not in seen:
+                seen.add(id(buffer))
+                path = f"{module_name}.{key}" if module_name else key
+                yield TensorMemory(f"buffer {path}", lambda module=module, key=key: module.get_buffer(key))  # type: ignore[misc]
