@@ -1,0 +1,311 @@
+"""What every exchange has in common: rounds of buckets in flight, and one verdict on all ranks.
+
+A round goes ``begin`` (every bucket, in any order) - ``advance`` (as often as one likes) - ``finish``. Nothing is
+decided about a bucket before the last of its messages is there, and nothing is raised before the last bucket of the
+round is: after an error nothing is in flight, and the next round works. What is decided depends on bytes that all
+ranks have received alike, so all ranks decide the same.
+"""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import native
+from ..codecs.base import Codec
+from ..errors import ArgumentError, CollectiveTimeoutError, DesynchronizedError, PqasgdError, WireFormatError
+from ..keys import KEY_ROUNDS, threefry2x32
+from . import wire
+from .carriers import Bytes, Carrier, Handle, wait_until
+from .verdict import Kind, Problem, flagged_problem, raise_verdict
+
+Float32 = NDArray[np.float32]
+NonFinitePolicy = Literal["raise", "propagate"]
+
+VALUES_PHASE = 0
+MEANS_PHASE = 1
+
+_MAX_UINT64 = 2**64 - 1
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass
+class Flight:
+    """One bucket on its way; it has landed when ``handle`` is None again."""
+
+    bucket: int
+    source: native.Source
+    start: int
+    step: int
+    round: int
+    phase: int = VALUES_PHASE
+    flags: int = 0
+    handle: Handle | None = None
+    received: Bytes | None = None
+    error: PqasgdError | None = None  # what this rank found in phase one
+
+
+def derive_keys(seed: int, step: int, tensors: Sequence[int], ranks: Sequence[int], phase: int) -> list[int]:
+    """Return :func:`~pqasgd_horovod.keys.derive_key` of many (tensor, rank) pairs at the price of one.
+
+    >>> from pqasgd_horovod.keys import derive_key
+    >>> derive_keys(7, 1, [3, 4], [0, 1], 0) == [derive_key(7, 0, 1, 3, 0), derive_key(7, 1, 1, 4, 0)]
+    True
+    """
+    a0, a1 = threefry2x32(seed, step & _MASK32, step >> 32 & _MASK32, KEY_ROUNDS)
+    senders = np.asarray(ranks, np.uint32) | np.uint32(phase << 24)
+    low, high = threefry2x32(int(a0) | int(a1) << 32, np.asarray(tensors, np.uint32), senders, KEY_ROUNDS)
+    keys: list[int] = (low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)).tolist()
+    return keys
+
+
+class Exchange(abc.ABC):
+    """Turns each rank's numbers into their mean on every rank, ``mean = (1/n) sum_r Q_r(values_r)``, bucket by bucket.
+
+    Made by :func:`~pqasgd_horovod.exchange.make_exchange`. Names and sizes of all messages are constant over the run,
+    send buffers are allocated once. The mean is bit-identical on every rank: every rank decodes the same bytes in the
+    same order.
+
+    ``bytes_sent`` and ``bytes_received`` count payloads and headers between this rank and others since construction.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(
+        self,
+        codec: Codec,
+        carrier: Carrier,
+        buckets: Sequence[int],
+        *,
+        name: str,
+        seed: int,
+        digest: int,
+        nonfinite: NonFinitePolicy = "raise",
+    ) -> None:
+        if any(num_elements < 1 for num_elements in buckets):
+            raise ArgumentError(f"buckets has to hold sizes of at least 1 element, got {list(buckets)}")
+        if nonfinite not in ("raise", "propagate"):
+            raise ArgumentError(f"nonfinite has to be 'raise' or 'propagate', got {nonfinite!r}")
+        self.codec = codec
+        self.buckets = tuple(buckets)
+        self.name = name
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._carrier = carrier
+        self._rank = carrier.rank
+        self._size = carrier.size
+        self._weight = 1.0 / carrier.size
+        self._seed = _check_uint64("seed", seed)
+        self._digest = _check_uint64("digest", digest)
+        self._nonfinite = nonfinite
+        self._flights: dict[int, Flight] = {}
+        self._problems: list[Problem] = []
+        self._keys_step: int | None = None
+        self._carrier_error: Exception | None = None
+
+    @abc.abstractmethod
+    def predicted_bytes_per_round(self) -> int:
+        """Return what this rank sends in a round of all buckets, headers included."""
+
+    @abc.abstractmethod
+    def _prepare_keys(self, step: int) -> None:
+        """Derive all keys of ``step``."""
+
+    @abc.abstractmethod
+    def _launch(self, flight: Flight) -> Handle | None:
+        """Encode the bucket and launch its first phase."""
+
+    @abc.abstractmethod
+    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+        """Take what a phase brought; return the handle of the next phase, or None after the last one."""
+
+    @abc.abstractmethod
+    def _land(self, flight: Flight, mean: Float32) -> None:
+        """Turn what the last phase brought into ``mean``, or report what is wrong with it."""
+
+    def begin(self, bucket: int, source: native.Source, start: int, *, step: int, round: int) -> None:
+        """Encode ``source[start : start + buckets[bucket]]`` and launch its first phase; never waits.
+
+        ``step`` keys the rounding noise and, with ``round``, is compared with the other ranks'. ``source`` must not
+        change before :meth:`finish` returns: what this rank owns of it is read then. NaN and Inf are not raised here
+        but by :meth:`finish`, on every rank.
+        """
+        if self._carrier_error is not None:
+            raise PqasgdError(
+                f"exchange {self.name!r} has lost its carrier, make a new one: {self._carrier_error}"
+            ) from self._carrier_error
+        if not 0 <= bucket < len(self.buckets):
+            raise ArgumentError(f"bucket has to be from 0 to {len(self.buckets) - 1}, got {bucket}")
+        if bucket in self._flights:
+            raise ArgumentError(
+                f"bucket {bucket} of exchange {self.name!r} is in flight: call finish() before it is begun again"
+            )
+        if start < 0 or start + self.buckets[bucket] > source.numel:
+            raise ArgumentError(
+                f"start has to leave room for the {self.buckets[bucket]} elements of bucket {bucket} "
+                f"in a source of {source.numel}, got {start}"
+            )
+        flight = Flight(bucket, source, start, _check_uint64("step", step), _check_uint64("round", round))
+        if step != self._keys_step:
+            if self._flights:
+                raise ArgumentError(
+                    f"step has to be the same for all buckets of a round, {self._keys_step}, "
+                    f"got {step} for bucket {bucket}"
+                )
+            self._prepare_keys(step)
+            self._keys_step = step
+        flight.handle = self._launch(flight)
+        self._flights[bucket] = flight
+
+    def advance(self) -> None:
+        """Make progress without waiting: launch the next phase of every bucket of which one has arrived."""
+        for flight in self._flights.values():
+            try:
+                while flight.handle is not None and flight.handle.done():
+                    flight.handle = self._arrived(flight, flight.handle.wait())
+            except Exception as error:
+                self._carrier_error = error
+                raise
+
+    def _any_landed(self) -> bool:
+        self.advance()
+        return any(flight.handle is None for flight in self._flights.values())
+
+    def finish(self, means: Sequence[Float32], timeout: float | None = None) -> None:
+        """Wait for all buckets begun and write their means: ``means[b]`` is float32 of ``buckets[b]`` elements.
+
+        On an error ``means`` is undefined, and nothing is in flight any more. Every rank raises the same:
+
+        - :class:`~pqasgd_horovod.errors.DesynchronizedError`: some rank is at another step or round, or has another
+          configuration;
+        - :class:`~pqasgd_horovod.errors.WireFormatError`: some rank received something malformed;
+        - :class:`~pqasgd_horovod.errors.NonFiniteError`: some rank had NaN, Inf or a number beyond the codec's range.
+          With ``nonfinite="propagate"`` the mean of that bucket is NaN on every rank instead.
+
+        After ``timeout`` seconds :class:`~pqasgd_horovod.errors.CollectiveTimeoutError` is raised; then the round is
+        still in flight, and ``finish`` can be called again to go on waiting.
+        """
+        self._check_means(means)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._flights:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not wait_until(self._any_landed, remaining):
+                raise self._timeout_error(timeout)
+            landed = next(flight for flight in self._flights.values() if flight.handle is None)
+            self._land(landed, means[landed.bucket])
+            del self._flights[landed.bucket]
+        problems, self._problems = self._problems, []
+        if problems:
+            raise_verdict(self.name, problems)
+
+    def _check_means(self, means: Sequence[Float32]) -> None:
+        if len(means) != len(self.buckets):
+            raise ArgumentError(f"means has to hold {len(self.buckets)} arrays, one for each bucket, got {len(means)}")
+        for bucket in self._flights:
+            mean = means[bucket]
+            if (
+                mean.dtype != np.float32
+                or mean.shape != (self.buckets[bucket],)
+                or not (mean.flags.c_contiguous and mean.flags.writeable)
+            ):
+                raise ArgumentError(
+                    f"means[{bucket}] has to be a writable contiguous float32 array of shape "
+                    f"({self.buckets[bucket]},), got {mean.dtype} of shape {mean.shape}"
+                )
+
+    def _timeout_error(self, timeout: float | None) -> CollectiveTimeoutError:
+        flight = next(iter(self._flights.values()))
+        assert flight.handle is not None
+        detail = "it came at the last moment, call finish() again"
+        try:
+            flight.handle.wait(0.0)
+        except CollectiveTimeoutError as error:  # the carrier may know which ranks are missing
+            detail = str(error)
+        return CollectiveTimeoutError(
+            f"exchange {self.name!r}: bucket {flight.bucket} did not arrive in {timeout} s: {detail}"
+        )
+
+    def _fail(self, flight: Flight, mean: Float32, problem: Problem) -> None:
+        """Take note of a bucket that has no mean."""
+        mean.fill(np.nan)
+        if problem.kind is not Kind.NON_FINITE or self._nonfinite == "raise":
+            self._problems.append(problem)
+
+
+class MessageExchange(Exchange):
+    """An exchange among several ranks, whose last phase gives every rank the same messages, one of each rank."""
+
+    _last_payload_nbytes: list[list[int]]  # of each bucket, from each rank
+
+    @abc.abstractmethod
+    def _decode(self, flight: Flight, payloads: list[Bytes], mean: Float32) -> None:
+        """Write the mean that the last phase's payloads stand for."""
+
+    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+        flight.received = received
+        self.bytes_received += received.size - wire.HEADER_NBYTES - self._last_payload_nbytes[flight.bucket][self._rank]
+        return None
+
+    def _land(self, flight: Flight, mean: Float32) -> None:
+        assert flight.received is not None
+        bucket = flight.bucket
+        try:
+            messages = self._open(flight, flight.received, range(self._size), self._last_payload_nbytes[bucket])
+            problem = flagged_problem(bucket, [message.header for message in messages], flight.error)
+            if problem is None:
+                self._decode(flight, [message.payload for message in messages], mean)
+        except DesynchronizedError as error:
+            problem = Problem(Kind.DESYNCHRONIZED, bucket, str(error), flight.error)
+        except WireFormatError as error:
+            problem = Problem(Kind.MALFORMED, bucket, f"bucket {bucket}: {error}", flight.error)
+        if problem is not None:
+            self._fail(flight, mean, problem)
+
+    def _open(
+        self, flight: Flight, received: Bytes, senders: Sequence[int], payload_nbytes: Sequence[int]
+    ) -> list[wire.Message]:
+        """Check the messages of one phase; return them in the order of ``senders``."""
+        messages = wire.split_messages(received, senders)
+        own = self._header(flight, 0)
+        headers = [message.header for message in messages]
+        if self._rank not in senders:
+            headers.insert(self._rank, own)
+        wire.check(headers, own)
+        if any(message.payload.size != nbytes for message, nbytes in zip(messages, payload_nbytes, strict=True)):
+            listing = wire.format_by_rank(
+                (message.header.rank, f"{message.payload.size} bytes") for message in messages
+            )
+            raise WireFormatError(f"the payloads are not of the size that the codec gives them: {listing}")
+        return messages
+
+    def _header(self, flight: Flight, payload_nbytes: int) -> wire.Header:
+        return wire.Header(
+            flags=flight.flags,
+            digest=self._digest,
+            round=flight.round,
+            step=flight.step,
+            bucket=flight.bucket,
+            rank=self._rank,
+            payload_nbytes=payload_nbytes,
+            num_elements=self.buckets[flight.bucket],
+            phase=flight.phase,
+        )
+
+    def _send_to_all(self, flight: Flight, name: str, message: Bytes) -> Handle:
+        """Allgather ``message``, its header made from ``flight``."""
+        wire.pack_into(message, self._header(flight, message.size - wire.HEADER_NBYTES))
+        handle = self._carrier.allgather(name, message)
+        self.bytes_sent += (self._size - 1) * message.size
+        return handle
+
+
+def _check_uint64(argument: str, number: int) -> int:
+    if not 0 <= number <= _MAX_UINT64:
+        raise ArgumentError(f"{argument} has to be from 0 to 2**64 - 1, got {number}")
+    return number

@@ -1,0 +1,127 @@
+"""Which exchange: the one that sends fewer bytes, unless the user has decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..codecs.base import Codec
+from ..errors import ArgumentError
+from .allgather import AllgatherExchange
+from .base import Exchange, NonFinitePolicy
+from .carriers import Carrier
+from .layout import cut_shards, shard_alignment
+from .local import LocalExchange
+from .two_phase import TwoPhaseExchange
+from .wire import HEADER_NBYTES
+
+METHODS = ("auto", "allgather", "two_phase")
+
+
+def bytes_per_round(method: str, codec: Codec, second_codec: Codec | None, buckets: Sequence[int], size: int) -> int:
+    """Return the bytes that the busiest of ``size`` ranks sends in one round, headers included.
+
+    With payloads P and P2 of the two codecs, and shards s_0 .. s_{n-1} of a bucket of d elements: ``(n-1) (64 +
+    P(d))`` for ``"allgather"``, ``sum_{o != r} (64 + P(s_o)) + (n-1) (64 + P2(s_r))`` for rank r of ``"two_phase"``.
+    """
+    if size == 1:
+        return 0
+    if method == "allgather":
+        return (size - 1) * sum(HEADER_NBYTES + codec.payload_nbytes(num_elements) for num_elements in buckets)
+    second = second_codec if second_codec is not None else codec
+    sent = [0] * size
+    for num_elements in buckets:
+        shards = [shard.num_elements for shard in cut_shards(num_elements, size, shard_alignment(codec, second))]
+        values = [HEADER_NBYTES + codec.payload_nbytes(shard) for shard in shards]
+        for rank, shard in enumerate(shards):
+            sent[rank] += sum(values) - values[rank] + (size - 1) * (HEADER_NBYTES + second.payload_nbytes(shard))
+    return max(sent)
+
+
+def choose_exchange(codec: Codec, second_codec: Codec | None, num_elements: int | Sequence[int], size: int) -> str:
+    """Return ``"allgather"`` or ``"two_phase"``, whichever sends less; allgather if equal, as it is less noisy.
+
+    ``num_elements`` is that of a bucket, or a sequence with that of each. ``second_codec`` None stands for ``codec``.
+
+    >>> from pqasgd_horovod import codecs
+    >>> [choose_exchange(codecs.eden(bits=4), None, 2**20, size) for size in (2, 3, 8)]
+    ['allgather', 'two_phase', 'two_phase']
+    >>> choose_exchange(codecs.eden(bits=2), codecs.eden(bits=8), 2**20, 3)
+    'allgather'
+    """
+    buckets = [num_elements] if isinstance(num_elements, int) else num_elements
+    allgather, two_phase = (
+        bytes_per_round(method, codec, second_codec, buckets, size) for method in ("allgather", "two_phase")
+    )
+    return "two_phase" if two_phase < allgather else "allgather"
+
+
+def make_exchange(
+    codec: Codec,
+    carrier: Carrier,
+    buckets: Sequence[int],
+    *,
+    name: str,
+    seed: int,
+    digest: int,
+    method: str = "auto",
+    second_codec: Codec | None = None,
+    nonfinite: NonFinitePolicy = "raise",
+) -> Exchange:
+    """Return the exchange of ``buckets`` (numbers of elements) among the ranks of ``carrier``.
+
+    ``name`` begins the names of all its collectives; every exchange of a program has its own. ``seed`` keys the
+    rounding noise. ``digest`` comes from :func:`~pqasgd_horovod.exchange.verify_same`; the arguments that have to
+    agree are in :func:`describe_exchange`. ``method`` is ``"allgather"``, ``"two_phase"`` or ``"auto"`` (fewer
+    bytes). ``second_codec`` codes phase two of ``"two_phase"``; more bits there mean less noise (:mod:`.two_phase`).
+    ``nonfinite`` says what NaN and Inf do: ``"raise"`` on every rank, or ``"propagate"``: that bucket's mean is NaN
+    on every rank.
+
+    >>> import numpy as np
+    >>> from pqasgd_horovod import codecs, native
+    >>> from pqasgd_horovod.exchange.carriers.threads import run_ranks
+    >>> def program(carrier):
+    ...     exchange = make_exchange(codecs.none(), carrier, [2], name="example", seed=0, digest=0)
+    ...     values = np.array([carrier.rank, 10], np.float32)
+    ...     exchange.begin(0, native.Source.from_arrays([values]), 0, step=0, round=0)
+    ...     mean = np.empty(2, np.float32)
+    ...     exchange.finish([mean])
+    ...     return mean.tolist()
+    >>> run_ranks(2, program)
+    [[0.5, 10.0], [0.5, 10.0]]
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"method has to be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    common: dict[str, Any] = {"name": name, "seed": seed, "digest": digest, "nonfinite": nonfinite}
+    if carrier.size == 1:
+        return LocalExchange(codec, carrier, buckets, **common)
+    if method == "auto":
+        method = choose_exchange(codec, second_codec, buckets, carrier.size)
+    if method == "allgather":
+        return AllgatherExchange(codec, carrier, buckets, **common)
+    return TwoPhaseExchange(codec, carrier, buckets, second_codec=second_codec, **common)
+
+
+def describe_exchange(
+    codec: Codec,
+    buckets: Sequence[int],
+    *,
+    seed: int,
+    method: str = "auto",
+    second_codec: Codec | None = None,
+    nonfinite: NonFinitePolicy = "raise",
+) -> dict[str, Any]:
+    """Return what of an exchange has to be the same on every rank, for the handshake to compare.
+
+    >>> from pqasgd_horovod import codecs
+    >>> describe_exchange(codecs.terngrad(), [5], seed=1)["codec"]
+    {'id': 'terngrad', 'block_size': 512}
+    """
+    return {
+        "codec": codec.config(),
+        "second_codec": None if second_codec is None else second_codec.config(),
+        "method": method,
+        "nonfinite": nonfinite,
+        "seed": seed,
+        "buckets": list(buckets),
+    }
