@@ -71,7 +71,7 @@ class Channel:
             self.exchange.advance()
 
     def begin_bucket(self, bucket: int, step: int, round: int) -> None:
-        """Encode one bucket of a vector without anchor, whose tensors alone need to be there, and launch its exchange."""
+        """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there."""
         tensors = self.tensors_in(bucket)
         start = self.starts[bucket] - self.vector.offsets[tensors.start]
         self.exchange.begin(bucket, self.vector.source(part=tensors), start, step=step, round=round)
@@ -80,7 +80,7 @@ class Channel:
     def apply(self) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean."""
         target = self.vector.source(self.anchor)
-        for mean, start in zip(self.means, self.starts):
+        for mean, start in zip(self.means, self.starts[:-1], strict=True):
             native.apply(mean, start, target)
 
 
@@ -93,7 +93,10 @@ def split_by_size(tensors: Sequence[TensorView], threshold: int) -> tuple[list[T
 
 def digest_tensors(vector: FlatVector, values: AnchorArray) -> dict[str, str]:
     """Return a digest of each tensor's part of ``values``, by name."""
-    return {tensor.name: hashlib.sha256(values[vector.span(i)]).hexdigest()[:16] for i, tensor in enumerate(vector.tensors)}
+    return {
+        tensor.name: hashlib.sha256(values[vector.span(i)].tobytes()).hexdigest()[:16]
+        for i, tensor in enumerate(vector.tensors)
+    }
 
 
 class ChannelSet:
@@ -120,7 +123,11 @@ class ChannelSet:
         return sent, received
 
     def finish(self) -> None:
-        """Wait for all means; if one channel fails, still wait for the others, so that the next round can work, then raise the first error."""
+        """Wait for all means.
+
+        If one channel fails the others are still waited for, so that the next round can work; the first error is raised
+        then.
+        """
         errors: list[Exception] = []
         for channel in self._channels:
             try:

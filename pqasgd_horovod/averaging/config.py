@@ -7,6 +7,7 @@ from typing import Any
 
 from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
+from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import DEFAULT_BUCKET_CAP_BYTES
 
 EXCHANGE_METHODS = ("auto", "allgather", "two_phase")
@@ -20,12 +21,15 @@ class ExchangeConfig:
 
     Args:
         codec: what bytes stand for the numbers.
-        second_codec: the codec of the mean in the two-phase exchange; None: ``codec``. Its noise is not averaged over the ranks, so more bits pay.
+        second_codec: the codec of the mean in the two-phase exchange; None: ``codec``. Its noise is not averaged over
+            the ranks, so more bits pay.
         method: ``"allgather"``, ``"two_phase"``, or ``"auto"``: whichever sends fewer bytes.
         small_tensor_threshold: tensors of fewer elements travel uncompressed, together in one message. 0: none does.
-        bucket_cap_mb: largest bucket, in MiB of float32. Larger: fewer messages; smaller: more overlap of coding and sending.
+        bucket_cap_mb: largest bucket, in MiB of float32. Larger: fewer messages; smaller: more overlap of coding and
+            sending.
         seed: of all rounding noise, 64 bits; the same on every rank, which draw different numbers all the same.
-        nonfinite: ``"raise"``: NaN or Inf on any rank raises NonFiniteError on every rank; ``"propagate"``: the mean of that bucket becomes NaN on every rank.
+        nonfinite: ``"raise"``: NaN or Inf on any rank raises NonFiniteError on every rank; ``"propagate"``: the mean of
+            that bucket becomes NaN on every rank.
 
     Raises ArgumentError for other values.
 
@@ -40,17 +44,23 @@ class ExchangeConfig:
     small_tensor_threshold: int = DEFAULT_SMALL_TENSOR_THRESHOLD
     bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20
     seed: int = 0
-    nonfinite: str = "raise"
+    nonfinite: NonFinitePolicy = "raise"
 
     def __post_init__(self) -> None:
         if self.method not in EXCHANGE_METHODS:
-            raise ArgumentError(f"exchange is {self.method!r}; it must be one of {', '.join(map(repr, EXCHANGE_METHODS))}")
+            raise ArgumentError(
+                f"exchange is {self.method!r}; it must be one of {', '.join(map(repr, EXCHANGE_METHODS))}"
+            )
         if self.nonfinite not in NON_FINITE_POLICIES:
-            raise ArgumentError(f"nonfinite is {self.nonfinite!r}; it must be one of {', '.join(map(repr, NON_FINITE_POLICIES))}")
+            raise ArgumentError(
+                f"nonfinite is {self.nonfinite!r}; it must be one of {', '.join(map(repr, NON_FINITE_POLICIES))}"
+            )
         check_integer("small_tensor_threshold", self.small_tensor_threshold, 0, 2**48)
         check_integer("seed", self.seed, 0, 2**64 - 1)
         if not isinstance(self.bucket_cap_mb, (int, float)) or not 0 < self.bucket_cap_mb <= 1024:
-            raise ArgumentError(f"bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number above 0, at most 1024 MiB")
+            raise ArgumentError(
+                f"bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number above 0, at most 1024 MiB"
+            )
 
     @property
     def bucket_cap_bytes(self) -> int:

@@ -21,8 +21,9 @@ from .vector import FlatVector, TensorView
 class GradientAverager:
     r"""Replace gradients :math:`g_i` by :math:`\frac1n \sum_i Q(g_i)`, or by the sum.
 
-    Use: :meth:`prepare` once, and again when the set of tensors changes; then in each step :meth:`ready` for each gradient that is complete (in any
-    order, it never blocks), and :meth:`finish`, which sends the rest and waits. ``carrier`` is None for a rank that trains alone.
+    Use: :meth:`prepare` once, and again when the set of tensors changes; then in each step :meth:`ready` for each
+    gradient that is complete (in any order, it never blocks), and :meth:`finish`, which sends the rest and waits.
+    ``carrier`` is None for a rank that trains alone.
     """
 
     def __init__(
@@ -48,7 +49,10 @@ class GradientAverager:
         self.steps = 0
 
     def prepare(self, tensors: Sequence[TensorView]) -> None:
-        """Lay out the gradients and agree on that; collective. Raises MismatchError on every rank if the ranks differ."""
+        """Lay out the gradients and agree on that; collective.
+
+        Raises MismatchError on every rank if the ranks differ.
+        """
         self._num_elements = sum(tensor.numel for tensor in tensors)
         if self._carrier is None:
             return
@@ -85,11 +89,13 @@ class GradientAverager:
     def _start_step(self) -> None:
         self._ready = set()
         self._missing = {
-            (channel, bucket): len(channel.tensors_in(bucket)) for channel in self._channels for bucket in range(channel.num_buckets)
+            (channel, bucket): len(channel.tensors_in(bucket))
+            for channel in self._channels
+            for bucket in range(channel.num_buckets)
         }
 
     def ready(self, name: str) -> None:
-        """Take note that a gradient will not change any more before :meth:`finish`; launch each bucket that is now complete."""
+        """Take note that a gradient stays as it is until :meth:`finish`; launch each bucket that is now complete."""
         if self._carrier is None or name in self._ready:
             return
         self._ready.add(name)
@@ -129,10 +135,19 @@ class GradientAverager:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step counter, which keys the rounding noise, and the configuration."""
-        return {"version": STATE_VERSION, "steps": self.steps, "rounds": self.steps, "config": self.config(), "anchor": {}}
+        return {
+            "version": STATE_VERSION,
+            "steps": self.steps,
+            "rounds": self.steps,
+            "config": self.config(),
+            "anchor": {},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a state; None: begin anew. Raises ArgumentError, and changes nothing, if it was made with another configuration."""
+        """Take over a state; None: begin anew.
+
+        Raises ArgumentError, and changes nothing, if it was made with another configuration.
+        """
         if state is not None:
             check_state(state, self.config())
         self.steps = 0 if state is None else int(state["steps"])

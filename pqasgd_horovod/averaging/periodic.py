@@ -22,8 +22,9 @@ from .vector import AnchorArray, FlatVector, TensorView, anchor_dtype
 class PeriodicAverager:
     """The replica of one rank: its anchor, its counters, and the averages it takes part in.
 
-    Use: :meth:`prepare` before each local update, :meth:`count_step` after it. Both are collective at times: every rank has to make the same calls.
-    ``carrier`` is None for a rank that trains alone; then steps are counted and nothing else happens.
+    Use: :meth:`prepare` before each local update, :meth:`count_step` after it. Both are collective at times: every rank
+    has to make the same calls. ``carrier`` is None for a rank that trains alone; then steps are counted and nothing
+    else happens.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class PeriodicAverager:
     def prepare(self, parameters: Sequence[TensorView], buffers: Sequence[TensorView] = ()) -> None:
         """Lay out the tensors and take anchors; collective.
 
-        Tensors that had an anchor keep it, also in the middle of a period; the others take a restored anchor, or else their present value, which
-        must be the same on every rank. Raises MismatchError on every rank if layout, counters or anchors differ, and changes nothing then.
+        Tensors that had an anchor keep it, also in the middle of a period; the others take a restored anchor, or else
+        their present value, which must be the same on every rank. Raises MismatchError on every rank if layout,
+        counters or anchors differ, and changes nothing then.
         """
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:
@@ -108,7 +110,9 @@ class PeriodicAverager:
         self._restored = {}
         self._prepared = True
 
-    def _agree(self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], digests: Mapping[str, str]) -> int:
+    def _agree(
+        self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], digests: Mapping[str, str]
+    ) -> int:
         assert self._carrier is not None
         description = {
             "steps": self.steps,
@@ -124,7 +128,8 @@ class PeriodicAverager:
             verify_same(self._carrier, {"parameters": digests}, f"{self._name}.start")
         except MismatchError as error:
             raise MismatchError(
-                "the ranks do not start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), root_rank=0) "
+                "the ranks do not start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
+                "root_rank=0) "
                 f"before the first step, or load the same checkpoint on every rank (digests of the values: {error})"
             ) from None
         return digest
@@ -132,7 +137,8 @@ class PeriodicAverager:
     def count_step(self) -> None:
         """Count a local step, taken or skipped, and average if the schedule says so; collective then.
 
-        Raises NonFiniteError or DesynchronizedError on every rank, with parameters and anchor untouched; the next step then tries again.
+        Raises NonFiniteError or DesynchronizedError on every rank, with parameters and anchor untouched; the next step
+        then tries again.
         """
         self.steps += 1
         self.steps_since_average += 1
@@ -163,9 +169,10 @@ class PeriodicAverager:
                 channel.anchor[channel.vector.span(i)] = 0
 
     def flush(self, timeout: float | None = None) -> None:
-        """Average a last partial period; collective, unless no step was made since the last average: then nothing happens.
+        """Average a last partial period; collective, but nothing happens if no step was made since the last average.
 
-        With ``timeout`` the ranks first wait for each other, and raise CollectiveTimeoutError, nothing lost, if one does not come in that many seconds.
+        With ``timeout`` the ranks first wait for each other, and raise CollectiveTimeoutError, nothing lost, if one
+        does not come in that many seconds.
         """
         if self.steps_since_average == 0:
             return
@@ -177,8 +184,10 @@ class PeriodicAverager:
             except CollectiveTimeoutError:
                 # The vote stays in flight: the next flush() of this rank waits for the same one.
                 raise CollectiveTimeoutError(
-                    f"{self.steps_since_average} steps were made since the last average, and averaging them takes every rank, but not every rank called "
-                    f"flush() or state_dict() within {timeout} s: call optimizer.flush() on every rank first, then state_dict() where you like"
+                    f"{self.steps_since_average} steps were made since the last average, and averaging them takes "
+                    "every rank, but not every rank called "
+                    f"flush() or state_dict() within {timeout} s: call optimizer.flush() on every rank first, then "
+                    "state_dict() where you like"
                 ) from None
             self._flush_vote = None
         self.average()
@@ -202,7 +211,9 @@ class PeriodicAverager:
         Raises ArgumentError in the middle of a period: :meth:`flush` first.
         """
         if self.steps_since_average:
-            raise ArgumentError(f"{self.steps_since_average} steps were made since the last average: call flush() first")
+            raise ArgumentError(
+                f"{self.steps_since_average} steps were made since the last average: call flush() first"
+            )
         return {
             "version": STATE_VERSION,
             "steps": self.steps,
@@ -214,8 +225,8 @@ class PeriodicAverager:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take over a state; None: begin anew, from the parameters as they are at the next step.
 
-        The ranks compare what they have loaded at their next step. Raises ArgumentError, and changes nothing, if the state was made with another
-        configuration.
+        The ranks compare what they have loaded at their next step. Raises ArgumentError, and changes nothing, if the
+        state was made with another configuration.
         """
         anchors: dict[str, AnchorArray] = {}
         if state is not None:

@@ -16,16 +16,17 @@ class PeriodicAveraging:
     r"""Average the replicas every ``period`` steps.
 
     Each step :math:`x_i \leftarrow x_i - g\,\nabla_i` is local; after ``period`` of them
-    :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)` and :math:`x_i \leftarrow a`, with the anchor :math:`a` of the last average.
-    With ``period=1`` the gradients are exchanged instead, as Horovod does.
+    :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)` and :math:`x_i \leftarrow a`, with the anchor :math:`a` of the
+    last average. With ``period=1`` the gradients are exchanged instead, as Horovod does.
 
-    Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized Communication",
-    NeurIPS 2018 (PQASGD).
+    Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized
+    Communication", NeurIPS 2018 (PQASGD).
 
     Args:
         period: steps between averages, at least 1. Larger: fewer bytes, and replicas that drift further apart.
-        buffers: what becomes of floating-point buffers at an average. ``"statistics"``: the running statistics of normalization layers are
-            averaged; ``"all"``: every floating-point buffer is; ``"local"``: none is. They travel as float32, uncompressed.
+        buffers: what becomes of floating-point buffers at an average. ``"statistics"``: the running statistics of
+            normalization layers are averaged; ``"all"``: every floating-point buffer is; ``"local"``: none is. They
+            travel as float32, uncompressed.
 
     Raises ArgumentError for other values.
 
@@ -41,7 +42,9 @@ class PeriodicAveraging:
     def __post_init__(self) -> None:
         object.__setattr__(self, "period", check_integer("period", self.period, 1, 2**31))
         if self.buffers not in BUFFER_POLICIES:
-            raise ArgumentError(f"buffers is {self.buffers!r}; it must be one of {', '.join(map(repr, BUFFER_POLICIES))}")
+            raise ArgumentError(
+                f"buffers is {self.buffers!r}; it must be one of {', '.join(map(repr, BUFFER_POLICIES))}"
+            )
 
     def due(self, steps_since_average: int) -> bool:
         """Return whether it is time to average after so many local steps."""

@@ -17,7 +17,9 @@ def check_state(state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     if missing:
         raise ArgumentError(f"the saved averaging state lacks {missing}: it is damaged, or no state of this package")
     if state["version"] != STATE_VERSION:
-        raise ArgumentError(f"the saved averaging state has version {state['version']}; this release reads version {STATE_VERSION}")
+        raise ArgumentError(
+            f"the saved averaging state has version {state['version']}; this release reads version {STATE_VERSION}"
+        )
     differences = [
         f"{part}.{key} was {saved!r} and is {present!r}"
         for part in config
@@ -26,6 +28,8 @@ def check_state(state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise ArgumentError(
-            f"the saved averaging state was made with another configuration: {'; '.join(differences)}. Build the optimizer as it was, or go on "
-            "with the new settings from a plain checkpoint: remove the key 'pqasgd' from the state dict before loading it"
+            f"the saved averaging state was made with another configuration: {'; '.join(differences)}. Build the "
+            "optimizer as it was, or go on "
+            "with the new settings from a plain checkpoint: remove the key 'pqasgd' from the state dict before loading "
+            "it"
         )

@@ -9,7 +9,9 @@ FLOAT32_NBYTES = 4
 
 
 def ring_allreduce_nbytes(num_elements: int, world_size: int, itemsize: int = FLOAT32_NBYTES) -> int:
-    r"""Return the bytes each rank sends in a ring allreduce, :math:`2\frac{n-1}{n} \cdot` ``itemsize`` :math:`\cdot d`, rounded down.
+    r"""Return the bytes each rank sends in a ring allreduce, rounded down.
+
+    :math:`2\frac{n-1}{n} \cdot s \cdot d` for :math:`d` elements of :math:`s` bytes.
 
     >>> ring_allreduce_nbytes(1000, world_size=4)
     6000
@@ -19,7 +21,9 @@ def ring_allreduce_nbytes(num_elements: int, world_size: int, itemsize: int = FL
 
 @dataclasses.dataclass
 class CommunicationStatistics:
-    """Running totals of one rank. Handshakes (32 bytes each, a few in a run) and Horovod's own control traffic are not counted.
+    """Running totals of one rank.
+
+    Handshakes (32 bytes each, a few in a run) and Horovod's own control traffic are not counted.
 
     >>> statistics = CommunicationStatistics(world_size=2)
     >>> for _ in range(8):
@@ -44,12 +48,12 @@ class CommunicationStatistics:
         self._elements += num_elements
 
     def as_dict(self, bytes_sent: int, bytes_received: int) -> dict[str, Any]:
-        """Return the totals; ``compression_ratio`` is uncompressed bytes over bytes sent (1 if both are 0, inf before the first average)."""
+        """Return the totals.
+
+        ``compression_ratio`` is uncompressed bytes over bytes sent: 1 if both are 0, inf before the first average.
+        """
         uncompressed = ring_allreduce_nbytes(self._elements, self.world_size)
-        if bytes_sent:
-            ratio = uncompressed / bytes_sent
-        else:
-            ratio = float("inf") if uncompressed else 1.0
+        nothing_sent = float("inf") if uncompressed else 1.0
         return {
             "steps": self.steps,
             "rounds": self.rounds,
@@ -58,6 +62,6 @@ class CommunicationStatistics:
             "bytes_sent": bytes_sent,
             "bytes_received": bytes_received,
             "uncompressed_bytes": uncompressed,
-            "compression_ratio": ratio,
+            "compression_ratio": uncompressed / bytes_sent if bytes_sent else nothing_sent,
             "exchange_seconds": self.exchange_seconds,
         }

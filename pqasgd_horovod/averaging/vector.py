@@ -43,7 +43,7 @@ class TensorView(Protocol):
 
 
 def anchor_dtype(tensor: TensorView) -> np.dtype:
-    """Return the type of a tensor's anchor: float64 for float64, float32 for narrower types, whose lost digits it keeps."""
+    """Return the type of a tensor's anchor: float64 for float64, else float32, which keeps the digits halves lose."""
     return np.dtype(np.float64 if tensor.dtype == native.DTYPE_F64 else np.float32)
 
 
@@ -68,7 +68,7 @@ class FlatVector:
         return slice(self.offsets[index], self.offsets[index + 1])
 
     def source(self, anchor: AnchorArray | None = None, part: range | None = None) -> native.Source:
-        """Return the vector as the native core reads and writes it, minus ``anchor``; of the tensors in ``part`` only if given.
+        """Return the vector, or only the tensors in ``part``, as the native core reads and writes it, minus ``anchor``.
 
         Memory is looked up now, and must stay where it is while the source is in use.
         """

@@ -46,8 +46,8 @@ class HorovodHandle:
 class HorovodCarrier:
     """Carry uint8 arrays with ``horovod.torch`` allgather and alltoall, without copying what is sent.
 
-    Calls are matched between ranks by name. ``rank`` and ``size`` are those of the process set; Horovod must be initialised and
-    this process must belong to the set. A sent array must not change until its handle is done.
+    Calls are matched between ranks by name. ``rank`` and ``size`` are those of the process set; Horovod must be
+    initialised and this process must belong to the set. A sent array must not change until its handle is done.
     """
 
     def __init__(self, process_set: Any = horovod.global_process_set) -> None:
@@ -61,7 +61,9 @@ class HorovodCarrier:
 
     def allgather(self, name: str, payload: Bytes) -> HorovodHandle:
         """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""
-        return HorovodHandle(horovod.allgather_async(_as_tensor(payload), name=name, process_set=self._process_set), name)
+        return HorovodHandle(
+            horovod.allgather_async(_as_tensor(payload), name=name, process_set=self._process_set), name
+        )
 
     def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> HorovodHandle:
         """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import horovod.torch as horovod
 import torch
@@ -17,8 +17,9 @@ from ..errors import ArgumentError
 class CodecCompressor(Compressor):
     """A codec in the place of a Horovod compressor; equal and hashable by its configuration.
 
-    A codec that commutes with a sum works in stock Horovod too. Any other raises ArgumentError there, at the first gradient, since Horovod would
-    add up codes: give it to :func:`pqasgd_horovod.torch.DistributedOptimizer` or :func:`pqasgd_horovod.torch.compressed_allreduce`.
+    A codec that commutes with a sum works in stock Horovod too. Any other raises ArgumentError there, at the first
+    gradient, since Horovod would add up codes: give it to :func:`pqasgd_horovod.torch.DistributedOptimizer` or
+    :func:`pqasgd_horovod.torch.compressed_allreduce`.
 
     >>> import pqasgd_horovod.torch as hvd
     >>> hvd.Compression.quantize(bits=2) == hvd.Compression.eden(bits=2)
@@ -32,8 +33,10 @@ class CodecCompressor(Compressor):
         """Return what Horovod's allreduce adds up, and what :meth:`decompress` needs to know."""
         if not self.codec.commutes_with_sum:
             raise ArgumentError(
-                f"compression={self!r} does not commute with a sum, so Horovod's own allreduce cannot use it: wrap the optimizer with "
-                "pqasgd_horovod.torch.DistributedOptimizer(optimizer, ..., compression=...), or call pqasgd_horovod.torch.compressed_allreduce"
+                f"compression={self!r} does not commute with a sum, so Horovod's own allreduce cannot use it: wrap the "
+                "optimizer with "
+                "pqasgd_horovod.torch.DistributedOptimizer(optimizer, ..., compression=...), or call "
+                "pqasgd_horovod.torch.compressed_allreduce"
             )
         result: tuple[torch.Tensor, Any] = self._stock.compress(tensor)
         return result
@@ -73,8 +76,8 @@ class CodecCompressor(Compressor):
         return f"Compression.{self.codec.id}({arguments})" if arguments else f"Compression.{self.codec.id}"
 
 
-class Compression(horovod.Compression):  # type: ignore[misc]
-    """What bytes stand for the numbers on the wire; pass one as ``compression=``. Each has a page of its own under its codec.
+class Compression(horovod.Compression):
+    """What bytes stand for the numbers on the wire: pass one as ``compression=``.
 
     Attributes:
         none: float32 as it is.
@@ -92,7 +95,7 @@ class Compression(horovod.Compression):  # type: ignore[misc]
 
     @staticmethod
     def quantize(bits: int = 4) -> CodecCompressor:
-        """Return the quantizer with the least noise at ``bits`` bits for each number, 1 to 8; see :func:`pqasgd_horovod.codecs.quantize`."""
+        """Return the quantizer with the least noise at 1 to 8 bits; see :func:`pqasgd_horovod.codecs.quantize`."""
         return CodecCompressor(codecs.quantize(bits))
 
     @staticmethod
@@ -102,7 +105,7 @@ class Compression(horovod.Compression):  # type: ignore[misc]
 
     @staticmethod
     def qsgd(bits: int = 4, block_size: int = 512) -> CodecCompressor:
-        """Stochastic uniform quantizer scaled by the L2 norm of each block, the quantizer of QSGD; see ``codecs.qsgd``."""
+        """Stochastic uniform quantizer scaled by the L2 norm of each block (QSGD); see ``codecs.qsgd``."""
         return CodecCompressor(codecs.qsgd(bits=bits, block_size=block_size))
 
     @staticmethod
@@ -111,7 +114,9 @@ class Compression(horovod.Compression):  # type: ignore[misc]
         return CodecCompressor(codecs.terngrad(block_size=block_size))
 
     @staticmethod
-    def eden(bits: int = 4, block_size: int = 1024, rounding: str = "nearest") -> CodecCompressor:
+    def eden(
+        bits: int = 4, block_size: int = 1024, rounding: Literal["nearest", "stochastic"] = "nearest"
+    ) -> CodecCompressor:
         """Randomly rotated blocks on the Lloyd-Max levels of the normal law; see ``codecs.eden``."""
         return CodecCompressor(codecs.eden(bits=bits, block_size=block_size, rounding=rounding))
 
@@ -119,7 +124,8 @@ class Compression(horovod.Compression):  # type: ignore[misc]
 def codec_of(compression: Any, argument: str = "compression") -> Codec | None:
     """Return the codec that a ``compression=`` stands for; None for a compressor of the user's own.
 
-    Horovod's ``Compression.none`` and ``fp16`` and a bare codec are understood. Raises ArgumentError for what is no compressor at all.
+    Horovod's ``Compression.none`` and ``fp16`` and a bare codec are understood. Raises ArgumentError for what is no
+    compressor at all.
     """
     if isinstance(compression, CodecCompressor):
         return compression.codec
@@ -132,5 +138,6 @@ def codec_of(compression: Any, argument: str = "compression") -> Codec | None:
     if callable(getattr(compression, "compress", None)) and callable(getattr(compression, "decompress", None)):
         return None
     raise ArgumentError(
-        f"{argument} is {compression!r}; it must be one of pqasgd_horovod.torch.Compression, such as Compression.quantize(bits=4) or Compression.none"
+        f"{argument} is {compression!r}; it must be one of pqasgd_horovod.torch.Compression, such as "
+        "Compression.quantize(bits=4) or Compression.none"
     )

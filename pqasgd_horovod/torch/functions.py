@@ -13,6 +13,7 @@ from .. import native
 from ..averaging import ExchangeConfig
 from ..errors import ArgumentError
 from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_same
+from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import shard_alignment
 from .carrier import HorovodCarrier
 from .compression import Compression, codec_of
@@ -31,23 +32,27 @@ def compressed_allreduce(
     second_compression: Any = None,
     exchange: str = "auto",
     seed: int = 0,
-    nonfinite: str = "raise",
+    nonfinite: NonFinitePolicy = "raise",
 ) -> torch.Tensor:
     r"""Return :math:`\frac1n \sum_i Q(x_i)`, or the sum, of a tensor; bit-identical on every rank.
 
     Args:
-        tensor: float16, bfloat16, float32 or float64, any shape, on the CPU; the same type and shape on every rank. It is not changed.
+        tensor: float16, bfloat16, float32 or float64, any shape, on the CPU; the same type and shape on every rank. It
+            is not changed.
         compression: one of :class:`Compression`; by default 4 bits.
         name: matches the call between ranks; by default the calls without a name are counted.
         op: ``Average`` or ``Sum``.
         process_set: the ranks that take part.
-        second_compression, exchange, seed, nonfinite: see :func:`DistributedOptimizer`.
+        second_compression: see :func:`DistributedOptimizer`, as for the following.
+        exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
+        seed: of the rounding noise.
+        nonfinite: ``"raise"`` or ``"propagate"``.
 
     Returns:
         A new tensor like ``tensor``.
 
-    Raises ArgumentError for values that are not allowed, MismatchError on every rank if the ranks were given different ones (they are compared in each
-    call), NonFiniteError on every rank if any has NaN or Inf.
+    Raises ArgumentError for values that are not allowed, MismatchError on every rank if the ranks were given different
+    ones (they are compared in each call), NonFiniteError on every rank if any has NaN or Inf.
 
     >>> import torch, pqasgd_horovod.torch as hvd
     >>> hvd.init()
@@ -62,7 +67,8 @@ def compressed_allreduce(
         raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
         raise ArgumentError(
-            f"tensor is {tensor.layout} {tensor.dtype} on {tensor.device}; it must be a dense CPU tensor of {', '.join(map(str, DTYPES))}"
+            f"tensor is {tensor.layout} {tensor.dtype} on {tensor.device}; it must be a dense CPU tensor of "
+            f"{', '.join(map(str, DTYPES))}"
         )
     config = ExchangeConfig(codec, second_codec, exchange, seed=seed, nonfinite=nonfinite)
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -74,7 +80,12 @@ def compressed_allreduce(
     _calls[name] += 1
     sizes = cut_buckets(result.numel(), shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
     options: dict[str, Any] = {"seed": seed, "method": exchange, "second_codec": second_codec, "nonfinite": nonfinite}
-    description = {"tensor": describe(result), "op": str(op), "call": call, **describe_exchange(codec, sizes, **options)}
+    description = {
+        "tensor": describe(result),
+        "op": str(op),
+        "call": call,
+        **describe_exchange(codec, sizes, **options),
+    }
     digest = verify_same(carrier, description, name)
     averaging = make_exchange(codec, carrier, sizes, name=name, digest=digest, **options)
     memory = native.Source([(result.data_ptr(), DTYPES[result.dtype], result.numel())], owner=result)
@@ -84,24 +95,29 @@ def compressed_allreduce(
         averaging.advance()
     means = [np.empty(size, np.float32) for size in sizes]
     averaging.finish(means)
-    for mean, start in zip(means, starts):
+    for mean, start in zip(means, starts[:-1], strict=True):
         if op == horovod.Sum:
             np.multiply(mean, np.float32(carrier.size), out=mean)
         native.apply(mean, start, memory)
     return result
 
 
-def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: torch.nn.Module | None = None) -> None:
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int, model: torch.nn.Module | None = None
+) -> None:
     """Copy the state of an optimizer from one rank to all; collective.
 
-    Horovod's function of this name, and for an optimizer of this package also its counters and anchor, so that a checkpoint may be loaded on
-    ``root_rank`` only.
+    Horovod's function of this name, and for an optimizer of this package also its counters and anchor, so that a
+    checkpoint may be loaded on ``root_rank`` only.
 
     >>> import torch, pqasgd_horovod.torch as hvd
     >>> hvd.init()
-    >>> hvd.broadcast_optimizer_state(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9), root_rank=0)
+    >>> hvd.broadcast_optimizer_state(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9),
+    root_rank=0)
     """
     horovod.broadcast_optimizer_state(optimizer, root_rank, model)
     averager = getattr(optimizer, "_averager", None)
     if averager is not None:
-        averager.load_state_dict(horovod.broadcast_object(averager.state_dict(), root_rank, name="pqasgd.broadcast_optimizer_state"))
+        averager.load_state_dict(
+            horovod.broadcast_object(averager.state_dict(), root_rank, name="pqasgd.broadcast_optimizer_state")
+        )

@@ -15,6 +15,7 @@ from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
+from ..exchange.base import NonFinitePolicy
 from .compression import CodecCompressor, Compression, codec_of
 from .periodic import PeriodicMethods
 from .quantized import GradientMethods
@@ -44,63 +45,70 @@ def DistributedOptimizer(
     small_tensor_threshold: int = DEFAULT_SMALL_TENSOR_THRESHOLD,
     bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20,
     seed: int = 0,
-    nonfinite: str = "raise",
+    nonfinite: NonFinitePolicy = "raise",
     model: torch.nn.Module | None = None,
     check_consistency: bool = False,
     flush_timeout: float | None = 60.0,
 ) -> Any:
     r"""Wrap an optimizer so that it trains on all ranks, and sends little.
 
-    With ``period=1`` gradients are averaged before each step: by Horovod itself if the codec commutes with a sum (``none``, ``fp16``), else
-    :math:`g \leftarrow \frac1n \sum_i Q(g_i)`, exchanged while backward runs. With ``period=p`` each step is local, and every ``p`` of them
-    :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)`, :math:`x_i \leftarrow a`, where the anchor :math:`a` is the last common model.
+    With ``period=1`` gradients are averaged before each step: by Horovod itself if the codec commutes with a sum
+    (``none``, ``fp16``), else :math:`g \leftarrow \frac1n \sum_i Q(g_i)`, exchanged while backward runs. With
+    ``period=p`` each step is local, and every ``p`` of them :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)`,
+    :math:`x_i \leftarrow a`, where the anchor :math:`a` is the last common model.
 
     Args:
         optimizer: any torch optimizer, not wrapped yet. CPU parameters in float16, bfloat16, float32 or float64.
-        named_parameters: ``model.named_parameters()``. If it is that very generator the model's buffers are found through it.
+        named_parameters: ``model.named_parameters()``. If it is that very generator the model's buffers are found
+            through it.
         compression: what bytes stand for the numbers: one of :class:`Compression`.
-        backward_passes_per_step: backward passes that accumulate before one ``step()``, as in Horovod; with ``period>1`` any number may.
-        op: ``Average`` or ``Sum`` of gradients. ``Sum`` needs ``period=1``; ``Adasum`` needs stock compression too, since it combines
-            gradients pairwise and not by a mean.
-        gradient_predivide_factor: as in Horovod where Horovod averages. Elsewhere numbers are averaged in float32 after decoding, and
-            dividing before and multiplying after would cancel.
-        num_groups, groups: as in Horovod where Horovod averages. Elsewhere gradients are fused in buckets of ``bucket_cap_mb`` anyway.
-        sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise they take Horovod's own sparse path, uncompressed
-            (with ``period>1`` gradients are not sent at all).
+        backward_passes_per_step: backward passes that accumulate before one ``step()``, as in Horovod; with
+            ``period>1`` any number may.
+        op: ``Average`` or ``Sum`` of gradients. ``Sum`` needs ``period=1``; ``Adasum`` needs stock compression too,
+            since it combines gradients pairwise and not by a mean.
+        gradient_predivide_factor: as in Horovod where Horovod averages. Elsewhere numbers are averaged in float32 after
+            decoding, and dividing before and multiplying after would cancel.
+        num_groups: as ``groups``.
+        groups: as in Horovod where Horovod averages. Elsewhere gradients are fused in buckets of
+            ``bucket_cap_mb`` anyway.
+        sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise they take Horovod's own sparse path,
+            uncompressed (with ``period>1`` gradients are not sent at all).
         process_set: the ranks that train together.
         period: steps between averages, default 1. Short for ``averaging=PeriodicAveraging(period=...)``.
         averaging: the strategy: :class:`PeriodicAveraging`.
-        second_compression: codec of the mean in the two-phase exchange, by default ``compression``. More bits there mean less noise.
+        second_compression: codec of the mean in the two-phase exchange, by default ``compression``. More bits there
+            mean less noise.
         exchange: ``"allgather"``, ``"two_phase"``, or ``"auto"``: whichever sends fewer bytes.
-        small_tensor_threshold: tensors of fewer elements (biases, norms) travel uncompressed, together in one message. 0: none does.
+        small_tensor_threshold: tensors of fewer elements (biases, norms) travel uncompressed, together in one message.
+            0: none does.
         bucket_cap_mb: largest bucket, in MiB of float32. Larger: fewer messages; smaller: more overlap.
         seed: of all rounding noise; the same on every rank. No global generator is touched.
-        nonfinite: ``"raise"``: NaN or Inf in what any rank sends raises NonFiniteError on every rank, before anything changes. ``"propagate"``: the
-            mean becomes NaN on every rank; with ``period=1`` GradScaler needs this, and then skips the step on all ranks alike.
+        nonfinite: ``"raise"``: NaN or Inf in what any rank sends raises NonFiniteError on every rank, before anything
+            changes. ``"propagate"``: the mean becomes NaN on every rank; with ``period=1`` GradScaler needs this, and
+            then skips the step on all ranks alike.
         model: where to find buffers if ``named_parameters`` does not tell.
         check_consistency: after each average compare the bits of all replicas (slow; for debugging).
-        flush_timeout: seconds that ``state_dict()`` in the middle of a period waits for the other ranks; None: without end.
+        flush_timeout: seconds that ``state_dict()`` in the middle of a period waits for the other ranks; None: without
+            end.
 
     Returns:
-        An instance of a subclass of the optimizer's class, with ``synchronize()`` and ``skip_synchronize()`` as in Horovod, and ``flush()`` and
-        ``communication_stats()``. ``state_dict()`` also holds counters and anchor; save it on every rank if inner state (momentum) is to resume
-        bit-exactly, since that is local.
+        An instance of a subclass of the optimizer's class, with ``synchronize()`` and ``skip_synchronize()`` as in
+        Horovod, and ``flush()`` and ``communication_stats()``. ``state_dict()`` also holds counters and anchor; save it
+        on every rank if inner state (momentum) is to resume bit-exactly, since that is local.
 
-    Raises ArgumentError for values that are not allowed, and MismatchError on every rank if the ranks were given different ones.
+    Raises ArgumentError for values that are not allowed, and MismatchError on every rank if the ranks were given
+    different ones.
 
-    Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized Communication",
-    NeurIPS 2018.
+    Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized
+    Communication", NeurIPS 2018.
 
     >>> import torch, pqasgd_horovod.torch as hvd
     >>> hvd.init()
     >>> model = torch.nn.Linear(4, 2)
     >>> optimizer = hvd.DistributedOptimizer(
-    ...     torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), hvd.Compression.quantize(bits=4), period=8
-    ... )
-    >>> model(torch.ones(1, 4)).sum().backward()
-    >>> optimizer.step()
-    >>> optimizer.communication_stats()["steps"]
-    1
+    ...     torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), hvd.Compression.quantize(bits=4),
+    period=8 ... ) >>> model(torch.ones(1, 4)).sum().backward() >>> optimizer.step() >>>
+    optimizer.communication_stats()["steps"] 1
     """
     with construct_together(process_set) as membership:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -110,11 +118,15 @@ def DistributedOptimizer(
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
         averaging = _resolve_averaging(period, averaging)
         codec = codec_of(compression)
-        second_codec = None if second_compression is None else _require_codec(second_compression, "second_compression", averaging)
+        second_codec = (
+            None if second_compression is None else _require_codec(second_compression, "second_compression", averaging)
+        )
         if num_groups and groups is None:
             groups = num_groups
         if gradient_predivide_factor != 1.0 and op != horovod.Average:
-            raise ArgumentError(f"gradient_predivide_factor is {gradient_predivide_factor} with op={op}; it needs op=hvd.Average")
+            raise ArgumentError(
+                f"gradient_predivide_factor is {gradient_predivide_factor} with op={op}; it needs op=hvd.Average"
+            )
         stock = averaging.period == 1 and (codec is None or codec.commutes_with_sum)
         if not stock:
             codec = _require_codec(compression, "compression", averaging)
@@ -132,8 +144,10 @@ def DistributedOptimizer(
         settings = Settings(averaging, config, model, check_consistency, flush_timeout, op, process_set, membership)
         if averaging.period > 1 and averaging.buffers != "local" and model is None and horovod.rank() == 0:
             logger.warning(
-                "named_parameters is not the generator model.named_parameters(), so the model's buffers are not known and BatchNorm statistics are not "
-                "averaged: pass model=model, or averaging=PeriodicAveraging(period=%d, buffers='local') if that is meant",
+                "named_parameters is not the generator model.named_parameters(), so the model's buffers are not known "
+                "and BatchNorm statistics are not "
+                "averaged: pass model=model, or averaging=PeriodicAveraging(period=%d, buffers='local') if that is "
+                "meant",
                 averaging.period,
             )
         arguments = (
@@ -151,7 +165,9 @@ def DistributedOptimizer(
             wrapped = build_stock(optimizer, itemsize, op, arguments, settings)
         else:
             methods = GradientMethods if averaging.period == 1 else PeriodicMethods
-            wrapped = build(optimizer, _DistributedOptimizer, CommonMethods, methods, arguments=arguments, settings=settings)
+            wrapped = build(
+                optimizer, _DistributedOptimizer, CommonMethods, methods, arguments=arguments, settings=settings
+            )
         membership.describe(wrapped, type(optimizer).__name__, settings)
     return wrapped
 
@@ -160,9 +176,13 @@ def _resolve_averaging(period: int | None, averaging: PeriodicAveraging | None) 
     if averaging is None:
         return PeriodicAveraging(period=1 if period is None else period)
     if not isinstance(averaging, PeriodicAveraging):
-        raise ArgumentError(f"averaging is {averaging!r}; it must be a strategy such as hvd.PeriodicAveraging(period=8)")
+        raise ArgumentError(
+            f"averaging is {averaging!r}; it must be a strategy such as hvd.PeriodicAveraging(period=8)"
+        )
     if period is not None and period != averaging.period:
-        raise ArgumentError(f"period is {period} and averaging is {averaging}; give one of them, or the same period in both")
+        raise ArgumentError(
+            f"period is {period} and averaging is {averaging}; give one of them, or the same period in both"
+        )
     return averaging
 
 
@@ -170,7 +190,8 @@ def _require_codec(compression: Any, argument: str, averaging: PeriodicAveraging
     codec = codec_of(compression, argument)
     if codec is None:
         raise ArgumentError(
-            f"{argument} is {compression!r} with period={averaging.period}; a compressor of your own works with period=1 only, where Horovod averages: "
+            f"{argument} is {compression!r} with period={averaging.period}; a compressor of your own works with "
+            "period=1 only, where Horovod averages: "
             "use one of pqasgd_horovod.torch.Compression"
         )
     return codec
@@ -180,13 +201,19 @@ def _check_op(op: Any, averaging: PeriodicAveraging, optimizer: torch.optim.Opti
     if op == horovod.Average:
         if averaging.period == 1 and isinstance(optimizer, torch.optim.LBFGS):
             raise ArgumentError(
-                "optimizer is LBFGS with period=1 and a lossy codec; its line search decides by the local loss, so the ranks would take different numbers "
+                "optimizer is LBFGS with period=1 and a lossy codec; its line search decides by the local loss, so the "
+                "ranks would take different numbers "
                 "of steps: use period>1 or Compression.none"
             )
         return
     if op == horovod.Adasum:
-        raise ArgumentError("op is Adasum; it combines gradients pairwise by their angles, which coded means cannot do: use op=hvd.Average")
+        raise ArgumentError(
+            "op is Adasum; it combines gradients pairwise by their angles, which coded means cannot do: use "
+            "op=hvd.Average"
+        )
     if averaging.period > 1:
-        raise ArgumentError(f"op is {op} with period={averaging.period}; replicas can only be averaged: use op=hvd.Average")
+        raise ArgumentError(
+            f"op is {op} with period={averaging.period}; replicas can only be averaged: use op=hvd.Average"
+        )
     if op != horovod.Sum:
         raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")

@@ -51,13 +51,14 @@ class PeriodicMethods(CommonMethods):
         self._placed = placed
 
     def synchronize(self) -> None:
-        """Do nothing but allow ``skip_synchronize()``: with ``period>1`` gradients stay local, and so does clipping them."""
+        """Do nothing: with ``period>1`` gradients stay local, and so does clipping them."""
         self._synchronized = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the user's optimizer step; at the end of a period average the replicas, which is collective.
 
-        Raises NonFiniteError or DesynchronizedError on every rank; parameters and anchor are then as before the average.
+        Raises NonFiniteError or DesynchronizedError on every rank; parameters and anchor are then as before the
+        average.
         """
         self._prepare()
         loss = self._local_step(closure)
@@ -83,8 +84,8 @@ class PeriodicMethods(CommonMethods):
     def flush(self, timeout: float | None = None) -> None:
         """Average a last partial period: call it on every rank before evaluating, saving or ending.
 
-        Nothing happens right after an average. Raises CollectiveTimeoutError if the other ranks do not come in ``timeout`` seconds (None: wait as any
-        collective does); nothing is lost then.
+        Nothing happens right after an average. Raises CollectiveTimeoutError if the other ranks do not come in
+        ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
         """
         self._averager.flush(timeout)
 

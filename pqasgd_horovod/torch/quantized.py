@@ -46,7 +46,7 @@ class GradientMethods(CommonMethods):
             return
         this = weakref.ref(self)
 
-        def on_gradient(parameter: torch.Tensor) -> None:
+        def on_gradient(parameter: Any) -> None:
             optimizer = this()
             if optimizer is not None:
                 optimizer._on_gradient(parameter)
@@ -62,7 +62,8 @@ class GradientMethods(CommonMethods):
                 "Gradients were computed more than backward_passes_per_step times before step() or synchronize(). "
                 "Increase backward_passes_per_step to accumulate gradients locally."
             )
-        assert parameter.grad is not None and not parameter.grad.requires_grad, "gradients must not need gradients (create_graph=True)"
+        assert parameter.grad is not None
+        assert not parameter.grad.requires_grad, "gradients must not need gradients themselves (create_graph=True)"
         self._allreduce_delay[parameter] -= 1
         # Horovod's skip_synchronize and zero_grad look here for gradients in flight.
         self._handles[parameter] = None
@@ -76,16 +77,20 @@ class GradientMethods(CommonMethods):
             self._handles[parameter] = self._launch_sparse(parameter)
 
     def _launch_sparse(self, parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor]:
-        """Send a sparse gradient as Horovod does; one that is missing here is sent as a sparse tensor without elements."""
+        """Send a sparse gradient as Horovod does; one that is missing here is sent without elements."""
         gradient = parameter.grad
         if gradient is None:
             gradient = torch.sparse_coo_tensor(
-                torch.empty((1, 0), dtype=torch.int64), parameter.new_empty((0, *parameter.shape[1:])), tuple(parameter.shape)
+                torch.empty((1, 0), dtype=torch.int64),
+                parameter.new_empty((0, *parameter.shape[1:])),
+                tuple(parameter.shape),
             )
         elif not gradient.is_sparse:
             gradient = gradient.to_sparse(1)
         name = f"{self._settings.name}.{self._sparse[parameter]}"
-        handle: Callable[[], torch.Tensor] = sparse_allreduce_async(gradient, name=name, op=self.op, process_set=self.process_set)
+        handle: Callable[[], torch.Tensor] = sparse_allreduce_async(
+            gradient, name=name, op=self.op, process_set=self.process_set
+        )
         return handle
 
     def _is_current(self) -> bool:
@@ -117,7 +122,8 @@ class GradientMethods(CommonMethods):
     def synchronize(self) -> None:
         """Wait until every gradient is the mean over all ranks; collective.
 
-        Raises NonFiniteError, MismatchError or DesynchronizedError on every rank, with the gradients as this rank computed them.
+        Raises NonFiniteError, MismatchError or DesynchronizedError on every rank, with the gradients as this rank
+        computed them.
         """
         if not self._is_current():
             self._lay_out()

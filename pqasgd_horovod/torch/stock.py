@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from .wrapping import CommonMethods, Settings, build
 
 
-class StockMethods(_DistributedOptimizer):  # type: ignore[misc]
+class StockMethods(_DistributedOptimizer):
     """Horovod's own optimizer, which also counts; its messages are what the ring formula says."""
 
     def _start(self) -> None:
@@ -36,7 +36,10 @@ class StockMethods(_DistributedOptimizer):  # type: ignore[misc]
         if "_stock_class" not in self.__dict__ or not self.process_set.included() or horovod.size() == 1:
             return
         if self._stock_class is _DistributedAdasumOptimizer:
-            raise ArgumentError("param_group: parameters cannot be added to an optimizer with op=hvd.Adasum; list them all at construction")
+            raise ArgumentError(
+                "param_group: parameters cannot be added to an optimizer with op=hvd.Adasum; list them all at "
+                "construction"
+            )
         for parameter in self.param_groups[-1]["params"]:
             if parameter.requires_grad and parameter not in self._requires_update:
                 self._requires_update.add(parameter)
@@ -48,7 +51,7 @@ class StockMethods(_DistributedOptimizer):  # type: ignore[misc]
         """Do nothing: every step averages."""
 
     def communication_stats(self) -> dict[str, Any]:
-        """Return running totals; bytes are those of a ring allreduce, since Horovod counts none. See the other optimizers for the fields."""
+        """Return running totals, with the bytes of a ring allreduce, since Horovod counts none."""
         return self._statistics.as_dict(self._bytes, self._bytes)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,13 +23,15 @@ DTYPES = {
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
     """Return the strides that matter: those of dimensions with more than one element, 0 for the others."""
-    return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride())]
+    return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Return whether the elements fill their memory without gap or overlap, in whatever order."""
     expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    ):
         if stride != expected:
             return False
         expected *= size
@@ -38,14 +41,18 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def check_tensor(what: str, tensor: torch.Tensor) -> None:
     """Raise ArgumentError unless the core can read and write the tensor's memory."""
     if tensor.device.type != "cpu":
-        raise ArgumentError(f"{what} is on {tensor.device}; this version exchanges CPU tensors only: keep the model on the CPU, or use stock horovod.torch")
+        raise ArgumentError(
+            f"{what} is on {tensor.device}; this version exchanges CPU tensors only: keep the model on the CPU, or use "
+            "stock horovod.torch"
+        )
     if tensor.dtype not in DTYPES:
         raise ArgumentError(f"{what} has dtype {tensor.dtype}; it must be {', '.join(map(str, DTYPES))}")
     if tensor.layout != torch.strided:
         raise ArgumentError(f"{what} has layout {tensor.layout}; it must be {torch.strided}")
     if tensor.numel() and not is_dense(tensor):
         raise ArgumentError(
-            f"{what} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}, which leave gaps in memory or overlap; "
+            f"{what} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}, which leave gaps in memory "
+            "or overlap; "
             "make it dense first: tensor.data = tensor.data.contiguous()"
         )
 
@@ -63,11 +70,13 @@ class TensorMemory:
         self.description = describe(tensor)
 
     def pointer(self) -> int:
+        """Return where the elements are now; raise ArgumentError if they are not what they were."""
         tensor = self._look_up()
         check_tensor(self.name, tensor)
         if describe(tensor) != self.description:
             raise ArgumentError(
-                f"{self.name} was {self.description} when training began and is {describe(tensor)} now; make such changes before the first step"
+                f"{self.name} was {self.description} when training began and is {describe(tensor)} now; make such "
+                "changes before the first step"
             )
         return tensor.data_ptr()
 
@@ -104,7 +113,7 @@ class GradientMemory:
         return gradient.dtype == self.parameter.dtype and memory_order(gradient) == memory_order(self.parameter)
 
     def restore(self, keep_mean: bool) -> None:
-        """Turn the mean back into a sparse gradient if the gradient was sparse (unless it is to be dropped); forget stand-ins."""
+        """Make the mean the gradient, sparse again, if the gradient is sparse; forget stand-ins."""
         gradient = self.parameter.grad
         if keep_mean and self._stand_in is not None and gradient is not None:
             self.parameter.grad = self._stand_in.to_sparse(gradient.sparse_dim())
@@ -125,7 +134,7 @@ def find_model(named_parameters: Any) -> torch.nn.Module | None:
 
 
 def select_buffers(model: torch.nn.Module, policy: str) -> Iterator[TensorMemory]:
-    """Yield the floating-point buffers that ``policy`` averages: see :class:`~pqasgd_horovod.averaging.PeriodicAveraging`."""
+    """Yield the buffers that ``policy`` averages; see :class:`~pqasgd_horovod.averaging.PeriodicAveraging`."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         if policy == "local" or (policy == "statistics" and not isinstance(module, _NormBase)):
@@ -134,4 +143,4 @@ def select_buffers(model: torch.nn.Module, policy: str) -> Iterator[TensorMemory
             if buffer.is_floating_point() and id(buffer) not in seen:
                 seen.add(id(buffer))
                 path = f"{module_name}.{key}" if module_name else key
-                yield TensorMemory(f"buffer {path}", lambda module=module, key=key: module.get_buffer(key))  # type: ignore[misc]
+                yield TensorMemory(f"buffer {path}", functools.partial(module.get_buffer, key))

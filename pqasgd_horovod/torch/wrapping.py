@@ -1,8 +1,9 @@
 """How a Horovod optimizer is built, and what all of ours have in common.
 
-Horovod makes a class at run time, a subclass of the user's optimizer class whose methods are copied in. So do we: the methods of the classes in
-this package are copied over Horovod's, and the class says that it comes from ``horovod.torch.optimizer``, which ``broadcast_optimizer_state`` looks for.
-Methods call the user's optimizer as ``self._inner_class.step(self)``: in such a class ``super()`` would not find it.
+Horovod makes a class at run time, a subclass of the user's optimizer class whose methods are copied in. So do we: the
+methods of the classes in this package are copied over Horovod's, and the class says that it comes from
+``horovod.torch.optimizer``, which ``broadcast_optimizer_state`` looks for. Methods call the user's optimizer as
+``self._inner_class.step(self)``: in such a class ``super()`` would not find it.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ _constructed: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 
 class Membership:
-    """One optimizer's place among the ranks: its name, the same on all of them, and its carrier if there is anyone to talk to."""
+    """One optimizer's place among the ranks: its name, alike on all of them, and its carrier unless it is alone."""
 
     def __init__(self, process_set: Any) -> None:
         if not horovod.is_initialized():
             raise ArgumentError("Horovod is not initialised: call hvd.init() before hvd.DistributedOptimizer")
         included = process_set.included()
         if included is None:
-            raise ArgumentError(f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])")
+            raise ArgumentError(
+                f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
+            )
         self.name = ""
         self.carrier: HorovodCarrier | None = None
         self.description: dict[str, Any] = {}
@@ -67,7 +70,7 @@ class Membership:
 
 @contextlib.contextmanager
 def construct_together(process_set: Any) -> Iterator[Membership]:
-    """Construct an optimizer on all ranks or on none: at the end they compare descriptions, or learn of an error that only some had."""
+    """Construct an optimizer on all ranks or on none: they compare descriptions, or learn of an error that some had."""
     membership = Membership(process_set)
     carrier = membership.carrier
     try:
@@ -96,15 +99,17 @@ class Settings:
 
     @property
     def name(self) -> str:
+        """The prefix of all names on the wire."""
         return self.membership.name
 
     @property
     def carrier(self) -> HorovodCarrier | None:
+        """What carries bytes; None for a rank that trains alone."""
         return self.membership.carrier
 
 
 def build(optimizer: torch.optim.Optimizer, *layers: type, arguments: tuple[Any, ...], settings: Settings) -> Any:
-    """Return an optimizer of a new class: the user's class, with the methods of ``layers`` copied in, later ones over earlier ones."""
+    """Return an optimizer of a new class: the user's, with the methods of ``layers`` copied in, later over earlier."""
     namespace: dict[str, Any] = {}
     for layer in layers:
         namespace.update({key: value for key, value in vars(layer).items() if key not in _NOT_COPIED})
@@ -113,7 +118,8 @@ def build(optimizer: torch.optim.Optimizer, *layers: type, arguments: tuple[Any,
     namespace["_settings"] = settings
     cls = type(type(optimizer).__name__, (type(optimizer),), namespace)
     wrapped: Any = cls(optimizer.param_groups, *arguments)
-    # Horovod's constructor passes parameter groups only; without this a group added later would get the class's defaults, not the user's.
+    # Horovod's constructor passes parameter groups only; without this a group added later would get the class's
+    # defaults, not the user's.
     wrapped.defaults = dict(optimizer.defaults)
     return wrapped
 
@@ -134,37 +140,41 @@ def export_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return a checkpoint's state as an averager takes it; raise ArgumentError unless its anchor fits ``parameters``."""
+    """Return a checkpoint's state with arrays; raise ArgumentError unless its anchor fits ``parameters``."""
     anchors: dict[str, np.ndarray] = {}
     for name, values in state.get("anchor", {}).items():
         if name not in parameters:
-            raise ArgumentError(f"the saved anchor has a parameter {name!r}, which this optimizer has not: the checkpoint is of another model")
+            raise ArgumentError(
+                f"the saved anchor has a parameter {name!r}, which this optimizer has not: the checkpoint is of "
+                "another model"
+            )
         if values.numel() != parameters[name].numel():
             raise ArgumentError(
-                f"the saved anchor of parameter {name!r} has {values.numel()} elements, the parameter has {parameters[name].numel()}: "
+                f"the saved anchor of parameter {name!r} has {values.numel()} elements, the parameter has "
+                f"{parameters[name].numel()}: "
                 "the checkpoint is of another model"
             )
         anchors[name] = values.detach().cpu().numpy().reshape(-1).copy()
     return {**state, "anchor": anchors}
 
 
-class CommonMethods(_DistributedOptimizer):  # type: ignore[misc]
+class CommonMethods(_DistributedOptimizer):
     """What every optimizer of this package adds to Horovod's. Never instantiated: :func:`build` copies the methods."""
 
     def flush(self, timeout: float | None = None) -> None:
         """Average a last partial period: call it on every rank before evaluating, saving or ending.
 
-        Nothing happens with ``period=1``, or right after an average. Raises CollectiveTimeoutError if the other ranks do not come in ``timeout`` seconds
-        (None: wait as any collective does); nothing is lost then.
+        Nothing happens with ``period=1``, or right after an average. Raises CollectiveTimeoutError if the other ranks
+        do not come in ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
         """
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of this process.
 
-        ``steps``, ``rounds`` (averages), ``world_size``, ``num_elements`` (parameters that are exchanged), ``bytes_sent``, ``bytes_received``,
-        ``uncompressed_bytes`` (what a float32 ring allreduce of all gradients would have sent for the same steps), ``compression_ratio``
-        (uncompressed over sent) and ``exchange_seconds`` (spent waiting and applying). Control traffic and gradients that Horovod sends as
-        sparse are not counted.
+        ``steps``, ``rounds`` (averages), ``world_size``, ``num_elements`` (parameters that are exchanged),
+        ``bytes_sent``, ``bytes_received``, ``uncompressed_bytes`` (what a float32 ring allreduce of all gradients would
+        have sent for the same steps), ``compression_ratio`` (uncompressed over sent) and ``exchange_seconds`` (spent
+        waiting and applying). Control traffic and gradients that Horovod sends as sparse are not counted.
         """
         result: dict[str, Any] = self._averager.communication_stats()
         return result
@@ -173,7 +183,8 @@ class CommonMethods(_DistributedOptimizer):  # type: ignore[misc]
         """Reset gradients; raises AssertionError while they are being exchanged, as Horovod does."""
         if self._handles:
             raise AssertionError(
-                "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or optimizer.synchronize(): "
+                "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
+                "optimizer.synchronize(): "
                 "the gradients are still being exchanged"
             )
         self._inner_class.zero_grad(self, set_to_none=set_to_none)
@@ -181,7 +192,8 @@ class CommonMethods(_DistributedOptimizer):  # type: ignore[misc]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, on every rank, with the same values on every rank; they are exchanged from the next step on.
 
-        Names come from ``named_parameters`` of the constructor if they were listed there, from ``param_group["param_names"]``, or are made up.
+        Names come from ``named_parameters`` of the constructor if they were listed there, from
+        ``param_group["param_names"]``, or are made up.
         """
         self._inner_class.add_param_group(self, param_group)
         if "_parameter_names" not in self.__dict__:
@@ -192,7 +204,10 @@ class CommonMethods(_DistributedOptimizer):  # type: ignore[misc]
                 names = group.get("param_names")
                 name = names[i] if names else f"allreduce.noname.{len(self.param_groups) - 1}.{i}"
                 if name in self._parameter_names.values():
-                    raise ArgumentError(f"param_group: the name {name!r} is taken by another parameter; give param_names that are unique")
+                    raise ArgumentError(
+                        f"param_group: the name {name!r} is taken by another parameter; give param_names that are "
+                        "unique"
+                    )
                 self._parameter_names[parameter] = name
             self._allreduce_delay[parameter] = self.backward_passes_per_step
 
@@ -209,8 +224,9 @@ class CommonMethods(_DistributedOptimizer):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state and, under ``"pqasgd"``, counters, configuration and the anchor.
 
-        In the middle of a period it first averages it, which takes every rank: a rank that calls it alone gets CollectiveTimeoutError after
-        ``flush_timeout`` seconds, nothing lost. After ``flush()``, or when the period has just ended, one rank may call it alone.
+        In the middle of a period it first averages it, which takes every rank: a rank that calls it alone gets
+        CollectiveTimeoutError after ``flush_timeout`` seconds, nothing lost. After ``flush()``, or when the period has
+        just ended, one rank may call it alone.
         """
         self.flush(self._settings.flush_timeout)
         state: dict[str, Any] = self._inner_class.state_dict(self)
