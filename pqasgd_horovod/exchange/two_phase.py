@@ -165,20 +165,29 @@ class TwoPhaseExchange(MessageExchange):
         shard = bucket.shards[self._rank]
         nbytes = self.codec.payload_nbytes(shard.num_elements)
         messages = self._open(flight, received, self._others, [nbytes] * len(self._others))
-        if flight.flags or any(message.header.flags for message in messages) or not shard.num_elements:
-            return  # a sender says that its codes mean nothing, or there is nothing to add up
+        if not shard.num_elements:
+            return
+        start = flight.start + shard.start
+        if flight.flags or any(message.header.flags for message in messages):
+            # Some sender's codes mean nothing, so there is no mean; only the verdict has to be complete.
+            if not self._own_part_is_finite(flight, bucket, start):
+                flight.flags |= wire.FLAG_NON_FINITE
+            return
         payloads: list[Bytes | None] = [message.payload for message in messages]
         payloads.insert(self._rank, None)
-        start = flight.start + shard.start
         native.reduce(
             self._spec, payloads, self._keys.received[flight.bucket], self._weight, flight.source, start, bucket.mean
         )
         key = self._keys.means[flight.bucket][self._rank]
         payload = bucket.mean_message[wire.HEADER_NBYTES :]
         if not native.encode(self._second_spec, bucket.mean_source, 0, shard.num_elements, key, payload):
-            # Phase one has not looked at the own part: is that to blame, or is it the mean?
-            native.gather(flight.source, start, bucket.mean)
-            flight.flags |= wire.FLAG_MEAN_OVERFLOW if np.isfinite(bucket.mean).all() else wire.FLAG_NON_FINITE
+            finite = self._own_part_is_finite(flight, bucket, start)
+            flight.flags |= wire.FLAG_MEAN_OVERFLOW if finite else wire.FLAG_NON_FINITE
+
+    def _own_part_is_finite(self, flight: Flight, bucket: _Bucket, start: int) -> bool:
+        """Look at what nobody has encoded; it takes the place of the mean, which there is none of."""
+        native.gather(flight.source, start, bucket.mean)
+        return bool(np.isfinite(bucket.mean).all())
 
     def _decode(self, flight: Flight, payloads: list[Bytes], mean: Float32) -> None:
         keys = self._keys.means[flight.bucket]

@@ -114,8 +114,9 @@ class _ThreadHandle:
             world.condition.wait_for(self._settled, limit)
             if not self._collective.complete:
                 missing = world.missing(self._collective)
-                reason = "have ended" if world.departed.issuperset(missing) else "did not take part in time"
-                raise CollectiveTimeoutError(f"collective {self._name!r}: ranks {missing} {reason}")
+                ended = sorted(world.departed.intersection(missing))
+                reason = f"ranks {ended} have ended" if ended else f"ranks {missing} did not take part in time"
+                raise CollectiveTimeoutError(f"collective {self._name!r}: {reason}")
             if self._collective.error is not None:
                 raise MismatchError(self._collective.error)
             return self._collective.results[self._rank]

@@ -1,4 +1,4 @@
-"""What the exchange tests share: the specification of a mean in NumPy, carriers that observe or do harm, one round on all ranks."""
+"""What the exchange tests share: the specification of a mean in NumPy, and carriers that observe or do harm."""
 
 from __future__ import annotations
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from exchange_world import (
+
+from pqasgd_horovod import codecs, native
+from pqasgd_horovod.errors import ArgumentError
+from pqasgd_horovod.exchange import choose_exchange, make_exchange
+from pqasgd_horovod.exchange.base import derive_keys
+from pqasgd_horovod.exchange.carriers.threads import run_ranks
+from pqasgd_horovod.exchange.plan import bytes_per_round
+from pqasgd_horovod.keys import derive_key
+
+from .world import (
     CODECS,
     METHODS,
     SEED,
@@ -15,14 +24,6 @@ from exchange_world import (
     run_round,
     same_everywhere,
 )
-
-from pqasgd_horovod import codecs, native
-from pqasgd_horovod.errors import ArgumentError
-from pqasgd_horovod.exchange import choose_exchange, make_exchange
-from pqasgd_horovod.exchange.base import derive_keys
-from pqasgd_horovod.exchange.carriers.threads import run_ranks
-from pqasgd_horovod.exchange.plan import bytes_per_round
-from pqasgd_horovod.keys import derive_key
 
 # One element; fewer blocks than ranks, so that shards are empty; many blocks and a short one.
 BUCKETS = (1, 200, 2500)
@@ -134,7 +135,7 @@ def test_steps_have_their_own_noise(method):
 
 
 def test_phase_two_does_not_wait_for_other_buckets():
-    """All first phases go out before anything is waited for; a second phase follows as soon as its own first has come."""
+    """All first phases go out before anything is waited for; a second one as soon as its own first has come."""
 
     def program(carrier):
         watched = WrappedCarrier(carrier)
