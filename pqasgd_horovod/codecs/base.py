@@ -59,7 +59,7 @@ def from_config(config: Mapping[str, Any]) -> Codec:
     """
     arguments = dict(config)
     codec_id = arguments.pop("id", None)
-    if codec_id not in registry:
+    if not isinstance(codec_id, str) or codec_id not in registry:
         raise ArgumentError(f"config['id'] is {codec_id!r}; registered codecs are {', '.join(sorted(registry))}")
     cls = registry[codec_id]
     known = [field.name for field in dataclasses.fields(cls)]

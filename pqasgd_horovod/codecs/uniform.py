@@ -124,7 +124,8 @@ class MaxScale(Uniform):
     8192. Smaller blocks: smaller error, more bytes. Gaussian numbers in blocks of 512: q = 1.6, 0.20, 0.037 at 2, 3, 4
     bits, 1.1e-4 at 8.
 
-    Raises ArgumentError for other ``bits`` or ``block_size``.
+    Raises ArgumentError for other ``bits`` or ``block_size``. A number within rounding of the largest float32, 3.4e38, may
+    decode to infinity.
 
     Source: the quantizer of Alistarh et al., "QSGD", NeurIPS 2017, with the maximum norm (their section 5) in place of
     the 2-norm.
@@ -229,6 +230,6 @@ class TernGrad(Uniform):
         """The inverse of :meth:`pack`; raises WireFormatError for a byte that is not five ternary digits."""
         if (packed > packing.LARGEST_TERNARY_BYTE).any():
             raise WireFormatError(
-                f"payload of {self}: a byte is {packed.max()}, above five ternary digits, {packing.LARGEST_TERNARY_BYTE}"
+                f"payload of {self}: a byte is {packed.max()}; the largest is {packing.LARGEST_TERNARY_BYTE}"
             )
         return packing.unpack_ternary(packed, elements)
