@@ -47,7 +47,7 @@ def all_codecs() -> st.SearchStrategy[codecs.Codec]:
 def float32_vectors(draw: st.DrawFn, most: int = 2600) -> np.ndarray:
     """Vectors of finite float32: noise at any scale from subnormal to huge, with a few numbers that Hypothesis chose."""
     size = draw(sizes(most))
-    exponent = draw(st.sampled_from([-149, -140, -101, -52, -50, -45, -40, -20, -3, 0, 3, 20, 60, 63, 100, 124]))
+    exponent = draw(st.sampled_from([-149, -101, -52, -50, -45, -40, -20, -3, 0, 3, 20, 60, 63, 100, 124]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     values = np.ldexp(rng.uniform(-1, 1, size), exponent).astype(np.float32)
     if size:

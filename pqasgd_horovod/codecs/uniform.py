@@ -124,11 +124,10 @@ class MaxScale(Uniform):
     8192. Smaller blocks: smaller error, more bytes. Gaussian numbers in blocks of 512: q = 1.6, 0.20, 0.037 at 2, 3, 4
     bits, 1.1e-4 at 8.
 
-    Raises ArgumentError for other ``bits`` or ``block_size``. A number within rounding of the largest float32, 3.4e38, may
-    decode to infinity.
+    Raises ArgumentError for other ``bits`` or ``block_size``. A number within rounding of the largest float32, 3.4e38,
+    may decode to infinity.
 
-    Source: the quantizer of Alistarh et al., "QSGD", NeurIPS 2017, with the maximum norm (their section 5) in place of
-    the 2-norm.
+    Source: the quantizer of Alistarh et al., "QSGD", NeurIPS 2017, with the maximum norm in place of the 2-norm.
 
     >>> import numpy as np
     >>> from pqasgd_horovod import codecs
