@@ -63,9 +63,12 @@ class Channel:
         """Return the indices of the tensors that lie in a bucket, wholly or in part."""
         return self.vector.tensors_in(self.starts[bucket], self.starts[bucket + 1])
 
-    def begin(self, step: int, round: int) -> None:
-        """Encode every bucket and launch its exchange."""
-        source = self.vector.source(self.anchor)
+    def source(self) -> native.Source:
+        """Return the vector as it is in memory now, minus the anchor."""
+        return self.vector.source(self.anchor)
+
+    def begin(self, source: native.Source, step: int, round: int) -> None:
+        """Encode every bucket of :meth:`source` and launch its exchange."""
         for bucket, start in enumerate(self.starts[:-1]):
             self.exchange.begin(bucket, source, start, step=step, round=round)
             self.exchange.advance()
@@ -77,9 +80,8 @@ class Channel:
         self.exchange.begin(bucket, self.vector.source(part=tensors), start, step=step, round=round)
         self.exchange.advance()
 
-    def apply(self) -> None:
+    def apply(self, target: native.Source) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean."""
-        target = self.vector.source(self.anchor)
         for mean, start in zip(self.means, self.starts[:-1], strict=True):
             native.apply(mean, start, target)
 

@@ -13,7 +13,7 @@ from ..exchange.handshake import verify_same
 from .channel import Channel, ChannelSet, split_by_size
 from .config import ExchangeConfig
 from .schedule import PeriodicAveraging
-from .state import STATE_VERSION, check_state
+from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
 from .vector import FlatVector, TensorView
 
@@ -123,7 +123,7 @@ class GradientAverager:
             if self._carrier is not None and self._sum_over_ranks:
                 for mean in channel.means:
                     np.multiply(mean, np.float32(self._carrier.size), out=mean)
-            channel.apply()
+            channel.apply(channel.source())
         self.statistics.rounds += 1
         self.statistics.exchange_seconds += time.perf_counter() - started
         if self._check_consistency and self._carrier is not None:
@@ -131,7 +131,7 @@ class GradientAverager:
 
     def config(self) -> dict[str, Any]:
         """Return what a saved state must have been made with."""
-        return {"averaging": PeriodicAveraging(period=1).config(), "exchange": self._config.config()}
+        return saved_config(PeriodicAveraging(period=1), self._config)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step counter, which keys the rounding noise, and the configuration."""

@@ -14,7 +14,7 @@ from ..exchange.handshake import verify_same
 from .channel import Channel, ChannelSet, digest_tensors, split_by_size
 from .config import ExchangeConfig
 from .schedule import PeriodicAveraging
-from .state import STATE_VERSION, check_state
+from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
 from .vector import AnchorArray, FlatVector, TensorView, anchor_dtype
 
@@ -66,6 +66,7 @@ class PeriodicAverager:
         """
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:
+            self._restored = {}
             self._prepared = True
             return
         anchors = {**self._anchors(), **self._restored}
@@ -115,22 +116,24 @@ class PeriodicAverager:
     ) -> int:
         assert self._carrier is not None
         description = {
-            "steps": self.steps,
-            "rounds": self.rounds,
-            "steps_since_average": self.steps_since_average,
             "averaging": self._averaging.config(),
             "exchange": self._config.config(),
             "parameters": {tensor.name: tensor.description for tensor in parameters},
             "buffers": {tensor.name: tensor.description for tensor in buffers},
         }
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
+        counters = {
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "steps_since_average": self.steps_since_average,
+        }
         try:
-            verify_same(self._carrier, {"parameters": digests}, f"{self._name}.start")
+            verify_same(self._carrier, {**counters, "parameters": digests}, f"{self._name}.start")
         except MismatchError as error:
             raise MismatchError(
-                "the ranks do not start from the same parameters: call hvd.broadcast_parameters(model.state_dict(), "
-                "root_rank=0) "
-                f"before the first step, or load the same checkpoint on every rank (digests of the values: {error})"
+                "the ranks do not start from the same parameters: before the first step call "
+                "hvd.broadcast_parameters(model.state_dict(), root_rank=0) and, if one rank loaded a checkpoint, "
+                f"hvd.broadcast_optimizer_state(optimizer, root_rank=0). Counters and digests of the values: {error}"
             ) from None
         return digest
 
@@ -149,11 +152,13 @@ class PeriodicAverager:
     def average(self) -> None:
         """Average now: anchor += mean of the decoded changes, parameters = anchor; collective."""
         started = time.perf_counter()
-        for channel in self._channels:
-            channel.begin(step=self.steps, round=self.rounds)
+        # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
+        sources = [(channel, channel.source()) for channel in self._channels]
+        for channel, source in sources:
+            channel.begin(source, step=self.steps, round=self.rounds)
         self._channels.finish()
-        for channel in self._channels:
-            channel.apply()
+        for channel, source in sources:
+            channel.apply(source)
             self._clear_buffer_anchors(channel)
         self.rounds += 1
         self.steps_since_average = 0
@@ -185,9 +190,8 @@ class PeriodicAverager:
                 # The vote stays in flight: the next flush() of this rank waits for the same one.
                 raise CollectiveTimeoutError(
                     f"{self.steps_since_average} steps were made since the last average, and averaging them takes "
-                    "every rank, but not every rank called "
-                    f"flush() or state_dict() within {timeout} s: call optimizer.flush() on every rank first, then "
-                    "state_dict() where you like"
+                    f"every rank, but not every rank called flush() or state_dict() within {timeout} s: call "
+                    "optimizer.flush() on every rank first, then state_dict() where you like"
                 ) from None
             self._flush_vote = None
         self.average()
@@ -203,7 +207,7 @@ class PeriodicAverager:
 
     def config(self) -> dict[str, Any]:
         """Return what a saved state must have been made with."""
-        return {"averaging": self._averaging.config(), "exchange": self._config.config()}
+        return saved_config(self._averaging, self._config)
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, configuration and a copy of the anchor, by parameter name.

@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ArgumentError
+from .config import ExchangeConfig
+from .schedule import PeriodicAveraging
 
 STATE_VERSION = 1
 _FIELDS = ("version", "steps", "rounds", "config", "anchor")
+
+
+def saved_config(averaging: PeriodicAveraging, exchange: ExchangeConfig) -> dict[str, Any]:
+    """Return what has to be the same when a saved state is loaded; how buckets are cut need not be."""
+    config = exchange.config()
+    del config["bucket_cap_mb"], config["nonfinite"]
+    return {"averaging": averaging.config(), "exchange": config}
 
 
 def check_state(state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -29,7 +38,6 @@ def check_state(state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     if differences:
         raise ArgumentError(
             f"the saved averaging state was made with another configuration: {'; '.join(differences)}. Build the "
-            "optimizer as it was, or go on "
-            "with the new settings from a plain checkpoint: remove the key 'pqasgd' from the state dict before loading "
-            "it"
+            "optimizer as it was, or go on with the new settings from a plain checkpoint: remove the key 'pqasgd' from "
+            "the state dict before loading it"
         )

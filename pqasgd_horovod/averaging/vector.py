@@ -43,7 +43,7 @@ class TensorView(Protocol):
 
 
 def anchor_dtype(tensor: TensorView) -> np.dtype:
-    """Return the type of a tensor's anchor: float64 for float64, else float32, which keeps the digits halves lose."""
+    """Return the type of a tensor's anchor: float64 for float64, float32 for all narrower types."""
     return np.dtype(np.float64 if tensor.dtype == native.DTYPE_F64 else np.float32)
 
 

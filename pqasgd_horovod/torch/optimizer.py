@@ -106,9 +106,15 @@ def DistributedOptimizer(
     >>> hvd.init()
     >>> model = torch.nn.Linear(4, 2)
     >>> optimizer = hvd.DistributedOptimizer(
-    ...     torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), hvd.Compression.quantize(bits=4),
-    period=8 ... ) >>> model(torch.ones(1, 4)).sum().backward() >>> optimizer.step() >>>
-    optimizer.communication_stats()["steps"] 1
+    ...     torch.optim.SGD(model.parameters(), lr=0.1),
+    ...     named_parameters=model.named_parameters(),
+    ...     compression=hvd.Compression.quantize(bits=4),
+    ...     period=8,
+    ... )
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.communication_stats()["steps"]
+    1
     """
     with construct_together(process_set) as membership:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -145,9 +151,8 @@ def DistributedOptimizer(
         if averaging.period > 1 and averaging.buffers != "local" and model is None and horovod.rank() == 0:
             logger.warning(
                 "named_parameters is not the generator model.named_parameters(), so the model's buffers are not known "
-                "and BatchNorm statistics are not "
-                "averaged: pass model=model, or averaging=PeriodicAveraging(period=%d, buffers='local') if that is "
-                "meant",
+                "and BatchNorm statistics are not averaged: pass model=model, or "
+                "averaging=PeriodicAveraging(period=%d, buffers='local') if that is meant",
                 averaging.period,
             )
         arguments = (
@@ -191,8 +196,7 @@ def _require_codec(compression: Any, argument: str, averaging: PeriodicAveraging
     if codec is None:
         raise ArgumentError(
             f"{argument} is {compression!r} with period={averaging.period}; a compressor of your own works with "
-            "period=1 only, where Horovod averages: "
-            "use one of pqasgd_horovod.torch.Compression"
+            "period=1 only, where Horovod averages: use one of pqasgd_horovod.torch.Compression"
         )
     return codec
 
@@ -201,9 +205,8 @@ def _check_op(op: Any, averaging: PeriodicAveraging, optimizer: torch.optim.Opti
     if op == horovod.Average:
         if averaging.period == 1 and isinstance(optimizer, torch.optim.LBFGS):
             raise ArgumentError(
-                "optimizer is LBFGS with period=1 and a lossy codec; its line search decides by the local loss, so the "
-                "ranks would take different numbers "
-                "of steps: use period>1 or Compression.none"
+                "optimizer is LBFGS with period=1 and a lossy codec; it decides by the local loss how often to compute "
+                "gradients, which would differ between ranks: use period>1 or Compression.none"
             )
         return
     if op == horovod.Adasum:

@@ -125,6 +125,10 @@ class GradientMethods(CommonMethods):
         Raises NonFiniteError, MismatchError or DesynchronizedError on every rank, with the gradients as this rank
         computed them.
         """
+        self._synchronized = True
+        if self._settings.carrier is None:
+            self._averager.finish()
+            return
         if not self._is_current():
             self._lay_out()
         for parameter in itertools.chain(self._gradients, self._sparse):
@@ -143,7 +147,6 @@ class GradientMethods(CommonMethods):
             self._layout_is_current = None
         for parameter, gradient in received.items():
             parameter.grad = gradient
-        self._synchronized = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize, unless inside ``skip_synchronize()``, then let the user's optimizer step.

@@ -91,33 +91,45 @@ class GradientMemory:
         self.dtype = DTYPES[parameter.dtype]
         self.numel = parameter.numel()
         self.description = describe(parameter)
-        self._stand_in: torch.Tensor | None = None
+        self._tensor: torch.Tensor | None = None
 
     def pointer(self) -> int:
-        """Return where the gradient is; a missing one becomes zeros, one of another order or type is copied first."""
-        if self._stand_in is not None:
-            return self._stand_in.data_ptr()
-        gradient = self.parameter.grad
-        if gradient is None or gradient.is_sparse or not self._fits(gradient):
-            fitting = torch.zeros_like(self.parameter, requires_grad=False)
-            if gradient is not None:
-                fitting.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-            if (gradient is None and not self.parameter.requires_grad) or (gradient is not None and gradient.is_sparse):
-                # A frozen parameter must not get a gradient from us, and a sparse one gets its mean in restore().
-                self._stand_in = fitting
-                return fitting.data_ptr()
-            self.parameter.grad = gradient = fitting
-        return gradient.data_ptr()
+        """Return where the numbers to send are, and their mean will be; they stay there until :meth:`restore`.
 
-    def _fits(self, gradient: torch.Tensor) -> bool:
-        return gradient.dtype == self.parameter.dtype and memory_order(gradient) == memory_order(self.parameter)
+        That is the gradient itself, or a copy of it where its type, its order in memory or its sparseness do not fit,
+        or zeros where there is none.
+        """
+        if self._tensor is None:
+            self._tensor = self._fitting_gradient()
+        return self._tensor.data_ptr()
+
+    def _fitting_gradient(self) -> torch.Tensor:
+        gradient = self.parameter.grad
+        if (
+            gradient is not None
+            and gradient.layout == torch.strided
+            and gradient.dtype == self.parameter.dtype
+            and memory_order(gradient) == memory_order(self.parameter)
+        ):
+            return gradient
+        fitting = torch.zeros_like(self.parameter, requires_grad=False)
+        if gradient is not None:
+            fitting.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        return fitting
 
     def restore(self, keep_mean: bool) -> None:
-        """Make the mean the gradient, sparse again, if the gradient is sparse; forget stand-ins."""
+        """Make the mean the gradient, sparse again if the gradient is sparse, or leave the gradient as it was.
+
+        A frozen parameter without a gradient is not given one: the user's optimizer would decay it.
+        """
+        mean, self._tensor = self._tensor, None
         gradient = self.parameter.grad
-        if keep_mean and self._stand_in is not None and gradient is not None:
-            self.parameter.grad = self._stand_in.to_sparse(gradient.sparse_dim())
-        self._stand_in = None
+        if mean is None or mean is gradient or not keep_mean:
+            return
+        if gradient is not None and gradient.is_sparse:
+            self.parameter.grad = mean.to_sparse(gradient.sparse_dim())
+        elif gradient is not None or self.parameter.requires_grad:
+            self.parameter.grad = mean
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -151,8 +151,7 @@ def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor
         if values.numel() != parameters[name].numel():
             raise ArgumentError(
                 f"the saved anchor of parameter {name!r} has {values.numel()} elements, the parameter has "
-                f"{parameters[name].numel()}: "
-                "the checkpoint is of another model"
+                f"{parameters[name].numel()}: the checkpoint is of another model"
             )
         anchors[name] = values.detach().cpu().numpy().reshape(-1).copy()
     return {**state, "anchor": anchors}
@@ -184,8 +183,7 @@ class CommonMethods(_DistributedOptimizer):
         if self._handles:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
-                "optimizer.synchronize(): "
-                "the gradients are still being exchanged"
+                "optimizer.synchronize(): the gradients are still being exchanged"
             )
         self._inner_class.zero_grad(self, set_to_none=set_to_none)
 
