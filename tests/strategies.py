@@ -45,7 +45,7 @@ def all_codecs() -> st.SearchStrategy[codecs.Codec]:
 
 @st.composite
 def float32_vectors(draw: st.DrawFn, most: int = 2600) -> np.ndarray:
-    """Vectors of finite float32: noise at any scale from subnormal to huge, with a few numbers that Hypothesis chose."""
+    """Vectors of finite float32: noise at any scale, subnormal to huge, with a few numbers that Hypothesis chose."""
     size = draw(sizes(most))
     exponent = draw(st.sampled_from([-149, -101, -52, -50, -45, -40, -20, -3, 0, 3, 20, 60, 63, 100, 124]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from pqasgd_horovod import codecs, keys, native
+from pqasgd_horovod.codecs.lloyd_max import POSITIVE_CENTROIDS
+from pqasgd_horovod.codecs.packing import unpack
 from pqasgd_horovod.errors import ArgumentError, NonFiniteError
 
 from ..strategies import SIZES
@@ -345,3 +348,32 @@ def test_casts_round_halfway_cases_to_even(codec, implementation):
     )
     result = implementation.decode(codec, implementation.encode(codec, values, 0), values.size, 0)
     assert result.tolist() == [1, 1 + 2 * step, -1, 1 + step, 1]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_eden_rounds_a_tie_up(bits):
+    """A rotated number that is exactly at a threshold goes to the upper centroid."""
+    codec = codecs.eden(bits=bits, block_size=64)
+    centroids = np.array(POSITIVE_CENTROIDS[bits - 1], np.float32)
+    thresholds = (centroids[:-1] + centroids[1:]) * np.float32(0.5)
+    number = int(np.searchsorted(thresholds, 0.99)) - 1
+    t = thresholds[number]
+    # Two numbers a and b become 32 rotated numbers of magnitude a - b and 32 of a + b, so that sigma^2 = a^2 + b^2.
+    # Look for ties near the b where a - b = t sigma.
+    near = (1 - t * np.sqrt(2 - np.float64(t) ** 2)) / (1 - np.float64(t) ** 2)
+    ties = 0
+    for a, ulps in itertools.product(np.linspace(1, 1.9, 10, dtype=np.float32), range(-40, 40)):
+        b = np.float32(a * near + ulps * 2.0**-25)
+        low, high = a - b, a + b
+        sigma = np.sqrt(np.float32(32) * (low * low + high * high) / np.float32(64))
+        if low != t * sigma:
+            continue
+        ties += 1
+        values = np.zeros(64, np.float32)
+        values[[0, 9]] = a, b
+        payload = codec.reference_encode(values, KEY)
+        magnitudes = unpack(payload[None, 4:], bits, 64)[0] & np.uint32(2 ** (bits - 1) - 1)
+        assert magnitudes.min() == number + 1, (a, b)
+        for implementation in NATIVE_SINGLE:
+            assert implementation.encode(codec, values, KEY).tobytes() == payload.tobytes(), str(implementation)
+    assert ties
