@@ -15,25 +15,28 @@ setup: ## make the environment in .venv; all targets below do it by themselves
 	@$(PYTHON) scripts/setup_env.py
 
 demo: setup ## train on real data with stock Horovod and with PQASGD on two ranks, and compare
-	@python scripts/demo.py
+	@$(BIN)/python scripts/demo.py
 
 test: setup ## run all tests (PYTEST_ARGS="-k eden" for some)
-	@pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest $(PYTEST_ARGS)
 
 test-2: setup ## run tests/ranks on 2 ranks under horovodrun
 test-4: setup ## run tests/ranks on 4 ranks under horovodrun
+RANK_TESTS := pytest tests/ranks -x -q -p no:cacheprovider -o timeout_method=thread
 test-2 test-4: test-%:
-	@python scripts/test_ranks.py $* $(PYTEST_ARGS)
+	@$(BIN)/horovodrun --gloo -np $* $(BIN)/python -m $(RANK_TESTS) $(PYTEST_ARGS)
 
 bench: setup ## measure codecs and exchange; results in build/bench
-	@python scripts/bench.py
+	@$(BIN)/python scripts/bench_codecs.py
+	@$(BIN)/python scripts/bench_exchange.py
 
 lint: setup ## check style with ruff and types with mypy
-	@ruff check
-	@mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
 
 sanitize: setup ## run the native tests under AddressSanitizer and UBSan
-	@python scripts/sanitize.py $(PYTEST_ARGS)
+	@$(BIN)/python scripts/sanitize.py $(PYTEST_ARGS)
 
 clean: ## remove what was built here; .venv and the cache stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis pqasgd_horovod/native/*.so

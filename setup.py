@@ -34,7 +34,9 @@ class BuildWithCMake(build_ext):
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
         except FileNotFoundError as error:
-            raise SystemExit("building pqasgd_horovod needs CMake 3.16 or later and a C++17 compiler; cmake was not found") from error
+            raise SystemExit(
+                "building pqasgd_horovod needs CMake 3.16 or later and a C++17 compiler; cmake was not found"
+            ) from error
 
 
 class AnyPython(bdist_wheel):

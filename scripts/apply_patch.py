@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Apply a unified diff to a source tree, exactly or not at all. Needs no ``patch`` program.
 
-    python3 scripts/apply_patch.py scripts/horovod-0.28.1.patch path/to/horovod-0.28.1
+python3 scripts/apply_patch.py scripts/horovod-0.28.1.patch path/to/horovod-0.28.1
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def apply_hunk(lines: list[str], start: int, hunk: list[str], where: str) -> Non
 
 
 def patched_files(patch: str, root: Path) -> dict[Path, str]:
-    """Return the new text of every file that ``patch`` changes below ``root``; nothing is written.
+    r"""Return the new text of every file that ``patch`` changes below ``root``; nothing is written.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
-    >>> _ = (root / "f.txt").write_text("one\\ntwo\\n")
-    >>> patched_files("--- a/f.txt\\n+++ b/f.txt\\n@@ -1,2 +1,2 @@\\n one\\n-two\\n+2\\n", root)[root / "f.txt"]
-    'one\\n2\\n'
+    >>> _ = (root / "f.txt").write_text("one\ntwo\n")
+    >>> patched_files("--- a/f.txt\n+++ b/f.txt\n@@ -1,2 +1,2 @@\n one\n-two\n+2\n", root)[root / "f.txt"]
+    'one\n2\n'
     """
     result: dict[Path, list[str]] = {}
     lines = iter(patch.splitlines())

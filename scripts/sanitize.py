@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Run the tests of the native core with it built under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Everything happens in a copy below build/sanitize: the checkout keeps its optimized library. Arguments go to pytest:
+
+    python scripts/sanitize.py -k corrupted
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "build" / "sanitize"
+COPIED = ("pqasgd_horovod", "tests", "scripts", "setup.cfg")
+TESTED = ("tests/native", "tests/codecs", "tests/exchange", "pqasgd_horovod/codecs", "pqasgd_horovod/exchange")
+RUNTIMES = (
+    "libasan.so",
+    "libubsan.so",
+    "libstdc++.so",
+)  # the sanitizers' must come before all others in an uninstrumented Python
+
+
+def build() -> None:
+    """Copy the package and put a sanitized core into the copy."""
+    for name in COPIED:
+        target = COPY / name
+        if (ROOT / name).is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__", "*.so", ".hypothesis"))
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+    cmake_build = COPY / "cmake"
+    subprocess.run(
+        [
+            "cmake", "-S", str(ROOT / "pqasgd_horovod" / "native"), "-B", str(cmake_build), "-DPQASGD_SANITIZE=ON",
+            f"-DPQASGD_OUTPUT_DIR={COPY / 'pqasgd_horovod' / 'native'}", f"-DPython3_EXECUTABLE={sys.executable}",
+        ],
+        check=True,
+    )  # fmt: skip
+    jobs = str(len(os.sched_getaffinity(0)))
+    subprocess.run(["cmake", "--build", str(cmake_build), "--parallel", jobs], check=True)
+
+
+def runtime(name: str) -> str:
+    """Return the compiler's path of a run-time library."""
+    command = [os.environ.get("CXX") or "g++", f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).is_absolute():
+        sys.exit(f"sanitize: the compiler has no {name}\n  try: install its sanitizer libraries (libasan and libubsan)")
+    return path
+
+
+def main() -> int:
+    """Build, run pytest on the copy and return its status."""
+    build()
+    environment = os.environ | {
+        "PYTHONPATH": str(COPY),
+        "LD_PRELOAD": ":".join(runtime(name) for name in RUNTIMES),
+        # No leak check: the interpreter itself leaks by design.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    where = [sys.executable, "-c", "import pqasgd_horovod.native as n; print(n.__file__)"]
+    loaded = Path(
+        subprocess.run(where, env=environment, cwd=COPY, capture_output=True, text=True, check=True).stdout.strip()
+    )
+    if not loaded.is_relative_to(COPY):
+        sys.exit(f"sanitize: the package was imported from {loaded}, not from {COPY}")
+    tests = [name for name in TESTED if (COPY / name).exists()]
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("pytest")), *tests, *sys.argv[1:]], env=environment, cwd=COPY
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
