@@ -112,8 +112,8 @@ def broadcast_optimizer_state(
 
     >>> import torch, pqasgd_horovod.torch as hvd
     >>> hvd.init()
-    >>> hvd.broadcast_optimizer_state(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9),
-    root_rank=0)
+    >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9)
+    >>> hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     """
     horovod.broadcast_optimizer_state(optimizer, root_rank, model)
     averager = getattr(optimizer, "_averager", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,16 +36,14 @@ class PeriodicMethods(CommonMethods):
         """Register none: gradients stay local."""
 
     def _prepare(self) -> None:
-        """Before the local update: see that every trainable parameter has an anchor. Collective when one has not."""
-        trainable = [p for p in parameters_of(self) if p.requires_grad]
-        if self._averager.prepared and all(p in self._placed for p in trainable):
+        """Before the local update: see that what is trainable has an anchor. Collective when that has changed."""
+        # A parameter frozen in the middle of a period has local progress left to average, so it keeps its place until
+        # the next one: then it leaves, or the codec's noise would move it.
+        leaving = self._averager.steps_since_average == 0
+        due = [p for p in parameters_of(self) if p.requires_grad or (p in self._placed and not leaving)]
+        if self._averager.prepared and len(due) == len(self._placed) and all(p in self._placed for p in due):
             return
-        # A parameter that is frozen in the middle of a period still has local progress to average: it keeps its place.
-        placed = {
-            p: TensorMemory(self._parameter_names[p], lambda p=p: p)  # type: ignore[misc]
-            for p in parameters_of(self)
-            if p.requires_grad or p in self._placed
-        }
+        placed = {p: TensorMemory(self._parameter_names[p], functools.partial(_itself, p)) for p in due}
         model = self._settings.model
         buffers = [] if model is None else list(select_buffers(model, self._settings.averaging.buffers))
         self._averager.prepare(list(placed.values()), buffers)
@@ -88,6 +87,10 @@ class PeriodicMethods(CommonMethods):
         ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
         """
         self._averager.flush(timeout)
+
+
+def _itself(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter
 
 
 # The user's own step is hooked and profiled by torch; this one around it must not be, or step hooks would run twice.

@@ -190,8 +190,8 @@ class CommonMethods(_DistributedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, on every rank, with the same values on every rank; they are exchanged from the next step on.
 
-        Names come from ``named_parameters`` of the constructor if they were listed there, from
-        ``param_group["param_names"]``, or are made up.
+        Names come from ``named_parameters`` of the constructor if they were listed there, from the group if it has
+        named parameters, or are made up.
         """
         self._inner_class.add_param_group(self, param_group)
         if "_parameter_names" not in self.__dict__:
@@ -203,8 +203,7 @@ class CommonMethods(_DistributedOptimizer):
                 name = names[i] if names else f"allreduce.noname.{len(self.param_groups) - 1}.{i}"
                 if name in self._parameter_names.values():
                     raise ArgumentError(
-                        f"param_group: the name {name!r} is taken by another parameter; give param_names that are "
-                        "unique"
+                        f"param_group: the name {name!r} is taken by another parameter; names must be unique"
                     )
                 self._parameter_names[parameter] = name
             self._allreduce_delay[parameter] = self.backward_passes_per_step
