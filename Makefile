@@ -18,8 +18,11 @@ demo: setup ## train on real data with stock Horovod and with PQASGD on two rank
 	@$(BIN)/python scripts/demo.py
 
 test: setup ## run all tests (PYTEST_ARGS="-k eden" for some)
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest --durations=10 $(PYTEST_ARGS)
 
+# horovodrun imports TensorFlow to see whether it is there, and TensorFlow talks.
+test-2 test-4: export TF_CPP_MIN_LOG_LEVEL := 3
+test-2 test-4: export TF_ENABLE_ONEDNN_OPTS := 0
 test-2: setup ## run tests/ranks on 2 ranks under horovodrun
 test-4: setup ## run tests/ranks on 4 ranks under horovodrun
 RANK_TESTS := pytest tests/ranks -x -q -p no:cacheprovider -o timeout_method=thread

