@@ -1,0 +1,399 @@
+"""period=1 with a codec that does not commute with a sum, on real Horovod."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import pqasgd_horovod.torch as hvd
+from pqasgd_horovod import codecs
+from pqasgd_horovod.errors import ArgumentError, NonFiniteError
+from pqasgd_horovod.keys import derive_key
+from tests.ranks.common import (
+    assert_equal,
+    assert_raises_everywhere,
+    assert_replicas_equal,
+    everybody,
+    floats,
+    loss_of,
+    make_model,
+    several_ranks,
+    sgd,
+    train,
+    wrap,
+)
+
+MAXSCALE = hvd.Compression.maxscale(bits=4)
+
+
+def gradients(model):
+    return {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def expected_means(local, codec, step, seed=0, factor=1.0):
+    """The means of all ranks' gradients by the NumPy specification, one bucket for large tensors and one for small."""
+    expected = {}
+    large = [name for name, value in local[0].items() if value.size >= 1024]
+    small = [name for name, value in local[0].items() if value.size < 1024]
+    for channel, (names, codec_here) in enumerate(((large, codec), (small, codecs.none()))):
+        vectors = [np.concatenate([gradient[name].ravel() for name in names]) for gradient in local]
+        mean = np.zeros(vectors[0].size, np.float32)
+        for rank, vector in enumerate(vectors):
+            key = derive_key(seed + channel, rank, step, 0, 0)
+            codec_here.reference_decode_add(
+                codec_here.reference_encode(vector, key), mean, key, weight=1.0 / len(vectors)
+            )
+        mean *= np.float32(factor)
+        ends = np.cumsum([local[0][name].size for name in names])
+        for name, part in zip(names, np.split(mean, ends[:-1]), strict=True):
+            expected[name] = part.reshape(local[0][name].shape)
+    return expected
+
+
+@several_ranks
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Sum], ids=["average", "sum"])
+def test_gradients_are_the_mean_of_the_decoded_gradients(op):
+    model, twin = make_model(), make_model()
+    optimizer = wrap(model, compression=MAXSCALE, exchange="allgather", op=op)
+    for step in range(3):
+        twin.load_state_dict(model.state_dict())
+        twin.zero_grad()
+        loss_of(twin, step).backward()
+        local = everybody(gradients(twin))
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.synchronize()
+        factor = hvd.size() if op == hvd.Sum else 1.0
+        assert_equal(gradients(model), expected_means(local, MAXSCALE.codec, step, factor=factor))
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize("compression", [MAXSCALE, hvd.Compression.bf16, hvd.Compression.eden(bits=2)], ids=str)
+def test_replicas_stay_bit_identical(compression, exchange):
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=compression, exchange=exchange, bucket_cap_mb=0.005)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        assert_replicas_equal(model)
+
+
+def test_buckets_leave_while_backward_runs():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE, bucket_cap_mb=0.003)
+    train(model, optimizer, range(1))
+    if hvd.size() == 1:
+        return
+    begun = []
+    for channel in optimizer._averager._channels:
+        begin = channel.exchange.begin
+        channel.exchange.begin = lambda *args, begin=begin, **options: (begun.append(args[0]), begin(*args, **options))
+    loss_of(model, 1).backward()
+    assert begun
+    with pytest.raises(AssertionError, match="still being exchanged"):
+        optimizer.zero_grad()
+    before = len(begun)
+    optimizer.step()
+    assert len(begun) >= before
+    assert_replicas_equal(model)
+
+
+def test_accumulation_over_backward_passes():
+    model, twin = make_model(), make_model()
+    optimizer = wrap(model, compression=MAXSCALE, backward_passes_per_step=2, exchange="allgather")
+    for step in range(2):
+        twin.load_state_dict(model.state_dict())
+        twin.zero_grad()
+        optimizer.zero_grad()
+        for part in (2 * step, 2 * step + 1):
+            loss_of(twin, part).backward()
+            loss_of(model, part).backward()
+        local = everybody(gradients(twin))
+        optimizer.synchronize()
+        if hvd.size() > 1:
+            assert_equal(gradients(model), expected_means(local, MAXSCALE.codec, step))
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@several_ranks
+def test_one_backward_pass_too_many_is_an_error():
+    model = make_model()
+    optimizer = wrap(model, compression=MAXSCALE)
+    loss_of(model, 0).backward()
+    with pytest.raises(AssertionError, match="backward_passes_per_step"):
+        loss_of(model, 0).backward()
+    optimizer.synchronize()
+    assert_replicas_equal_gradients(model)
+
+
+def assert_replicas_equal_gradients(model):
+    for other in everybody(gradients(model)):
+        assert_equal(gradients(model), other)
+
+
+def test_clipping_between_synchronize_and_step():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.synchronize()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        assert len(set(everybody(float(norm)))) == 1
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert_replicas_equal(model)
+    loss_of(model, 3).backward()
+    optimizer.synchronize()
+    with pytest.warns(UserWarning, match="twice"):
+        optimizer.step()
+
+
+class Branches(torch.nn.Module):
+    """Which branch is used depends on the rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.branches = torch.nn.ModuleList(torch.nn.Linear(30, 50) for _ in range(3))
+
+    def forward(self, inputs: torch.Tensor, which: int) -> torch.Tensor:
+        return self.branches[which](inputs)
+
+
+def test_parameters_unused_on_some_ranks_or_on_all():
+    model = Branches()
+    optimizer = wrap(model, compression=MAXSCALE, exchange="allgather")
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 30), hvd.rank() % 2).square().sum().backward()
+        optimizer.step()
+    assert_replicas_equal(model)
+    if hvd.size() > 1:
+        assert model.branches[2].weight.grad is not None
+        assert torch.count_nonzero(model.branches[2].weight.grad) == 0
+
+
+def test_added_frozen_and_unfrozen_parameters():
+    model, extra = make_model(norm=False), torch.nn.Linear(30, 50)
+    hvd.broadcast_parameters(extra.state_dict(), root_rank=0)
+    model.fc2.weight.requires_grad_(False)
+    optimizer = wrap(model, compression=MAXSCALE)
+    train(model, optimizer, range(1))
+    optimizer.add_param_group({"params": list(extra.parameters())})
+    model.fc2.weight.requires_grad_(True)
+    model.fc1.weight.requires_grad_(False)
+    frozen = model.fc1.weight.detach().clone()
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        (loss_of(model, step) + loss_of(extra, step)).backward()
+        optimizer.step()
+    assert_replicas_equal(model)
+    assert_replicas_equal(extra)
+    assert torch.equal(frozen, model.fc1.weight)
+
+
+@pytest.mark.parametrize("sparse_as_dense", [False, True])
+def test_sparse_gradients(sparse_as_dense):
+    torch.manual_seed(1)
+    model = torch.nn.ModuleDict({"words": torch.nn.Embedding(50, 40, sparse=True), "out": torch.nn.Linear(40, 40)})
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = wrap(model, inner, compression=MAXSCALE, sparse_as_dense=sparse_as_dense, exchange="allgather")
+    for step in range(3):
+        optimizer.zero_grad()
+        if step < 2 or hvd.rank() == 0:  # at last some ranks use no word at all
+            words = torch.tensor([hvd.rank(), step, 7])
+            model["out"](model["words"](words)).square().sum().backward()
+        else:
+            model["out"](torch.ones(1, 40)).square().sum().backward()
+        optimizer.synchronize()
+        if step < 2:
+            assert model["words"].weight.grad.is_sparse
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert_replicas_equal(model)
+
+
+@several_ranks
+def test_a_sparse_gradient_without_loss_is_the_mean():
+    model = torch.nn.Embedding(6, 40, sparse=True)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = wrap(model, inner, compression=MAXSCALE)
+    model(torch.tensor([hvd.rank() % 6])).sum().backward()
+    optimizer.synchronize()
+    expected = torch.zeros(6, 40)
+    for rank in range(hvd.size()):
+        expected[rank % 6] += 1 / hvd.size()
+    torch.testing.assert_close(model.weight.grad.to_dense(), expected)
+
+
+def test_tied_channels_last_and_double_parameters():
+    torch.manual_seed(1)
+    model = torch.nn.Module()
+    model.conv = torch.nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+    model.one = torch.nn.Linear(40, 40).double()
+    model.two = torch.nn.Linear(40, 40).double()
+    model.two.weight = model.one.weight
+    model.brief = torch.nn.Linear(40, 40).bfloat16()
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01), compression=MAXSCALE)
+    for step in range(2):
+        optimizer.zero_grad()
+        images = torch.randn(2, 8, 8, 8) + hvd.rank()
+        if step == 0:
+            images = images.to(memory_format=torch.channels_last)
+        loss = model.conv(images).square().mean().double()
+        loss = loss + model.two(model.one(torch.randn(4, 40).double() * hvd.rank())).square().mean()
+        loss = loss + model.brief(torch.randn(4, 40).bfloat16()).square().mean().double()
+        loss.backward()
+        model.conv.weight.grad = model.conv.weight.grad.contiguous()  # an order in memory unlike the parameter's
+        optimizer.step()
+    assert_replicas_equal(model)
+    if hvd.size() > 1:
+        assert optimizer.communication_stats()["num_elements"] == 8 * 16 * 9 + 16 + 1600 + 80 + 1640
+
+
+def test_closures_are_synchronized_each_time():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert_replicas_equal(model)
+    assert optimizer.communication_stats()["rounds"] == 3
+
+
+def test_grad_scaler_skips_on_all_ranks_alike():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE, nonfinite="propagate", check_consistency=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scales = []
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = scaler.scale(loss_of(model, step))
+        if step == 1 and hvd.rank() == 0:
+            loss = loss * torch.inf
+        loss.backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        before = floats(model)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        if step == 1:
+            assert_equal(before, floats(model))
+        scales.append(scaler.get_scale())
+    assert scales[1] == scales[0] / 2
+    assert len({tuple(other) for other in everybody(scales)}) == 1
+    assert_replicas_equal(model)
+
+
+@several_ranks
+def test_nan_raises_everywhere_and_leaves_gradients_and_parameters():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE)
+    train(model, optimizer, range(1))
+    optimizer.zero_grad()
+    loss = loss_of(model, 1)
+    (loss * torch.nan if hvd.rank() == 1 else loss).backward()
+    before, mine = floats(model), gradients(model)
+    assert "rank 1" in assert_raises_everywhere(NonFiniteError, optimizer.step)
+    assert_equal(before, floats(model))
+    assert_equal(mine, gradients(model))
+    train(model, optimizer, range(2, 3))
+    assert_replicas_equal(model)
+
+
+def test_gradients_set_to_none_or_zero():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE)
+    for step, to_none in enumerate((True, False, True)):
+        optimizer.zero_grad(set_to_none=to_none)
+        assert all((p.grad is None) == to_none or step == 0 for p in model.parameters())
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert_replicas_equal(model)
+
+
+def test_a_rank_alone_keeps_its_own_gradients():
+    if hvd.size() == 1:
+        model, alone = make_model(), make_model()
+        train(model, wrap(model, compression=MAXSCALE), range(3))
+        train(alone, sgd(alone), range(3))
+        assert_equal(floats(model), floats(alone))
+
+
+@pytest.mark.skipif(hvd.size() < 3, reason="needs three ranks: make test-4")
+def test_process_sets_train_apart():
+    pair = hvd.add_process_set([0, 2])
+    try:
+        model = make_model(norm=False)
+        train(model, wrap(model, compression=MAXSCALE, process_set=pair), range(2))
+        replicas = everybody(floats(model))
+        assert_equal(replicas[0], replicas[2])
+        assert not np.array_equal(replicas[0]["fc1.weight"], replicas[1]["fc1.weight"])
+    finally:
+        hvd.remove_process_set(pair)
+
+
+def test_groups_and_predivide_are_taken_and_change_nothing():
+    models = [make_model(norm=False) for _ in range(2)]
+    train(models[0], wrap(models[0], compression=MAXSCALE), range(2))
+    train(models[1], wrap(models[1], compression=MAXSCALE, groups=2, gradient_predivide_factor=4.0), range(2))
+    assert_equal(floats(models[0]), floats(models[1]))
+
+
+def test_stats_are_the_bytes_predicted():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=hvd.Compression.quantize(bits=4))
+    train(model, optimizer, range(4))
+    stats = optimizer.communication_stats()
+    predicted = sum(channel.exchange.predicted_bytes_per_round() for channel in optimizer._averager._channels)
+    assert (stats["steps"], stats["rounds"], stats["bytes_sent"]) == (4, 4, 4 * predicted)
+    assert optimizer.flush() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"op": hvd.Adasum, "compression": MAXSCALE}, "op is .*Adasum"),
+        ({"op": hvd.Max, "compression": MAXSCALE}, "op is"),
+        ({"op": hvd.Sum, "period": 2}, "period=2.*averaged"),
+        ({"period": 2, "averaging": hvd.PeriodicAveraging(period=3)}, "period is 2 and averaging is"),
+        ({"averaging": "often"}, "averaging is 'often'"),
+        ({"period": 0}, "period is 0"),
+        ({"period": 1.5}, "period is 1.5"),
+        ({"compression": "fp16"}, "compression is 'fp16'"),
+        ({"compression": object(), "period": 2}, "compression is <object"),
+        ({"exchange": "ring"}, "exchange is 'ring'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"nonfinite": "skip"}, "nonfinite is 'skip'"),
+        ({"bucket_cap_mb": -2}, "bucket_cap_mb is -2"),
+        ({"small_tensor_threshold": 1.5}, "small_tensor_threshold is 1.5"),
+        ({"backward_passes_per_step": 0}, "backward_passes_per_step is 0"),
+        ({"op": hvd.Sum, "gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_not_allowed(options, text):
+    model = make_model()
+    with pytest.raises(ArgumentError, match=text):
+        hvd.DistributedOptimizer(sgd(model), model.named_parameters(), **options)
+
+
+def test_optimizers_that_are_not_allowed():
+    model = make_model()
+    with pytest.raises(ArgumentError, match="LBFGS"):
+        wrap(model, torch.optim.LBFGS(model.parameters()), compression=MAXSCALE)
+    with pytest.raises(ArgumentError, match="optimizer is a list"):
+        wrap(model, [])
