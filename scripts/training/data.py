@@ -1,0 +1,154 @@
+"""Tasks to train on: scikit-learn's digits, CIFAR-10 from its standard folder, the characters of any text file."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from training.models import CharacterTransformer, CifarNet, DigitsNet
+
+Prepare = Callable[[torch.Tensor, bool], torch.Tensor]
+
+
+class DataError(Exception):
+    """The data is not there, or is not what its format says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A dataset, and the model that learns it.
+
+    `prepare(inputs, training)` makes of a batch what the model takes. Targets are class numbers: one for each image,
+    or one for each character of a window.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    make_model: Callable[[], torch.nn.Module]
+    prepare: Prepare = lambda inputs, training: inputs
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of training and of test examples."""
+        return len(self.train), len(self.test)  # type: ignore[arg-type]
+
+
+def load_digits() -> Task:
+    """1,198 training and 599 test images of handwritten digits, 8x8 pixels, that come with scikit-learn."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load(return_X_y=True)
+    # The same third is held out in every run: seeds and configurations are compared on the same images.
+    parts = train_test_split((images / 16).astype(np.float32), labels, test_size=1 / 3, stratify=labels, random_state=0)
+    train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
+    return Task(TensorDataset(train_images, train_labels), TensorDataset(test_images, test_labels), DigitsNet)
+
+
+CIFAR_FOLDER = "cifar-10-batches-py"
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+CIFAR_STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+
+
+def load_cifar10(data: Path) -> Task:
+    """CIFAR-10 (A. Krizhevsky, 2009) from the folder `cifar-10-batches-py`, or from the one that holds it."""
+    folder = data / CIFAR_FOLDER if (data / CIFAR_FOLDER).is_dir() else data
+    if not folder.is_dir():
+        raise DataError(f"--data: {data} is no folder; unpack {CIFAR_URL} and name the folder {CIFAR_FOLDER}")
+    batches = sorted(folder.glob("data_batch_[1-5]"))
+    if not batches or not (folder / "test_batch").is_file():
+        raise DataError(
+            f"--data: {folder} lacks data_batch_1 .. data_batch_5 or test_batch; unpack {CIFAR_URL} and name the "
+            f"folder {CIFAR_FOLDER}"
+        )
+    images, labels = zip(*(_read_cifar_batch(path) for path in batches), strict=True)
+    train = TensorDataset(torch.cat(images), torch.cat(labels))
+    return Task(train, TensorDataset(*_read_cifar_batch(folder / "test_batch")), CifarNet, prepare_cifar10)
+
+
+def prepare_cifar10(images: torch.Tensor, training: bool) -> torch.Tensor:
+    """Standardize (N, 3, 32, 32) uint8 images; for training also shift and mirror each at random."""
+    if training:
+        images = _shift_and_mirror(images)
+    return (images.float() / 255 - CIFAR_MEAN) / CIFAR_STD
+
+
+def _shift_and_mirror(images: torch.Tensor, pixels: int = 4) -> torch.Tensor:
+    count, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (pixels,) * 4)
+    rows = torch.arange(height) + torch.randint(0, 2 * pixels + 1, (count, 1))
+    columns = torch.arange(width) + torch.randint(0, 2 * pixels + 1, (count, 1))
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+    image = torch.arange(count)[:, None, None, None]
+    channel = torch.arange(channels)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads dicts of arrays and nothing else: a pickle may name any function, and this one came from the network."""
+
+    _ALLOWED: ClassVar = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("_codecs", "encode"),
+    }
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="bytes")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR-10 batch does")
+        if module.startswith("numpy.core"):  # where it was before NumPy 2
+            module = module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module
+        return super().find_class(module, name)
+
+
+def _read_cifar_batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        with path.open("rb") as file:
+            batch = _ArrayUnpickler(file).load()
+        images = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.asarray(batch[b"labels"], np.int64)
+        if len(images) != len(labels) or (len(labels) and not 0 <= labels.min() <= labels.max() < 10):
+            raise ValueError(f"{len(images)} images do not fit its {len(labels)} labels of 0..9")
+    except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"--data: {path} is no batch of CIFAR-10: {error!r}") from error
+    return torch.tensor(images), torch.tensor(labels)
+
+
+def load_text(path: Path, context: int) -> Task:
+    """Windows of `context` characters of a UTF-8 file, each to be continued by one; the last tenth is held out."""
+    if not path.is_file():
+        raise DataError(f"--data: {path} is no file; name a text file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--data: {path} is no UTF-8 text: {error}") from error
+    vocabulary = {character: i for i, character in enumerate(sorted(set(text)))}
+    characters = torch.tensor([vocabulary[character] for character in text])
+    num_train = len(text) * 9 // 10
+    train, test = (_windows(part, context) for part in (characters[:num_train], characters[num_train:]))
+    if not len(train) or not len(test):
+        raise DataError(
+            f"--data: {path} has {len(text)} characters; a context of {context} needs at least {10 * context + 1}"
+        )
+    return Task(train, test, lambda: CharacterTransformer(len(vocabulary), context))
+
+
+def _windows(characters: torch.Tensor, context: int) -> TensorDataset:
+    count = max(0, (len(characters) - 1) // context)
+    inputs = characters[: count * context].view(count, context)
+    targets = characters[1 : count * context + 1].view(count, context) if count else inputs
+    return TensorDataset(inputs, targets)
