@@ -195,6 +195,9 @@ class TestChoice:
     def test_one_number_stands_for_one_bucket(self):
         assert choose_exchange(CODECS["eden4"], None, 10**6, 8) == choose_exchange(CODECS["eden4"], None, [10**6], 8)
 
+    def test_equal_is_allgather(self):
+        assert choose_exchange(CODECS["eden4"], None, 10**6, 1) == "allgather"
+
     def test_auto(self):
         def program(carrier):
             few = build(carrier, CODECS["eden4"], [1])
