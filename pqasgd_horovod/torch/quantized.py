@@ -84,6 +84,7 @@ class GradientMethods(CommonMethods):
                 torch.empty((1, 0), dtype=torch.int64),
                 parameter.new_empty((0, *parameter.shape[1:])),
                 tuple(parameter.shape),
+                check_invariants=False,
             )
         elif not gradient.is_sparse:
             gradient = gradient.to_sparse(1)

@@ -198,6 +198,11 @@ def test_added_frozen_and_unfrozen_parameters():
     assert torch.equal(frozen, model.fc1.weight)
 
 
+# Horovod makes the sparse mean without saying whether to check it, which torch warns of.
+horovods_sparse_path = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+
+
+@horovods_sparse_path
 @pytest.mark.parametrize("sparse_as_dense", [False, True])
 def test_sparse_gradients(sparse_as_dense):
     torch.manual_seed(1)
@@ -219,6 +224,7 @@ def test_sparse_gradients(sparse_as_dense):
     assert_replicas_equal(model)
 
 
+@horovods_sparse_path
 @several_ranks
 def test_a_sparse_gradient_without_loss_is_the_mean():
     model = torch.nn.Embedding(6, 40, sparse=True)
