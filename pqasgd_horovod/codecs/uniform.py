@@ -19,6 +19,7 @@ from . import packing
 from .base import FLOAT32, UINT8, UINT32, Codec, EncodedBlocks, check_integer, register, sum64
 
 _BLOCK_SIZE = 512
+_LARGEST = np.float32(2.0**127)  # s times the step, rounded, could exceed float32 for a larger maximum
 _SMALLEST = np.float32(2.0**-100)  # a smaller maximum, or sum of squares, counts as zero
 
 
@@ -83,7 +84,7 @@ class Uniform(Codec):
     def encode_blocks(self, values: FLOAT32, key: int, index: UINT32) -> EncodedBlocks:
         """Scale each block to integers with a fraction, and round them at random."""
         scales, size = self.scales(values)
-        if not np.isfinite(scales).all():
+        if not (scales <= _LARGEST).all():
             return EncodedBlocks(np.empty((len(values), 0), np.uint8), scales, in_range=False)
         is_zero = size < _SMALLEST
         fraction = fraction_bits(self.bits)
@@ -124,8 +125,8 @@ class MaxScale(Uniform):
     8192. Smaller blocks: smaller error, more bytes. Gaussian numbers in blocks of 512: q = 1.6, 0.20, 0.037 at 2, 3, 4
     bits, 1.1e-4 at 8.
 
-    Raises ArgumentError for other ``bits`` or ``block_size``. A number within rounding of the largest float32, 3.4e38,
-    may decode to infinity.
+    Raises ArgumentError for other ``bits`` or ``block_size``, NonFiniteError from ``encode`` for a number beyond 2^127,
+    1.7e38, whose decoded value could round to infinity.
 
     Source: the quantizer of Alistarh et al., "QSGD", NeurIPS 2017, with the maximum norm in place of the 2-norm.
 
@@ -194,7 +195,7 @@ class TernGrad(Uniform):
     Unbiased. 32 bits more for each block of ``block_size``, a multiple of 64 from 64 to 8192. Gaussian numbers in
     blocks of 512: q = 1.6. The numbers are those of ``maxscale(bits=2)``, in four fifths of the bytes.
 
-    Raises ArgumentError for another ``block_size``.
+    Raises ArgumentError for another ``block_size``, NonFiniteError from ``encode`` for a number beyond 2^127.
 
     Source: Wen et al., "TernGrad: ternary gradients to reduce communication in distributed deep learning", NeurIPS
     2017.

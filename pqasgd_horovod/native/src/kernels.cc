@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <type_traits>
 
 #include "packing.h"
@@ -162,7 +163,7 @@ struct Uniform {
     const int32_t s = (1 << (bits - 1)) - 1;
     alignas(64) uint8_t codes[kMaxBlock + 64];
     float size = l2 ? sum_of_squares(v, padded) : max_abs(v, padded);
-    if (!(size < INFINITY)) return false;
+    if (!(size <= (l2 ? FLT_MAX : 0x1p127f))) return false;
     const bool zero = size < 0x1p-100f;
     if (l2) size = std::sqrt(size);
     *scale = zero ? 0.0f : size;
