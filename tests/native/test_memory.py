@@ -127,7 +127,9 @@ def test_half_precision_is_converted_as_numpy_does(isa):
     np.testing.assert_array_equal(out.view(np.uint32), halves.astype(np.float32).view(np.uint32))
     middles = (out[:-1].astype(np.float64) + out[1:]) / 2
     near = np.concatenate([np.nextafter(middles.astype(np.float32), side) for side in (-np.inf, np.inf)])
-    floats = np.concatenate([out, middles.astype(np.float32), near, [1e-45, -1e-45, 2.9e-8, 3e-8, 65519.0]]).astype(np.float32)
+    floats = np.concatenate([out, middles.astype(np.float32), near, [1e-45, -1e-45, 2.9e-8, 3e-8, 65519.0]]).astype(
+        np.float32
+    )
     back = np.empty(floats.size, np.float16)
     native.apply(floats, 0, native.Source.from_arrays([back]))
     np.testing.assert_array_equal(back.view(np.uint16), floats.astype(np.float16).view(np.uint16))
