@@ -412,12 +412,14 @@ def compile_jobs() -> int:
 
 
 def check_horovod(log: Path) -> None:
-    """Ask Horovod what it can do."""
-    run([str(VENV / "bin" / "horovodrun"), "--check-build"], log)
-    report = log.read_text(encoding="utf-8", errors="replace")
-    absent = [name for name in ("PyTorch", "TensorFlow", "MPI", "Gloo") if f"[X] {name}" not in report]
-    if absent:
-        raise SetupError(f"Horovod was built without {', '.join(absent)}")
+    """Load Horovod for both frameworks; `horovodrun --check-build` says the same, and takes five times as long."""
+    program = """
+import horovod.torch, horovod.tensorflow
+for front_end in (horovod.torch, horovod.tensorflow):
+    print(front_end.__name__, "MPI:", front_end.mpi_built(), "Gloo:", front_end.gloo_built())
+    assert front_end.mpi_built() and front_end.gloo_built(), "built without MPI or Gloo"
+"""
+    run([str(VENV / "bin" / "python"), "-c", program], log)
 
 
 def build_horovod(log: Path) -> None:
