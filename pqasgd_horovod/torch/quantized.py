@@ -126,9 +126,9 @@ class GradientMethods(CommonMethods):
         Raises NonFiniteError, MismatchError or DesynchronizedError on every rank, with the gradients as this rank
         computed them.
         """
-        self._synchronized = True
         if self._settings.carrier is None:
             self._averager.finish()
+            self._synchronized = True
             return
         if not self._is_current():
             self._lay_out()
@@ -148,6 +148,7 @@ class GradientMethods(CommonMethods):
             self._layout_is_current = None
         for parameter, gradient in received.items():
             parameter.grad = gradient
+        self._synchronized = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize, unless inside ``skip_synchronize()``, then let the user's optimizer step.

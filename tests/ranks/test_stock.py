@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import horovod.torch as horovod
+import numpy as np
 import pytest
 import torch
 
 import pqasgd_horovod.torch as hvd
+from pqasgd_horovod.errors import ArgumentError
 from tests.ranks.common import (
     assert_equal,
     assert_replicas_equal,
@@ -28,8 +28,16 @@ def train_both(ours_options, stock_options, loop=train):
     stock = horovod.DistributedOptimizer(sgd(models[1]), models[1].named_parameters(), **stock_options)
     for model, optimizer in zip(models, (ours, stock), strict=True):
         loop(model, optimizer, range(5))
-    assert_equal(floats(models[0]), floats(models[1]))
+    assert_as_stock(floats(models[0]), floats(models[1]))
     return ours
+
+
+def assert_as_stock(ours, stock):
+    """To the bit on two ranks; on more Horovod adds in an order that depends on what it happens to fuse."""
+    if hvd.size() <= 2:
+        assert_equal(ours, stock)
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, stock[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +145,7 @@ def test_step_hooks_and_schedulers_run_once_for_each_step():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
 
 
-def test_the_model_passed_in_is_not_needed_twice():
-    """The wrapped optimizer replaces the inner one; wrapping it again is refused."""
+def test_wrapping_twice_is_refused():
     model = make_model()
-    optimizer = wrap(model)
-    with pytest.raises(hvd.ArgumentError if hasattr(hvd, "ArgumentError") else ValueError, match="already"):
-        hvd.DistributedOptimizer(optimizer, copy.copy(list(model.named_parameters())))
+    with pytest.raises(ArgumentError, match="already"):
+        hvd.DistributedOptimizer(wrap(model), model.named_parameters())
