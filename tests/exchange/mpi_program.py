@@ -50,20 +50,21 @@ def late_rank(carrier) -> list[str]:
     payload = np.full(3, carrier.rank, np.uint8)
     errors = []
     world, last = MPI.COMM_WORLD, carrier.size - 1
+    world.Barrier()
     if carrier.rank == last:
         for rank in range(last):
             world.recv(source=rank)
     handle = carrier.allgather("late", payload)
     if carrier.rank != last:
         try:
-            handle.wait(0.1)
+            handle.wait(1.0)
         except CollectiveTimeoutError as error:
             errors.append(str(error))
-        world.send("given up", last)
         try:
             carrier.allgather("late", payload)
         except ArgumentError as error:
             errors.append(str(error))
+        world.send("given up", last)
     np.testing.assert_array_equal(handle.wait(30.0), np.repeat(np.arange(carrier.size), 3).astype(np.uint8))
     return errors
 
@@ -75,7 +76,7 @@ def main(folder: Path) -> None:
     from pqasgd_horovod.exchange import verify_same
     from pqasgd_horovod.exchange.carriers.mpi import MpiCarrier
 
-    from .world import CODECS, METHODS, build, make_values, outcome, run_round
+    from .world import METHODS, MPI_CODECS, build, make_values, outcome, run_round
 
     carrier = MpiCarrier(MPI.COMM_WORLD)
     rank, size = carrier.rank, carrier.size
@@ -87,7 +88,7 @@ def main(folder: Path) -> None:
     values = make_values(size, buckets)[rank]
     means = {}
     for method in METHODS:
-        for name, codec in CODECS.items():
+        for name, codec in MPI_CODECS.items():
             exchange = build(carrier, codec, buckets, method=method, name=f"{method}.{name}")
             # Every rank begins with another bucket, so that second phases start in different orders.
             order = [(rank + number) % 3 for number in range(3)]

@@ -17,6 +17,7 @@ from pqasgd_horovod.exchange.carriers.threads import run_ranks
 from .world import (
     CODECS,
     METHODS,
+    PATIENT,
     WrappedCarrier,
     build,
     make_values,
@@ -320,7 +321,7 @@ class TestCorruption:
 
     ALLOWED = ("", "WireFormatError", "DesynchronizedError")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(PATIENT, max_examples=60)
     @given(
         flips=FLIPS,
         phase=st.sampled_from(["allgather p1", "two_phase p1", "two_phase p2"]),
@@ -349,7 +350,7 @@ class TestCorruption:
             same_everywhere(means)
         assert_recovered(after, method, size)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(PATIENT, max_examples=40)
     @given(flips=FLIPS)
     def test_what_one_rank_receives_in_phase_one(self, flips):
         """Only one rank knows; phase two tells the others."""
@@ -367,7 +368,7 @@ class TestCorruption:
         assert one_error(errors)[0] in (*self.ALLOWED, "NonFiniteError")
         assert (np.concatenate(same_everywhere(means)) == 1).all()
 
-    @settings(max_examples=40, deadline=None)
+    @settings(PATIENT, max_examples=40)
     @given(flips=FLIPS, method=st.sampled_from(METHODS))
     def test_what_one_rank_receives_in_the_last_phase(self, flips, method):
         """Too late to tell the others: this rank raises, or cannot know."""

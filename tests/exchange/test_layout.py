@@ -12,9 +12,12 @@ from pqasgd_horovod import codecs
 from pqasgd_horovod.errors import ArgumentError
 from pqasgd_horovod.exchange.layout import cut_buckets, cut_shards, shard_alignment
 
+from .world import PATIENT
+
 BLOCKS = st.sampled_from([64, 128, 512, 1024])
 
 
+@PATIENT
 @given(num_elements=st.integers(0, 100_000), block_size=BLOCKS, cap=st.integers(1, 300_000))
 def test_buckets_cover_the_vector_in_whole_blocks_of_even_size(num_elements, block_size, cap):
     buckets = cut_buckets(num_elements, block_size, cap)
@@ -28,6 +31,7 @@ def test_buckets_cover_the_vector_in_whole_blocks_of_even_size(num_elements, blo
     assert len(buckets) == -(-sum(blocks) // capacity)
 
 
+@PATIENT
 @given(num_elements=st.integers(0, 100_000), size=st.integers(1, 20), block_size=BLOCKS)
 def test_shards_cover_the_bucket_in_whole_blocks_of_even_size(num_elements, size, block_size):
     shards = cut_shards(num_elements, size, block_size)

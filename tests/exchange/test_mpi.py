@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .world import CODECS, METHODS, make_values, reference_mean
+from .world import METHODS, MPI_CODECS, make_values, reference_mean
 
-TIMEOUT_SECONDS = 100.0
+TIMEOUT_SECONDS = 240.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -51,12 +51,12 @@ def test_real_ranks(size, tmp_path):
         assert "bits: it is 2 on rank 0; 4 on rank" in report["mismatch"][1]
         if rank != late:
             timeout, refused = report["late"]
-            assert timeout == f"collective 'late': after 0.1 s nothing has come from ranks [{late}]"
+            assert timeout == f"collective 'late': after 1.0 s nothing has come from ranks [{late}]"
             assert f"collective 'late' is in flight on rank {rank}" in refused
     buckets = [1, 200, 2500]
     values = make_values(size, buckets)
     for method in METHODS:
-        for name, codec in CODECS.items():
+        for name, codec in MPI_CODECS.items():
             key = f"{method}.{name}"
             assert all(report[key] == reports[0][key] for report in reports)
             out_of_step, not_finite = reports[0][key]

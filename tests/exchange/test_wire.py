@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pqasgd_horovod.errors import DesynchronizedError, WireFormatError
 from pqasgd_horovod.exchange import wire
 
+from .world import PATIENT
+
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 HEADERS = st.builds(
     wire.Header,
@@ -52,6 +54,7 @@ def test_layout_is_as_documented():
     )
 
 
+@PATIENT
 @given(HEADERS)
 def test_round_trip(header):
     buffer = np.zeros(wire.HEADER_NBYTES, np.uint8)
@@ -67,6 +70,7 @@ def test_every_flipped_bit_is_found(bit):
         wire.unpack(buffer)
 
 
+@PATIENT
 @given(st.binary(max_size=200))
 def test_random_bytes_are_no_messages(data):
     with pytest.raises(WireFormatError):

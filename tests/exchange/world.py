@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 
 from pqasgd_horovod import codecs, native
 from pqasgd_horovod.codecs import Codec
@@ -30,6 +31,8 @@ CODECS = {
     "eden4": codecs.eden(bits=4, block_size=128),
     "eden3-stochastic": codecs.eden(bits=3, block_size=64, rounding="stochastic"),
 }
+# Carriers do not look into payloads: under mpirun a few codecs stand for all.
+MPI_CODECS = {name: CODECS[name] for name in ("none", "maxscale4", "eden4")}
 
 
 def make_values(size: int, buckets: Sequence[int], seed: int = 0) -> list[np.ndarray]:
@@ -118,6 +121,10 @@ def same_everywhere(means_of_ranks: Sequence[Sequence[np.ndarray]]) -> list[np.n
         for bucket, (mean, expected) in enumerate(zip(means, first, strict=True)):
             assert mean.tobytes() == expected.tobytes(), f"rank {rank} differs from rank 0 in bucket {bucket}"
     return list(first)
+
+
+# For Hypothesis on a busy machine: what is slow there is no fault.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class _WrappedHandle:

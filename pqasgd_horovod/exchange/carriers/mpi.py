@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+# MPI moves data only inside its calls, a few fragments in each: with one call per pause a transfer would crawl.
+_POLLS = 32
+
+
 class _MpiHandle:
     """Receives from every other rank; done when all has arrived and all has been sent."""
 
@@ -68,7 +72,8 @@ class _MpiHandle:
                 self._messages[rank] = (message, status.Get_count(MPI.BYTE))
         if self._result is None and not self._missing():
             self._receive_all()
-        self._done = MPI.Request.Testall(self._requests) and self._result is not None
+        if self._result is not None:
+            self._done = any(MPI.Request.Testall(self._requests) for _ in range(_POLLS))
         return self._done
 
     def wait(self, timeout: float | None = None) -> Bytes:
