@@ -11,7 +11,7 @@ phase two, ``m`` the mean of the ranks' numbers and ``o`` the owner. Both coding
 The first term is averaged over the ranks and falls as 1/n; the second is not: however many ranks there are, a
 relative noise of q2 stays. For equal v_r the factor on the second moment is ``(1 + q (n-1)/n^2) (1 + q2)``, at worst
 (one rank's v large, the others' 0) about ``(1 + q)(1 + q2)``. So for many ranks give phase two more bits than phase
-one (``second_codec``): it costs b2/8 bytes per element and no more time.
+one (``second_codec``); each bit costs 1/8 byte per element.
 """
 
 from __future__ import annotations
