@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..exchange.carriers import Carrier
-from ..exchange.handshake import verify_same
+from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .channel import Channel, ChannelSet, split_by_size
 from .config import ExchangeConfig
+from .meeting import Meeting, Purpose
 from .schedule import PeriodicAveraging
 from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
@@ -40,6 +41,7 @@ class GradientAverager:
         self._name = name
         self._sum_over_ranks = sum_over_ranks
         self._check_consistency = check_consistency
+        self._meeting = Meeting(self._carrier, name) if self._carrier is not None else None
         self._channels = ChannelSet()
         self._buckets_of: dict[str, tuple[Channel, list[int]]] = {}
         self._missing: dict[tuple[Channel, int], int] = {}
@@ -61,6 +63,9 @@ class GradientAverager:
             "exchange": self._config.config(),
             "gradients": {tensor.name: tensor.description for tensor in tensors},
         }
+        assert self._meeting is not None
+        self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
+        self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
         large, small = split_by_size(tensors, self._config.small_tensor_threshold)
         self._channels.replace(
@@ -114,6 +119,9 @@ class GradientAverager:
             self.ready(name)
         started = time.perf_counter()
         try:
+            if self._meeting is not None:
+                self._meeting.announce(Purpose.AVERAGE, self.steps, self.steps)
+                self._meeting.agree()
             self._channels.finish()
         finally:
             self._start_step()

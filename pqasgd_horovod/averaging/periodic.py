@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
-from ..exchange.carriers import Carrier, Handle
-from ..exchange.handshake import verify_same
+from ..exchange.carriers import Carrier
+from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .channel import Channel, ChannelSet, digest_tensors, split_by_size
 from .config import ExchangeConfig
+from .meeting import Meeting, Purpose
 from .schedule import PeriodicAveraging
 from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
@@ -45,7 +46,7 @@ class PeriodicAverager:
         self._prepared = False
         self._buffer_names: frozenset[str] = frozenset()
         self._restored: dict[str, AnchorArray] = {}
-        self._flush_vote: Handle | None = None
+        self._meeting = Meeting(self._carrier, name) if self._carrier is not None else None
         self._num_parameters = 0
         self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
         self.steps = 0
@@ -121,6 +122,9 @@ class PeriodicAverager:
             "parameters": {tensor.name: tensor.description for tensor in parameters},
             "buffers": {tensor.name: tensor.description for tensor in buffers},
         }
+        assert self._meeting is not None
+        self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)
+        self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
         counters = {
             "steps": self.steps,
@@ -151,11 +155,18 @@ class PeriodicAverager:
 
     def average(self) -> None:
         """Average now: anchor += mean of the decoded changes, parameters = anchor; collective."""
+        if self._meeting is not None:
+            self._meeting.announce(Purpose.AVERAGE, self.steps, self.rounds)
+        self._average(self._meeting)
+
+    def _average(self, meeting: Meeting | None) -> None:
         started = time.perf_counter()
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         sources = [(channel, channel.source()) for channel in self._channels]
         for channel, source in sources:
             channel.begin(source, step=self.steps, round=self.rounds)
+        if meeting is not None:
+            meeting.agree()
         self._channels.finish()
         for channel, source in sources:
             channel.apply(source)
@@ -181,20 +192,17 @@ class PeriodicAverager:
         """
         if self.steps_since_average == 0:
             return
-        if self._carrier is not None:
-            if self._flush_vote is None:
-                self._flush_vote = self._carrier.allgather(f"{self._name}.flush", np.zeros(1, np.uint8))
+        if self._meeting is not None:
+            self._meeting.announce(Purpose.FLUSH, self.steps, self.rounds)
             try:
-                self._flush_vote.wait(timeout)
+                self._meeting.agree(timeout)
             except CollectiveTimeoutError:
-                # The vote stays in flight: the next flush() of this rank waits for the same one.
                 raise CollectiveTimeoutError(
                     f"{self.steps_since_average} steps were made since the last average, and averaging them takes "
                     f"every rank, but not every rank called flush() or state_dict() within {timeout} s: call "
                     "optimizer.flush() on every rank first, then state_dict() where you like"
                 ) from None
-            self._flush_vote = None
-        self.average()
+        self._average(None)
 
     def _anchors(self) -> dict[str, AnchorArray]:
         return {

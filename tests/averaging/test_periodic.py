@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -350,6 +352,8 @@ def test_a_state_in_the_middle_of_a_period_needs_a_flush():
 
 
 def test_a_rank_that_flushes_alone_is_told_so_and_training_goes_on():
+    given_up = threading.Event()
+
     def program(carrier):
         averager = make_averager(carrier, period=4, codec=codecs.none())
         views = make_views({"w": (2000, "float32")}, seed=0)
@@ -360,6 +364,8 @@ def test_a_rank_that_flushes_alone_is_told_so_and_training_goes_on():
                 with pytest.raises(CollectiveTimeoutError) as caught:
                     averager.flush(timeout=0.2)
                 text = str(caught.value)
+                given_up.set()
+            assert step < 2 or given_up.wait(20.0)
             move(views, carrier.rank, step)
             averager.count_step()
         averager.flush(timeout=20)
@@ -370,6 +376,25 @@ def test_a_rank_that_flushes_alone_is_told_so_and_training_goes_on():
     assert "optimizer.flush() on every rank" in text
     assert rounds == rounds1 == 2
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_flush_on_one_rank_while_another_averages_is_an_error_on_both():
+    def program(carrier):
+        averager = make_averager(carrier, period=4, codec=codecs.none())
+        views = make_views({"w": (2000, "float32")}, seed=0)
+        averager.prepare(views)
+        before = views[0].array.copy()
+        with pytest.raises(DesynchronizedError) as caught:
+            for _ in range(2 if carrier.rank == 0 else 4):
+                averager.count_step()
+            averager.flush()
+        np.testing.assert_array_equal(views[0].array, before)
+        return str(caught.value)
+
+    texts = run_ranks(2, program)
+    assert texts[0] == texts[1]
+    assert "flushing after 2 steps" in texts[0]
+    assert "averaging after 4 steps" in texts[0]
 
 
 def test_a_rank_alone_keeps_its_own_values_to_the_bit():

@@ -1,0 +1,83 @@
+"""Where the ranks tell each other what they are about to do, so that a rank on another path is an error and not a hang.
+
+Collectives are matched by name: a rank that flushes while the others average, or that has laid out its tensors anew,
+would wait for names that nobody else will ever send. So whatever an optimizer does together begins with one small
+message, always under the same name.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+
+import numpy as np
+
+from ..errors import DesynchronizedError
+from ..exchange.carriers import Carrier, Handle
+from ..exchange.wire import format_by_rank
+
+_FORMAT = struct.Struct("<QQQ")
+
+
+class Purpose(enum.IntEnum):
+    """What a rank is about to do."""
+
+    LAYOUT = 0
+    AVERAGE = 1
+    FLUSH = 2
+
+    def describe(self, steps: int, rounds: int) -> str:
+        """Say it, with the counters."""
+        verb = {Purpose.LAYOUT: "laying out its tensors", Purpose.AVERAGE: "averaging", Purpose.FLUSH: "flushing"}[self]
+        return f"{verb} after {steps} steps and {rounds} averages"
+
+
+class Meeting:
+    """The meeting point of one optimizer. ``carrier`` has more than one rank."""
+
+    def __init__(self, carrier: Carrier, name: str) -> None:
+        self._carrier = carrier
+        self._name = f"{name}.meeting"
+        self._intent = (Purpose.LAYOUT, 0, 0)
+        self._handle: Handle | None = None
+
+    def announce(self, purpose: Purpose, steps: int, rounds: int) -> None:
+        """Say what this rank is about to do; never waits."""
+        self._intent = (purpose, steps, rounds)
+        if self._handle is None:
+            self._launch()
+        # Else an earlier announcement, of a flush that has timed out, is still under way: agree() corrects it.
+
+    def _launch(self) -> None:
+        self._handle = self._carrier.allgather(self._name, np.frombuffer(_FORMAT.pack(*self._intent), np.uint8))
+
+    def agree(self, timeout: float | None = None) -> None:
+        """Wait for the other ranks' announcements and return if everybody is about to do the same.
+
+        Raises DesynchronizedError on every rank otherwise, unless all are averaging: their messages then tell the
+        difference themselves, and no bucket stays in flight. Raises CollectiveTimeoutError after ``timeout`` seconds;
+        the announcement stays under way.
+        """
+        for attempt in ("first", "second"):
+            if self._handle is None:
+                self._launch()
+            assert self._handle is not None
+            received = self._handle.wait(timeout).tobytes()
+            self._handle = None
+            intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds in _FORMAT.iter_unpack(received)]
+            purposes = {purpose for purpose, _, _ in intents}
+            counters = {(steps, rounds) for _, steps, rounds in intents}
+            if purposes in ({Purpose.LAYOUT}, {Purpose.AVERAGE}):
+                return  # what else may differ is compared next
+            if Purpose.LAYOUT not in purposes and len(counters) == 1:
+                return
+            # In the first round somebody may have spoken of a flush that it has given up since; not in the second.
+            if attempt == "second":
+                listing = format_by_rank(
+                    (rank, purpose.describe(*rest)) for rank, (purpose, *rest) in enumerate(intents)
+                )
+                raise DesynchronizedError(
+                    f"{self._name}: the ranks are out of step: {listing}. Every rank has to take the same number of "
+                    "steps, and to call flush(), state_dict() in the middle of a period, load_state_dict() and "
+                    "add_param_group() alike; restart from a checkpoint"
+                )
