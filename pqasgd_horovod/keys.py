@@ -1,8 +1,9 @@
 """Counter-based randomness: the NumPy specification.
 
-No generator has state and no global one is touched: a random number is a function of a 64-bit key and a counter, so the same bytes come
-out on every rank, thread, instruction set and framework. The function is Threefry-2x32 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011); 13 rounds is the smallest number they found to pass BigCrush.
+No generator has state and no global one is touched: a random number is a function of a 64-bit key and a counter, so
+the same bytes come out on every rank, thread, instruction set and framework. The function is Threefry-2x32 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); 13 rounds is the smallest number they found to pass
+BigCrush.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def threefry2x32(key: int, c0: UINT32 | int, c1: UINT32 | int, rounds: int) -> t
     k0, k1 = np.uint32(key & _MASK32), np.uint32((key >> 32) & _MASK32)
     schedule = (k0, k1, np.uint32(int(k0) ^ int(k1) ^ _PARITY))
     with np.errstate(over="ignore"):
-        x0, x1 = np.broadcast_arrays(np.asarray(c0, np.uint32) + schedule[0], np.asarray(c1, np.uint32) + schedule[1])
+        x0 = np.asarray(c0, np.uint32) + schedule[0]
+        x1 = np.asarray(c1, np.uint32) + schedule[1]
+        x0, x1 = np.broadcast_arrays(x0, x1)
         for r in range(rounds):
             rotation = np.uint32(_ROTATIONS[r % 8])
             x0 = x0 + x1

@@ -1,7 +1,7 @@
 """The C++ core, loaded with ctypes: every call releases the GIL, and none allocates.
 
-``include/pqasgd.h`` is the interface; ``docs/architecture.md`` defines the bytes. Pointers come from NumPy arrays or, as plain integers, from a
-framework's tensors, so that this module imports neither.
+``include/pqasgd.h`` is the interface; ``docs/architecture.md`` defines the bytes. Pointers come from NumPy arrays or, as
+plain integers, from a framework's tensors, so that this module imports no framework.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CodecSpec(NamedTuple):
 
 
 class _Codec(ctypes.Structure):
-    _fields_ = [("kind", ctypes.c_int32), ("bits", ctypes.c_int32), ("block_size", ctypes.c_int32), ("flags", ctypes.c_int32)]
+    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "bits", "block_size", "flags")]
 
 
 class _Segment(ctypes.Structure):
@@ -94,7 +94,9 @@ def _load() -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     found = library.pq_abi_version()
     if found != _ABI_VERSION:
-        raise NativeLibraryError(f"the native core has interface version {found}, this package needs {_ABI_VERSION}; {advice}")
+        raise NativeLibraryError(
+            f"the native core has interface version {found}, this package needs {_ABI_VERSION}; {advice}"
+        )
     return library
 
 
@@ -141,10 +143,10 @@ _threads_from_environment()
 
 
 class Source:
-    """A flat vector made of memory segments, optionally seen relative to an anchor: where numbers come from, and where means go.
+    """A flat vector made of memory segments, optionally minus an anchor: where numbers come from, and where means go.
 
-    ``segments`` are ``(pointer, dtype code, number of elements)``; ``anchor`` is ``(pointer, DTYPE_F32 or DTYPE_F64)`` of an array as long as the
-    whole vector. ``owner`` is kept alive for as long as this object.
+    ``segments`` are ``(pointer, dtype code, number of elements)``; ``anchor`` is ``(pointer, DTYPE_F32 or DTYPE_F64)``
+    of an array as long as the whole vector. ``owner`` is kept alive for as long as this object.
 
     >>> import numpy as np
     >>> Source.from_arrays([np.zeros(3, np.float32), np.ones(2, np.float16)]).numel
@@ -168,7 +170,7 @@ class Source:
 
     @classmethod
     def from_arrays(cls, arrays: Sequence[NDArray[Any]], anchor: NDArray[Any] | None = None) -> Source:
-        """Make a source of contiguous fp16, fp32 or fp64 arrays; the anchor is fp32 or fp64 and as long as all of them together."""
+        """Make a source of contiguous fp16, fp32 or fp64 arrays; the anchor is fp32 or fp64, as long as all together."""
         segments = []
         for i, array in enumerate(arrays):
             if array.dtype not in _NUMPY_DTYPES or not array.flags.c_contiguous:
@@ -193,7 +195,9 @@ def _check(status: int, what: str) -> None:
     if status >= 0:
         return
     if status == _BAD_LENGTH:
-        raise WireFormatError(f"{what}: the payload has not the size that this codec gives this many elements: it is truncated or foreign")
+        raise WireFormatError(
+            f"{what}: the payload has not the size that this codec gives this many elements: it is truncated or foreign"
+        )
     if status == _BAD_SCALE:
         raise WireFormatError(f"{what}: the payload holds a scale that is negative, NaN or Inf: it is corrupted")
     if status == _BAD_CODE:
@@ -222,7 +226,7 @@ def payload_nbytes(spec: CodecSpec, count: int) -> int:
 
 
 def encode(spec: CodecSpec, source: Source, start: int, count: int, key: int, out: NDArray[np.uint8]) -> bool:
-    """Encode ``source[start : start + count]`` into ``out``; False if something was not finite (``out`` is then unspecified)."""
+    """Encode ``source[start : start + count]`` into ``out``; False (``out`` unspecified) if something was not finite."""
     status = _library.pq_encode(
         ctypes.byref(_Codec(*spec)), source._as_argument, start, count, key, _bytes("out", out, True), out.size
     )
@@ -286,7 +290,7 @@ def reduce(
 
 
 def apply(mean: NDArray[np.float32], start: int, target: Source) -> None:
-    """With an anchor: ``anchor[start:] += mean`` and the segments become the anchor; without one the segments become the mean."""
+    """With an anchor: ``anchor[start:] += mean``, and the segments become the anchor; else they become the mean."""
     if mean.dtype != np.float32 or not mean.flags.c_contiguous:
         raise ArgumentError(f"mean has dtype {mean.dtype}; allowed is a contiguous float32 array")
     _check(_library.pq_apply(mean.ctypes.data, start, mean.size, target._as_argument), "apply")
@@ -294,8 +298,11 @@ def apply(mean: NDArray[np.float32], start: int, target: Source) -> None:
 
 def gather(source: Source, start: int, destination: NDArray[Any]) -> None:
     """Copy ``source[start : start + destination.size]``, minus the anchor, into a float32 or float64 array."""
-    if destination.dtype not in (np.float32, np.float64) or not destination.flags.c_contiguous or not destination.flags.writeable:
-        raise ArgumentError(f"destination has dtype {destination.dtype}; allowed is a writable float32 or float64 array")
+    flags = destination.flags
+    if destination.dtype not in (np.float32, np.float64) or not (flags.c_contiguous and flags.writeable):
+        raise ArgumentError(
+            f"destination has dtype {destination.dtype}; allowed is a writable float32 or float64 array"
+        )
     status = _library.pq_gather(
         source._as_argument, start, destination.size, destination.ctypes.data, _NUMPY_DTYPES[destination.dtype]
     )
