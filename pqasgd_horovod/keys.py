@@ -49,7 +49,8 @@ def threefry2x32(key: int, c0: UINT32 | int, c1: UINT32 | int, rounds: int) -> t
 def derive_key(seed: int, rank: int, step: int, tensor: int, phase: int) -> int:
     """Return the 64-bit key of one payload; different arguments give independent streams.
 
-    ``a = T(key=seed, counter=step)``, ``key = T(key=a, counter=(tensor, rank | phase << 24))``, T = Threefry-2x32 with 20 rounds.
+    ``a = T(key=seed, counter=step)``, ``key = T(key=a, counter=(tensor, rank | phase << 24))``, T = Threefry-2x32 with
+    20 rounds.
 
     >>> derive_key(0, 0, 0, 0, 0) == derive_key(0, 1, 0, 0, 0)
     False

@@ -1,7 +1,7 @@
 """The C++ core, loaded with ctypes: every call releases the GIL, and none allocates.
 
-``include/pqasgd.h`` is the interface; ``docs/architecture.md`` defines the bytes. Pointers come from NumPy arrays or, as
-plain integers, from a framework's tensors, so that this module imports no framework.
+``include/pqasgd.h`` is the interface; ``docs/architecture.md`` defines the bytes. Pointers come from NumPy arrays or,
+as plain integers, from a framework's tensors, so that this module imports no framework.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Source:
 
     @classmethod
     def from_arrays(cls, arrays: Sequence[NDArray[Any]], anchor: NDArray[Any] | None = None) -> Source:
-        """Make a source of contiguous fp16, fp32 or fp64 arrays; the anchor is fp32 or fp64, as long as all together."""
+        """Make a source of contiguous fp16, fp32 or fp64 arrays; the anchor is fp32 or fp64, as long as they are."""
         segments = []
         for i, array in enumerate(arrays):
             if array.dtype not in _NUMPY_DTYPES or not array.flags.c_contiguous:
@@ -226,7 +226,7 @@ def payload_nbytes(spec: CodecSpec, count: int) -> int:
 
 
 def encode(spec: CodecSpec, source: Source, start: int, count: int, key: int, out: NDArray[np.uint8]) -> bool:
-    """Encode ``source[start : start + count]`` into ``out``; False (``out`` unspecified) if something was not finite."""
+    """Encode ``source[start : start + count]`` into ``out``; False (``out`` unspecified) if it was not all finite."""
     status = _library.pq_encode(
         ctypes.byref(_Codec(*spec)), source._as_argument, start, count, key, _bytes("out", out, True), out.size
     )

@@ -20,7 +20,7 @@ def save(hvd: Any, path: Path, common: dict[str, Any], own: dict[str, Any]) -> N
     Between averages the ranks take steps of their own, so momentum and random numbers differ between them, and all are
     saved. The file is replaced at once: a job that is killed here leaves the previous one.
     """
-    parts = hvd.allgather_object(own)
+    parts = hvd.allgather_object(own, name="train.checkpoint")
     if hvd.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".part")

@@ -20,7 +20,8 @@ def on_all_ranks(hvd: Any, action: Callable[[], T], *errors: type[Exception]) ->
         result = action()
     except errors as error:
         message = str(error)
-    messages = hvd.allgather_object(message)
+    # Named, since Horovod would otherwise name it by its type, which differs here, and wait for ever.
+    messages = hvd.allgather_object(message, name="train.error")
     failed = {rank: text for rank, text in enumerate(messages) if text is not None}
     if failed:
         where = "" if len(failed) == len(messages) else f" (on ranks {', '.join(map(str, failed))} only)"
@@ -30,7 +31,7 @@ def on_all_ranks(hvd: Any, action: Callable[[], T], *errors: type[Exception]) ->
 
 def require_same(hvd: Any, what: str, value: Any) -> None:
     """End the job on all ranks, with every rank's value, unless they are the same."""
-    values = hvd.allgather_object(value)
+    values = hvd.allgather_object(value, name="train.same")
     if any(other != values[0] for other in values):
         listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
         raise SystemExit(f"train.py: error: the ranks have different {what}: {listed}")
