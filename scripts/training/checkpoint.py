@@ -1,4 +1,7 @@
-"""One file for the whole job: what the ranks have in common, and what each has for itself."""
+"""One file for the whole job: what the ranks have in common, and what each has for itself.
+
+Rank 0 writes it and every rank reads it: on several machines it belongs in a folder that they share.
+"""
 
 from __future__ import annotations
 
