@@ -1,0 +1,224 @@
+"""What a codec costs and what it loses: time as a multiple of a memcpy, bits for each element, and the error q.
+
+Encode reads a flat float32 vector and writes the payload; decode-and-add reads the payload and adds the decoded numbers
+into a float32 vector. Both run on one thread and are divided by the time of a memcpy of the same vector, measured right
+before them; repetitions of all codecs are interleaved, and medians are reported. q = |Q(v) - v|^2 / |v|^2 is measured
+on Gaussian and Laplace numbers and on what a few steps of SGD did to a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from bench_tools import OUTPUT, describe_machine, format_table, warn_if_busy, write_json
+from numpy.typing import NDArray
+
+from pqasgd_horovod import codecs, native
+from pqasgd_horovod.errors import ArgumentError
+
+Float32 = NDArray[np.float32]
+
+# What we want to reach on an AVX-512 core.
+ENCODE_DECODE_TARGETS = {
+    ("maxscale", 4): (1.3, 0.8),
+    ("eden", 2): (2.0, 2.0),
+    ("eden", 4): (2.5, 2.0),
+    ("fp16", 16): (1.0, 1.0),
+}
+Q_TARGETS = {("eden", 1): 0.58, ("eden", 2): 0.136, ("eden", 3): 0.037, ("eden", 4): 0.0100}
+
+
+class Subject(NamedTuple):
+    """A codec, the name of its row, and its times in seconds."""
+
+    name: str
+    codec: codecs.Codec
+    memcpy: list[float]
+    encode: list[float]
+    decode: list[float]
+
+
+def all_codecs() -> list[tuple[str, codecs.Codec]]:
+    """Every registered codec at every width, and eden with stochastic rounding."""
+    found: list[tuple[str, codecs.Codec]] = []
+    for codec_id, make in codecs.registry.items():
+        fields = {field.name for field in dataclasses.fields(make)}
+        variants: list[tuple[str, dict[str, Any]]] = [(codec_id, {})]
+        if "rounding" in fields:
+            variants.append((f"{codec_id}-stochastic", {"rounding": "stochastic"}))
+        for name, arguments in variants:
+            for bits in range(1, 9) if "bits" in fields else (None,):
+                try:
+                    found.append((name, make(**arguments, **({} if bits is None else {"bits": bits}))))
+                except ArgumentError:
+                    continue  # this codec does not come in that width
+    return found
+
+
+def model_delta(seed: int = 0, warm_up: int = 100, steps: int = 8) -> Float32:
+    """What ``steps`` steps of SGD with momentum change in a network with 1.1 million parameters that reads digits."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(seed)
+    digits = load_digits()
+    images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    layers = [
+        torch.nn.Linear(64, 1024),
+        torch.nn.ReLU(),
+        torch.nn.Linear(1024, 1024),
+        torch.nn.ReLU(),
+        torch.nn.Linear(1024, 10),
+    ]
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    anchor = torch.empty(0)
+    for step in range(warm_up + steps):
+        if step == warm_up:
+            anchor = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        batch = torch.randint(len(images), (64,))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    delta: Float32 = (torch.nn.utils.parameters_to_vector(model.parameters()).detach() - anchor).numpy()
+    return delta
+
+
+def relative_error(codec: codecs.Codec, values: Float32) -> float:
+    """Return q of one draw, |Q(v) - v|^2 / |v|^2."""
+    decoded = codec.decode(codec.encode(values, key=1), values.size, key=1)
+    error = (decoded - values).astype(np.float64)
+    return float(error @ error / (values.astype(np.float64) @ values))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def measure_times(subjects: list[Subject], values: Float32, repetitions: int) -> None:
+    """Fill in the times: one warm-up, then ``repetitions`` rounds over all codecs."""
+    copy, total = np.zeros_like(values), np.zeros_like(values)
+    payloads = np.zeros(max(subject.codec.payload_nbytes(values.size) for subject in subjects), np.uint8)
+
+    def memcpy() -> None:
+        ctypes.memmove(copy.ctypes.data, values.ctypes.data, values.nbytes)
+
+    for repetition in range(1 + repetitions):
+        for subject in subjects:
+            codec = subject.codec
+            payload = payloads[: codec.payload_nbytes(values.size)]
+            before_encode = _seconds(memcpy)
+            encode = _seconds(lambda: codec.encode(values, key=repetition, out=payload))  # noqa: B023
+            before_decode = _seconds(memcpy)
+            decode = _seconds(lambda: codec.decode_add(payload, total, key=repetition, weight=0.5))  # noqa: B023
+            if repetition > 0:
+                subject.memcpy.extend((before_encode, before_decode))
+                subject.encode.append(encode)
+                subject.decode.append(decode)
+
+
+def row_of(subject: Subject, num_elements: int, samples: dict[str, Float32]) -> dict[str, Any]:
+    """Return the row of one codec."""
+    memcpy = statistics.median(subject.memcpy)
+    return {
+        "codec": subject.name,
+        "bits": subject.codec.bits,
+        "encode_over_memcpy": round(statistics.median(subject.encode) / memcpy, 3),
+        "decode_over_memcpy": round(statistics.median(subject.decode) / memcpy, 3),
+        "payload_bits_per_element": subject.codec.payload_bits_per_element(num_elements),
+        **{f"q_{name}": relative_error(subject.codec, values) for name, values in samples.items()},
+    }
+
+
+def _show(row: dict[str, Any]) -> list[str]:
+    key = (row["codec"], row["bits"])
+    times = ENCODE_DECODE_TARGETS.get(key)
+    texts = [row["codec"], str(row["bits"])]
+    texts += [
+        f"{row['encode_over_memcpy']:.2f}",
+        f"{row['decode_over_memcpy']:.2f}",
+        "" if times is None else f"{times[0]} / {times[1]}",
+    ]
+    texts += [
+        f"{row['payload_bits_per_element']:.3f}",
+        f"{row['q_gaussian']:.3g}",
+        f"<= {Q_TARGETS[key]}" if key in Q_TARGETS else "",
+    ]
+    return [*texts, f"{row['q_laplace']:.3g}", f"{row['q_delta']:.3g}"]
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--elements", type=int, default=2**24, help="length of the vector that is timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--q-elements",
+        type=int,
+        default=2**21,
+        help="length of the vectors that q is measured on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=9, help="timed repetitions of everything (default: %(default)s)"
+    )
+    parser.add_argument("--isa", choices=native.available_isas(), help="use this instruction set and not the best one")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT / "codecs.json", help="where the JSON goes (default: %(default)s)"
+    )
+    options = parser.parse_args()
+
+    native.set_num_threads(1)
+    native.force_isa(options.isa)
+    machine = describe_machine()
+    warn_if_busy(machine)
+    generator = np.random.default_rng(0)
+    samples: dict[str, Float32] = {
+        "gaussian": generator.standard_normal(options.q_elements, np.float32),
+        "laplace": generator.laplace(size=options.q_elements).astype(np.float32),
+        "delta": model_delta(),
+    }
+    values = generator.standard_normal(options.elements, np.float32)
+    subjects = [Subject(name, codec, [], [], []) for name, codec in all_codecs()]
+    measure_times(subjects, values, options.repetitions)
+    rows = [row_of(subject, options.elements, samples) for subject in subjects]
+
+    memcpy = statistics.median(seconds for subject in subjects for seconds in subject.memcpy)
+    print(
+        f"{machine['processor']}, {machine['isa']}, one thread; memcpy of {values.nbytes / 2**20:.0f} MiB: "
+        f"{memcpy * 1e3:.2f} ms ({values.nbytes / memcpy / 1e9:.1f} GB/s); times are multiples of it"
+    )
+    header = [
+        "codec",
+        "bits",
+        "encode",
+        "decode+add",
+        "to reach",
+        "bits/element",
+        "q Gaussian",
+        "to reach",
+        "q Laplace",
+        "q delta",
+    ]
+    print(format_table(header, [_show(row) for row in rows]))
+    settings = {
+        "elements": options.elements,
+        "repetitions": options.repetitions,
+        "threads": 1,
+        "delta_elements": samples["delta"].size,
+    }
+    write_json(options.output, {"rows": rows, "machine": machine, "memcpy_seconds": memcpy, "settings": settings})
+
+
+if __name__ == "__main__":
+    main()

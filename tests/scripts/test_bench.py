@@ -1,0 +1,171 @@
+"""The benchmarks write what they promise, and the two hosts they play leave nothing behind. No time is judged here."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_codecs
+import bench_exchange
+import bench_tools
+import pytest
+import two_hosts
+
+from pqasgd_horovod import codecs
+
+from .launch import SCRIPTS, launch
+
+
+def run_script(name, *arguments):
+    result = launch([sys.executable, str(SCRIPTS / name), *map(str, arguments)], "python")
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def require(link):
+    try:
+        two_hosts.check_available(link)
+    except two_hosts.NotAvailableError as error:
+        pytest.skip(str(error))
+
+
+# -- codecs --
+
+
+def test_codecs_json(tmp_path):
+    path = tmp_path / "codecs.json"
+    output = run_script(
+        "bench_codecs.py", "--elements", 2**14, "--q-elements", 2**16, "--repetitions", 1, "--output", path
+    )
+    document = json.loads(path.read_text())
+    assert {"processor", "cores", "isa", "load_average"} <= document["machine"].keys()
+    assert document["memcpy_seconds"] > 0
+    rows = {(row["codec"], row["bits"]): row for row in document["rows"]}
+    assert len(rows) == len(document["rows"])
+    assert {name for name, _ in rows} == {*codecs.registry, "eden-stochastic"}
+    assert {bits for name, bits in rows if name == "eden"} == set(range(1, 9))
+    assert {bits for name, bits in rows if name == "maxscale"} == set(range(2, 9))
+    for row in rows.values():
+        assert row.keys() == {
+            "codec",
+            "bits",
+            "encode_over_memcpy",
+            "decode_over_memcpy",
+            "payload_bits_per_element",
+            "q_gaussian",
+            "q_laplace",
+            "q_delta",
+        }
+        assert row["encode_over_memcpy"] > 0
+        assert row["decode_over_memcpy"] > 0
+        assert row["codec"] in output
+    assert rows["none", 32]["q_delta"] == 0
+    assert rows["eden", 4]["payload_bits_per_element"] == pytest.approx(4.03125)
+    for (name, bits), target in bench_codecs.Q_TARGETS.items():
+        assert 0 < rows[name, bits]["q_gaussian"] <= target
+
+
+def test_an_unregistered_instruction_set_is_refused(tmp_path):
+    result = launch([sys.executable, str(SCRIPTS / "bench_codecs.py"), "--isa", "mmx"], "python")
+    assert result.returncode == 2
+    assert "mmx" in result.stdout
+
+
+# -- exchange --
+
+
+def test_the_model_is_resnet50():
+    shapes = bench_exchange.resnet50_shapes()
+    assert len(shapes) == 161
+    assert sum(bench_exchange.math.prod(shape) for shape in shapes) == 25_557_032
+
+
+def test_exchange_json(tmp_path):
+    path = tmp_path / "exchange.json"
+    run_script("bench_exchange.py", "--links", "loopback", "--repetitions", 1, "--scale", 0.05, "--output", path)
+    document = json.loads(path.read_text())
+    rows = {row["name"]: row for row in document["rows"]}
+    assert list(rows)[:5] == ["stock fp32", "stock fp16", "ours 8 bits", "ours 4 bits", "ours 2 bits"]
+    for row in rows.values():
+        assert row["link"] == "loopback"
+        assert row["seconds"] > 0
+        assert row["speedup_over_fp32"] == pytest.approx(rows["stock fp32"]["seconds"] / row["seconds"])
+        assert row["interface_bytes"] > 0.95 * row["bytes_sent"] > 0
+    assert rows["ours 4 bits"]["bytes_sent"] < rows["stock fp32"]["bytes_sent"] / 6
+    assert rows["ours 2 bits"]["bytes_sent"] < rows["ours 4 bits"]["bytes_sent"]
+    assert document["settings"] == list(bench_exchange.SETTINGS)
+
+
+def test_what_cannot_be_measured_is_skipped_with_a_reason(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "exchange.json"
+    monkeypatch.setattr(shutil, "which", lambda name, **_: None)
+    monkeypatch.setattr(sys, "argv", ["bench_exchange.py", "--links", "1gbit", "--output", str(path)])
+    monkeypatch.setattr(two_hosts, "end_on_sigterm", lambda: None)
+    assert bench_exchange.main() == 0
+    assert "skipped 1gbit: not found: unshare, ip, tc" in capsys.readouterr().out
+    assert json.loads(path.read_text())["skipped"].keys() == {"1gbit"}
+
+
+# -- two hosts --
+
+
+def running(marker):
+    """Ids of the processes with ``marker`` in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if marker.encode() in entry.read_bytes():
+                found.append(entry.parent.name)
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def test_two_hosts_see_each_other_and_nothing_else(tmp_path):
+    require("shaped")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from mpi4py import MPI\n"
+        "names = [line.split(':')[0].strip() for line in open('/proc/net/dev') if ':' in line]\n"
+        "assert sorted(names) == ['eth0', 'lo'], names\n"
+        "assert MPI.COMM_WORLD.allreduce(1) == 2\n"
+        f"open(f'{tmp_path}/rank{{MPI.COMM_WORLD.rank}}', 'w').close()\n"
+    )
+    assert two_hosts.run("shaped", [sys.executable, str(program)], timeout=60) == 0
+    assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0", "rank1"]
+
+
+@pytest.mark.parametrize("link", two_hosts.LINKS)
+def test_a_job_that_takes_too_long_leaves_nothing_behind(link, tmp_path):
+    require(link)
+    namespaces = sorted(Path("/run/netns").glob("*"))
+    program = tmp_path / "sleeper.py"
+    program.write_text(f"open(f'{tmp_path}/started', 'w').close()\nimport time\ntime.sleep(600)\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        two_hosts.run(link, [sys.executable, str(program)], timeout=8)
+    assert (tmp_path / "started").exists()
+    deadline = time.monotonic() + 20  # the kernel takes a moment
+    while running(str(program)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running(str(program)) == []
+    assert sorted(Path("/run/netns").glob("*")) == namespaces
+
+
+def test_a_failing_job_says_so():
+    require("loopback")
+    assert two_hosts.run("loopback", [sys.executable, "-c", "raise SystemExit(3)"], timeout=60) == 3
+
+
+def test_without_namespaces_the_job_runs_on_this_host(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("from mpi4py import MPI\nassert MPI.COMM_WORLD.allreduce(1) == 2\n")
+    assert two_hosts.run_here([sys.executable, str(program)], timeout=60) == 0
+
+
+def test_tables():
+    assert doctest.testmod(bench_tools).failed == 0
