@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +42,9 @@ class Channel:
         self.anchor = anchor
         sizes = cut_buckets(vector.num_elements, shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
         self.starts: list[int] = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).tolist()
-        self.means: list[NDArray[np.float32]] = [np.empty(size, np.float32) for size in sizes]
+        # With a float32 anchor what arrives is the next anchor, anchor + mean, and the two arrays change places: one
+        # walk over memory less, and an error leaves the anchor as it was.
+        self._arriving: NDArray[np.float32] = np.empty(vector.num_elements, np.float32)
         self.exchange = make_exchange(
             codec,
             carrier,
@@ -57,11 +61,22 @@ class Channel:
     @property
     def num_buckets(self) -> int:
         """Number of buckets."""
-        return len(self.means)
+        return len(self.starts) - 1
+
+    @property
+    def means(self) -> list[NDArray[np.float32]]:
+        """What :meth:`Exchange.finish` writes, bucket by bucket."""
+        return [self._arriving[start:stop] for start, stop in itertools.pairwise(self.starts)]
 
     def tensors_in(self, bucket: int) -> range:
         """Return the indices of the tensors that lie in a bucket, wholly or in part."""
         return self.vector.tensors_in(self.starts[bucket], self.starts[bucket + 1])
+
+    @property
+    def _float_anchor(self) -> NDArray[np.float32] | None:
+        if self.anchor is None or self.anchor.dtype != np.float32:
+            return None
+        return cast("NDArray[np.float32]", self.anchor)
 
     def source(self) -> native.Source:
         """Return the vector as it is in memory now, minus the anchor."""
@@ -69,8 +84,9 @@ class Channel:
 
     def begin(self, source: native.Source, step: int, round: int) -> None:
         """Encode every bucket of :meth:`source` and launch its exchange."""
-        for bucket, start in enumerate(self.starts[:-1]):
-            self.exchange.begin(bucket, source, start, step=step, round=round)
+        for bucket, (start, stop) in enumerate(itertools.pairwise(self.starts)):
+            base = None if self._float_anchor is None else self._float_anchor[start:stop]
+            self.exchange.begin(bucket, source, start, step=step, round=round, base=base)
             self.exchange.advance()
 
     def begin_bucket(self, bucket: int, step: int, round: int) -> None:
@@ -82,8 +98,12 @@ class Channel:
 
     def apply(self, target: native.Source) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean."""
-        for mean, start in zip(self.means, self.starts[:-1], strict=True):
-            native.apply(mean, start, target)
+        anchor = self._float_anchor
+        if anchor is None:
+            native.apply(self._arriving, 0, target)
+        else:
+            native.apply(self._arriving, 0, target.without_anchor())
+            self.anchor, self._arriving = self._arriving, anchor
 
 
 def split_by_size(tensors: Sequence[TensorView], threshold: int) -> tuple[list[TensorView], list[TensorView]]:

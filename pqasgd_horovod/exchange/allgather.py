@@ -67,4 +67,4 @@ class AllgatherExchange(MessageExchange):
         return self._send_to_all(flight, self._names[bucket], message)
 
     def _decode(self, flight: Flight, payloads: list[Bytes], mean: Float32) -> None:
-        native.reduce(self._spec, [*payloads], self._keys[flight.bucket], self._weight, None, 0, mean)
+        native.reduce(self._spec, [*payloads], self._keys[flight.bucket], self._weight, None, 0, mean, flight.base)

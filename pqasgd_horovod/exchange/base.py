@@ -44,6 +44,7 @@ class Flight:
     start: int
     step: int
     round: int
+    base: Float32 | None = None  # what the mean is added to
     phase: int = VALUES_PHASE
     flags: int = 0
     handle: Handle | None = None
@@ -129,12 +130,15 @@ class Exchange(abc.ABC):
     def _land(self, flight: Flight, mean: Float32) -> None:
         """Turn what the last phase brought into ``mean``, or report what is wrong with it."""
 
-    def begin(self, bucket: int, source: native.Source, start: int, *, step: int, round: int) -> None:
+    def begin(
+        self, bucket: int, source: native.Source, start: int, *, step: int, round: int, base: Float32 | None = None
+    ) -> None:
         """Encode ``source[start : start + buckets[bucket]]`` and launch its first phase; never waits.
 
         ``step`` keys the rounding noise and, with ``round``, is compared with the other ranks'. ``source`` must not
-        change before :meth:`finish` returns: what this rank owns of it is read then. NaN and Inf are not raised here
-        but by :meth:`finish`, on every rank.
+        change before :meth:`finish` returns: what this rank owns of it is read then. With a ``base``, float32 of
+        ``buckets[bucket]`` elements, what :meth:`finish` writes is ``base + mean``. NaN and Inf are not raised here but
+        by :meth:`finish`, on every rank.
         """
         if self._carrier_error is not None:
             raise PqasgdError(
@@ -151,7 +155,12 @@ class Exchange(abc.ABC):
                 f"start has to leave room for the {self.buckets[bucket]} elements of bucket {bucket} "
                 f"in a source of {source.numel}, got {start}"
             )
-        flight = Flight(bucket, source, start, _check_uint64("step", step), _check_uint64("round", round))
+        if base is not None and (base.dtype != np.float32 or base.shape != (self.buckets[bucket],)):
+            raise ArgumentError(
+                f"base has to be float32 of shape ({self.buckets[bucket]},) for bucket {bucket}, "
+                f"got {base.dtype} of shape {base.shape}"
+            )
+        flight = Flight(bucket, source, start, _check_uint64("step", step), _check_uint64("round", round), base)
         if step != self._keys_step:
             if self._flights:
                 raise ArgumentError(

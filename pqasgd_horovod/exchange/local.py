@@ -36,3 +36,5 @@ class LocalExchange(Exchange):
         if not native.encode(_EXACT, flight.source, flight.start, mean.size, 0, mean.view(np.uint8)):
             text = f"rank 0 had NaN, Inf or a number beyond float32's range in bucket {flight.bucket}"
             self._fail(flight, mean, Problem(Kind.NON_FINITE, flight.bucket, text))
+        elif flight.base is not None:
+            np.add(flight.base, mean, out=mean)

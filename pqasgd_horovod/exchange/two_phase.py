@@ -193,4 +193,6 @@ class TwoPhaseExchange(MessageExchange):
         keys = self._keys.means[flight.bucket]
         for shard, payload, key in zip(self._buckets[flight.bucket].shards, payloads, keys, strict=True):
             if shard.num_elements:
-                native.reduce(self._second_spec, [payload], [key], 1.0, None, 0, mean[shard.start : shard.stop])
+                part = slice(shard.start, shard.stop)
+                base = None if flight.base is None else flight.base[part]
+                native.reduce(self._second_spec, [payload], [key], 1.0, None, 0, mean[part], base)

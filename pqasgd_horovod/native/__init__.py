@@ -82,7 +82,7 @@ def _load() -> ctypes.CDLL:
         "pq_payload_nbytes": (i64, [pointer, i64]),
         "pq_encode": (i32, [pointer, pointer, i64, i64, u64, pointer, i64]),
         "pq_decode_add": (i32, [pointer, pointer, i64, i64, u64, ctypes.c_float, pointer]),
-        "pq_reduce": (i32, [pointer, i32, pointer, i64, pointer, ctypes.c_float, pointer, i64, i64, pointer]),
+        "pq_reduce": (i32, [pointer, i32, pointer, i64, pointer, ctypes.c_float, pointer, i64, i64, pointer, pointer]),
         "pq_apply": (i32, [pointer, i64, i64, pointer]),
         "pq_gather": (i32, [pointer, i64, i64, pointer, i32]),
         "pq_capture": (i32, [pointer, i64, i64]),
@@ -167,6 +167,15 @@ class Source:
         self.has_anchor = anchor is not None
         self._struct = _Source(self._segments, self._offsets, len(segments), pointer, dtype, 0)
         self._as_argument = ctypes.addressof(self._struct)
+
+    def without_anchor(self) -> Source:
+        """Return the same segments without the anchor."""
+        plain = object.__new__(Source)
+        plain._owner, plain._segments, plain._offsets, plain.numel = self, self._segments, self._offsets, self.numel
+        plain.has_anchor = False
+        plain._struct = _Source(self._segments, self._offsets, self._struct.num_segments, None, DTYPE_F32, 0)
+        plain._as_argument = ctypes.addressof(plain._struct)
+        return plain
 
     @classmethod
     def from_arrays(cls, arrays: Sequence[NDArray[Any]], anchor: NDArray[Any] | None = None) -> Source:
@@ -260,11 +269,14 @@ def reduce(
     own: Source | None,
     own_start: int,
     destination: NDArray[np.float32],
+    base: NDArray[np.float32] | None = None,
 ) -> None:
-    """Set ``destination`` to the sum, in order, of ``weight * decoded``, in one walk over memory.
+    """Set ``destination`` to ``base`` (or zero) plus the sum, in order, of ``weight * decoded``, in one walk.
 
     A payload of None stands for the uncoded numbers ``own[own_start : own_start + destination.size]``.
     """
+    if base is not None and base.size != destination.size:
+        raise ArgumentError(f"base has {base.size} elements; {destination.size} are decoded")
     count, nbytes = destination.size, payload_nbytes(spec, destination.size)
     pointers = (ctypes.c_void_p * max(1, len(payloads)))()
     for i, payload in enumerate(payloads):
@@ -284,6 +296,7 @@ def reduce(
         None if own is None else own._as_argument,
         own_start,
         count,
+        None if base is None else _floats("base", base),
         _floats("destination", destination),
     )
     _check(status, "decode")

@@ -133,6 +133,23 @@ def test_buffers_become_the_mean_of_their_values():
         assert anchor == ["w"]
 
 
+def test_the_mean_of_a_buffer_does_not_depend_on_what_it_was_before():
+    """To the bit: the earlier mean is not saved, so a resumed run would differ otherwise."""
+
+    def program(carrier, rounds):
+        averager = make_averager(carrier, period=1)
+        views = make_views({"w": (2000, "float32")}, seed=1)
+        buffer = ArrayView("running", np.zeros(1000, np.float32))
+        averager.prepare(views, [buffer])
+        for round_ in rounds:
+            buffer.array[:] = np.random.default_rng([round_, carrier.rank]).lognormal(0, 4, 1000)
+            averager.count_step()
+        return buffer.array
+
+    long, short = (run_ranks(2, lambda carrier, r=rounds: program(carrier, r)) for rounds in ((0, 1, 2), (2,)))
+    np.testing.assert_array_equal(long, short)
+
+
 def test_halves_are_averaged_in_float32_and_rounded_once():
     def program(carrier):
         averager = make_averager(carrier, period=1, codec=codecs.none())

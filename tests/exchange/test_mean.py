@@ -161,6 +161,27 @@ def test_phase_two_does_not_wait_for_other_buckets():
         np.testing.assert_allclose(mean, 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "method"), [(1, "auto"), (3, "allgather"), (3, "two_phase")])
+def test_the_mean_is_added_to_a_base(size, method):
+    values = make_values(size, [700, 1300])
+    base = np.random.default_rng(9).standard_normal(2000).astype(np.float32)
+
+    def program(carrier):
+        exchange = build(carrier, CODECS["eden4"], [700, 1300], method=method)
+        plain = run_round(exchange, values[carrier.rank])
+        source = native.Source.from_arrays([values[carrier.rank]])
+        exchange.begin(0, source, 0, step=0, round=0, base=base[:700])
+        exchange.begin(1, source, 700, step=0, round=0, base=base[700:])
+        sums = [np.empty(700, np.float32), np.empty(1300, np.float32)]
+        exchange.finish(sums, 20.0)
+        with pytest.raises(ArgumentError, match="base"):
+            exchange.begin(0, source, 0, step=0, round=0, base=base)
+        np.testing.assert_array_equal(np.concatenate(sums), base + np.concatenate(plain))
+        return sums
+
+    same_everywhere(run_ranks(size, program))
+
+
 @pytest.mark.parametrize("name", ["eden4", "none"])
 def test_world_of_one_is_exact_and_silent(name):
     values = make_values(1, BUCKETS)[0]

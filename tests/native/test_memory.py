@@ -184,6 +184,9 @@ def test_reduce_is_decode_add_in_order(isa, threads):
     want += vectors[1] * np.float32(weight)
     native.decode_add(spec, payloads[2], n, 2, weight, want)
     np.testing.assert_array_equal(got, want)
+    base = rng.standard_normal(n).astype(np.float32)
+    native.reduce(spec, [payloads[0], None, payloads[2]], [0, 1, 2], weight, own, 10, got, base)
+    np.testing.assert_array_equal(got, base + want)  # the mean first, then one addition
 
 
 class TestRefusals:

@@ -66,10 +66,11 @@ PQ_EXPORT int32_t pq_encode(const pq_codec* codec, const pq_source* source, int6
 PQ_EXPORT int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t payload_nbytes, int64_t count, uint64_t key,
                       float weight, float* destination);
 
-/* destination = sum over r, in order, of weight * decoded_r; a NULL payload stands for own[own_start, own_start + count). */
+/* destination = sum over r, in order, of weight * decoded_r; a NULL payload stands for own[own_start, own_start + count).
+ * With a base, which is another array of `count` numbers: destination = base + that sum. */
 PQ_EXPORT int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
                   const uint64_t* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
-                  float* destination);
+                  const float* base, float* destination);
 
 /* With an anchor: anchor[start..] += mean, segments = anchor in their dtype. Without: segments = mean in their dtype. */
 PQ_EXPORT int32_t pq_apply(const float* mean, int64_t start, int64_t count, const pq_source* target);

@@ -192,7 +192,7 @@ int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t pay
 
 int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
                   const uint64_t* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
-                  float* destination) {
+                  const float* base, float* destination) {
   Plan plan;
   if (!make_plan(codec, count, &plan) || num_payloads < 0 || (num_payloads && (!payloads || !keys)) || (count && !destination))
     return PQ_BAD_ARGUMENT;
@@ -201,7 +201,7 @@ int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* co
     if (!payloads[r] && !good_source(own, own_start, count)) return PQ_BAD_ARGUMENT;
   std::atomic<int32_t> status{PQ_OK};
   spread(plan.num_blocks, (int64_t)codec->block_size * std::max(1, num_payloads), [&](int64_t begin, int64_t end) {
-    const int32_t s = kernels().reduce(plan, num_payloads, payloads, keys, weight, own, own_start, destination, begin, end);
+    const int32_t s = kernels().reduce(plan, num_payloads, payloads, keys, weight, own, own_start, base, destination, begin, end);
     if (s != PQ_OK) status = s;
   });
   return status;

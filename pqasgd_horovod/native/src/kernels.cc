@@ -508,7 +508,8 @@ int32_t decode_blocks(const Plan& plan, const uint8_t* payload, uint64_t key, fl
 
 template <class Codec>
 int32_t reduce_blocks(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
-                      const pq_source* own, int64_t own_start, float* destination, int64_t begin, int64_t end) {
+                      const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin,
+                      int64_t end) {
   alignas(64) float scratch[kMaxBlock];
   for (int64_t block = begin; block < end; ++block) {
     const int64_t n = plan.block_elements(block), at = block * plan.codec.block_size;
@@ -526,6 +527,8 @@ int32_t reduce_blocks(const Plan& plan, int32_t num_payloads, const uint8_t* con
         }
       }
     }
+    if (base)
+      for (int64_t i = 0; i < n; ++i) sum[i] = base[at + i] + sum[i];
   }
   return PQ_OK;
 }
@@ -556,9 +559,10 @@ int32_t decode_add(const Plan& plan, const uint8_t* payload, uint64_t key, float
 }
 
 int32_t reduce(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
-               const pq_source* own, int64_t own_start, float* destination, int64_t begin, int64_t end) {
+               const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end) {
   return with_codec(plan, [&](auto codec) {
-    return reduce_blocks<decltype(codec)>(plan, num_payloads, payloads, keys, weight, own, own_start, destination, begin, end);
+    return reduce_blocks<decltype(codec)>(plan, num_payloads, payloads, keys, weight, own, own_start, base, destination, begin,
+                                            end);
   });
 }
 
