@@ -263,6 +263,15 @@ def test_tied_channels_last_and_double_parameters():
         assert optimizer.communication_stats()["num_elements"] == 8 * 16 * 9 + 16 + 1600 + 80 + 1640
 
 
+def test_gradients_in_another_order_on_another_rank_keep_their_values():
+    weight = torch.nn.Parameter(torch.zeros(16, 8, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=1.0), [("w", weight)], hvd.Compression.bf16)
+    gradient = torch.arange(weight.numel(), dtype=torch.float32).reshape(weight.shape)
+    weight.grad = gradient.clone() if hvd.rank() == 0 else gradient.to(memory_format=torch.channels_last)
+    optimizer.synchronize()
+    torch.testing.assert_close(weight.grad, gradient, rtol=2**-8, atol=0)
+
+
 def test_closures_are_synchronized_each_time():
     model = make_model(norm=False)
     optimizer = wrap(model, compression=MAXSCALE)
