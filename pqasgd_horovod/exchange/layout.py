@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..codecs.base import Codec
 from ..errors import ArgumentError
 
-DEFAULT_BUCKET_CAP_BYTES = 16 * 2**20
+DEFAULT_BUCKET_CAP_BYTES = 8 * 2**20
 
 
 class Span(NamedTuple):

@@ -59,15 +59,25 @@ struct DefaultFloatEnvironment {
 // ---- threads ----
 
 constexpr int64_t kElementsPerThread = 1 << 18;  // less is not worth a thread's start
+constexpr int64_t kElementsPerTurn = 1 << 17;    // then whoever moves the bytes may have the core: see below
+
+constexpr int64_t kPastCaches = 1 << 22;  // what is copied will have left the caches before it is used
 
 // Calls f(begin, end) on consecutive ranges of [0, n). Threads are started for the call: the work is milliseconds, and a pool would not survive a fork.
 template <class F>
 void spread(int64_t n, int64_t elements_each, F f) {
   const int64_t useful = n * elements_each / kElementsPerThread;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>({g_threads.load(), useful, n}));
+  const int64_t turn = std::max<int64_t>(1, kElementsPerTurn / elements_each);
   auto part = [&](int64_t t) {
     DefaultFloatEnvironment guard;
-    f(n * t / threads, n * (t + 1) / threads);
+    const int64_t end = n * (t + 1) / threads;
+    for (int64_t begin = n * t / threads; begin < end; begin += turn) {
+      f(begin, std::min(begin + turn, end));
+      // Where cores are few the thread that moves what is already coded waits for this one, and the wire for it. Offering the core
+      // about every 0.1 ms made an average of 25 M parameters over 1 Gbit/s a fifth to a quarter faster; elsewhere it costs nothing.
+      if (begin + turn < end) std::this_thread::yield();
+    }
   };
   std::vector<std::thread> others;
   int64_t started = 1;
@@ -209,7 +219,10 @@ int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* co
 
 int32_t pq_apply(const float* mean, int64_t start, int64_t count, const pq_source* target) {
   if (!good_source(target, start, count) || (count && !mean)) return PQ_BAD_ARGUMENT;
-  spread(count, 1, [&](int64_t begin, int64_t end) { kernels().apply(mean + begin, start + begin, end - begin, *target); });
+  const bool past_caches = count >= kPastCaches;
+  spread(count, 1, [&](int64_t begin, int64_t end) {
+    kernels().apply(mean + begin, start + begin, end - begin, *target, past_caches);
+  });
   return PQ_OK;
 }
 

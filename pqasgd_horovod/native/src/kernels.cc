@@ -566,11 +566,12 @@ int32_t reduce(const Plan& plan, int32_t num_payloads, const uint8_t* const* pay
   });
 }
 
-void apply(const float* mean, int64_t start, int64_t count, const pq_source& target) {
+void apply(const float* mean, int64_t start, int64_t count, const pq_source& target, bool past_caches) {
   alignas(64) float scratch[kCastBlock];
   for_pieces(target, start, count, [&](const pq_segment& segment, int64_t at, int64_t from, int64_t length) {
     if (!target.anchor) {
-      store_values(mean + from, length, segment, at);
+      if (past_caches && segment.dtype == PQ_F32) stream_copy((float*)segment.data + at, mean + from, length);
+      else store_values(mean + from, length, segment, at);
       return;
     }
     if (target.anchor_dtype == PQ_F64) {

@@ -33,7 +33,7 @@ struct Kernels {
                         int64_t end);
   int32_t (*reduce)(const Plan&, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
                     const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end);
-  void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target);
+  void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target, bool past_caches);
   void (*gather)(const pq_source&, int64_t start, int64_t count, void* destination, int32_t dtype);
   void (*capture)(const pq_source&, int64_t start, int64_t count);
 };

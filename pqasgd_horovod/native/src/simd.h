@@ -230,6 +230,25 @@ PQ_INLINE uint16_t float_to_bfloat(float f) {
   return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+// memcpy past the caches, for what is larger than they are: the destination is not read first.
+PQ_INLINE void stream_copy(float* to, const float* from, int64_t n) {
+#if defined(__AVX2__)
+  int64_t i = 0;
+  for (; i < n && ((uintptr_t)(to + i) & (4 * W - 1)); ++i) to[i] = from[i];
+  for (; i + W <= n; i += W) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
+#else
+    _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
+#endif
+  }
+  for (; i < n; ++i) to[i] = from[i];
+  _mm_sfence();
+#else
+  std::memcpy(to, from, (size_t)n * 4);
+#endif
+}
+
 // n numbers, any n; the vector loops handle whole vectors and the scalar ones the rest.
 PQ_INLINE void halves_to_floats(const uint16_t* in, int64_t n, float* out) {
   int64_t i = 0;
