@@ -277,7 +277,7 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(checkpoint.CheckpointError, match=r"is no file; leave out --resume"):
         checkpoint.read(path, {})
-    for content in (b"", b"no checkpoint", pickle.dumps(Evil())):
+    for content in (b"", b"no checkpoint", pickle.dumps(Evil(), protocol=2)):
         path.write_bytes(content)
         with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint of train\.py"):
             checkpoint.read(path, {})
