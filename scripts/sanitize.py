@@ -73,9 +73,12 @@ def main() -> int:
     if not loaded.is_relative_to(COPY):
         sys.exit(f"sanitize: the package was imported from {loaded}, not from {COPY}")
     tests = [name for name in TESTED if (COPY / name).exists()]
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("pytest")), *tests, *sys.argv[1:]], env=environment, cwd=COPY
-    ).returncode
+    # A sanitizer's report ends the process; pytest must not have captured its file descriptor.
+    pytest = [str(Path(sys.executable).with_name("pytest")), "--capture=sys", *tests, *sys.argv[1:]]
+    status = subprocess.run(pytest, env=environment, cwd=COPY).returncode
+    if status < 0:
+        print(f"sanitize: the tests were ended by signal {-status}; the sanitizer's report is above", file=sys.stderr)
+    return int(status != 0)
 
 
 if __name__ == "__main__":
