@@ -62,6 +62,7 @@ class GradientAverager:
             "steps": self.steps,
             "exchange": self._config.config(),
             "gradients": {tensor.name: tensor.description for tensor in tensors},
+            "gradient_order": [tensor.name for tensor in tensors],
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)

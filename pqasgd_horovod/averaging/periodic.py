@@ -121,6 +121,8 @@ class PeriodicAverager:
             "exchange": self._config.config(),
             "parameters": {tensor.name: tensor.description for tensor in parameters},
             "buffers": {tensor.name: tensor.description for tensor in buffers},
+            "parameter_order": [tensor.name for tensor in parameters],
+            "buffer_order": [tensor.name for tensor in buffers],
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)

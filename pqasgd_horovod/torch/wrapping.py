@@ -66,6 +66,10 @@ class Membership:
             "world_size": self.carrier.size if self.carrier is not None else 1,
             "parameters": {optimizer._parameter_names[p]: describe(p) for p in parameters_of(optimizer)},
         }
+        if hasattr(optimizer, "_averager"):
+            # Tensors are laid end to end, so their order matters; Horovod itself goes by names alone.
+            order = [optimizer._parameter_names[p] for p in parameters_of(optimizer)]
+            self.description["parameter_order"] = order
 
 
 @contextlib.contextmanager

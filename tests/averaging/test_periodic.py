@@ -222,6 +222,16 @@ def test_different_settings_are_refused_on_every_rank():
     assert "0 on rank 0; 1 on rank 1" in str(errors[0])
 
 
+def test_the_same_tensors_in_another_order_are_refused_on_every_rank():
+    def program(carrier):
+        views = make_views(SHAPES, seed=1)
+        averager = make_averager(carrier)
+        with pytest.raises(MismatchError, match=r"parameter_order\[0\]: it is .* on rank 0; .* on rank 1"):
+            averager.prepare(views[::-1] if carrier.rank else views)
+
+    run_ranks(2, program)
+
+
 def test_a_rank_that_made_more_steps_is_an_error_on_every_rank_and_nothing_is_lost():
     def program(carrier):
         averager = make_averager(carrier, period=2)

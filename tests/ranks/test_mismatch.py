@@ -57,6 +57,16 @@ def test_models():
     assert "[40, 30]" in text
 
 
+@pytest.mark.parametrize("period", [1, 3])
+def test_parameters_in_another_order(period):
+    """Names and shapes agree, so nothing else would notice that one layer's numbers land in another."""
+    model = make_model()
+    parameters = list(model.parameters())
+    inner = torch.optim.SGD(parameters[::-1] if hvd.rank() else parameters, lr=0.1)
+    text = assert_raises_everywhere(MismatchError, lambda: wrap(model, inner, compression=EDEN(bits=4), period=period))
+    assert "parameter_order[0]" in text
+
+
 def test_inner_optimizers():
     model = make_model()
     inner = torch.optim.AdamW(model.parameters()) if hvd.rank() else sgd(model)
