@@ -19,7 +19,7 @@ from .carrier import HorovodCarrier
 from .compression import Compression, codec_of
 from .tensors import DTYPES, describe
 
-_calls: collections.Counter[str] = collections.Counter()
+_calls: collections.Counter[tuple[tuple[int, ...], str]] = collections.Counter()
 
 
 def compressed_allreduce(
@@ -73,11 +73,13 @@ def compressed_allreduce(
     config = ExchangeConfig(codec, second_codec, exchange, seed=seed, nonfinite=nonfinite)
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
     carrier = HorovodCarrier(process_set)
-    if carrier.size == 1 or result.numel() == 0:
+    if carrier.size == 1:
         return result
     name = f"pqasgd.allreduce.{'noname' if name is None else f'named.{name}'}"
-    call = _calls[name]
-    _calls[name] += 1
+    # Only the ranks of a process set count its calls.
+    counter = (tuple(process_set.ranks), name)
+    call = _calls[counter]
+    _calls[counter] += 1
     sizes = cut_buckets(result.numel(), shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
     options: dict[str, Any] = {"seed": seed, "method": exchange, "second_codec": second_codec, "nonfinite": nonfinite}
     description = {

@@ -56,6 +56,19 @@ def test_allreduce_of_other_types_orders_and_sizes(dtype):
     assert float(hvd.compressed_allreduce(torch.tensor(3.0), name="scalar")) == pytest.approx(3.0, rel=0.2)
 
 
+def test_calls_are_counted_in_each_process_set_by_itself():
+    alone = hvd.add_process_set([0])
+    pair = hvd.add_process_set([0, 1]) if hvd.size() > 2 else None
+    try:
+        for subset in filter(None, (alone, pair)):
+            if subset.included():
+                assert hvd.compressed_allreduce(torch.ones(6), process_set=subset).shape == (6,)
+        assert len(set(everybody(float(hvd.compressed_allreduce(torch.ones(6)).sum())))) == 1
+    finally:
+        for subset in filter(None, (alone, pair)):
+            hvd.remove_process_set(subset)
+
+
 def test_noise_differs_between_calls_and_repeats_with_the_seed():
     if hvd.size() == 1:
         return
