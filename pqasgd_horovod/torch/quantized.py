@@ -95,10 +95,14 @@ class GradientMethods(CommonMethods):
         return handle
 
     def _is_current(self) -> bool:
-        """Return whether every trainable parameter has its place in the layout; looked up once in a step."""
+        """Return whether the layout has every trainable parameter, as it is in memory; looked up once in a step."""
         if self._layout_is_current is None:
             placed = self._gradients.keys() | self._sparse.keys()
-            self._layout_is_current = bool(placed) and all(p in placed for p in parameters_of(self) if p.requires_grad)
+            self._layout_is_current = (
+                bool(placed)
+                and all(p in placed for p in parameters_of(self) if p.requires_grad)
+                and all(gradient.is_current() for gradient in self._gradients.values())
+            )
         return self._layout_is_current
 
     def _lay_out(self) -> None:

@@ -91,7 +91,12 @@ class GradientMemory:
         self.dtype = DTYPES[parameter.dtype]
         self.numel = parameter.numel()
         self.description = describe(parameter)
+        self._form = _form(parameter)
         self._tensor: torch.Tensor | None = None
+
+    def is_current(self) -> bool:
+        """Return whether the parameter still has the type, the shape and the order in memory that were laid out."""
+        return self._form == _form(self.parameter)
 
     def pointer(self) -> int:
         """Return where the numbers to send are, and their mean will be; they stay there until :meth:`restore`.
@@ -130,6 +135,10 @@ class GradientMemory:
             self.parameter.grad = mean.to_sparse(gradient.sparse_dim())
         elif gradient is not None or self.parameter.requires_grad:
             self.parameter.grad = mean
+
+
+def _form(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def describe(tensor: torch.Tensor) -> str:

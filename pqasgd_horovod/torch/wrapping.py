@@ -195,8 +195,14 @@ class CommonMethods(_DistributedOptimizer):
         """Add parameters, on every rank, with the same values on every rank; they are exchanged from the next step on.
 
         Names come from ``named_parameters`` of the constructor if they were listed there, from the group if it has
-        named parameters, or are made up.
+        named parameters, or are made up. Raises ArgumentError if gradients are being exchanged, or a name is taken.
         """
+        # They would join that exchange on no rank, and each rank would apply its own gradient.
+        if "_handles" in self.__dict__ and self._handles and self._settings.carrier is not None:
+            raise ArgumentError(
+                "param_group: parameters cannot be added after loss.backward() and before optimizer.step() or "
+                "optimizer.synchronize(): the gradients are still being exchanged"
+            )
         self._inner_class.add_param_group(self, param_group)
         if "_parameter_names" not in self.__dict__:
             return  # the constructor of the user's optimizer adds the first groups
@@ -206,6 +212,7 @@ class CommonMethods(_DistributedOptimizer):
                 names = group.get("param_names")
                 name = names[i] if names else f"allreduce.noname.{len(self.param_groups) - 1}.{i}"
                 if name in self._parameter_names.values():
+                    self.param_groups.pop()
                     raise ArgumentError(
                         f"param_group: the name {name!r} is taken by another parameter; names must be unique"
                     )

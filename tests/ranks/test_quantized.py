@@ -14,6 +14,7 @@ from tests.ranks.common import (
     assert_equal,
     assert_raises_everywhere,
     assert_replicas_equal,
+    batch,
     everybody,
     floats,
     loss_of,
@@ -222,6 +223,49 @@ def test_sparse_gradients(sparse_as_dense):
         with optimizer.skip_synchronize():
             optimizer.step()
     assert_replicas_equal(model)
+
+
+@several_ranks
+def test_parameters_are_not_added_while_gradients_are_on_their_way():
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE)
+    extra = torch.nn.Linear(5, 300, bias=False)
+    for step in range(2):
+        optimizer.zero_grad()
+        inputs, _ = batch(step)
+        extra(model(inputs)).square().mean().backward()
+        text = assert_raises_everywhere(
+            ArgumentError, lambda: optimizer.add_param_group({"params": list(extra.parameters())})
+        )
+        assert "before optimizer.step()" in text
+        optimizer.step()
+        assert len(optimizer.param_groups) == 1
+    assert_replicas_equal(model)
+
+
+def test_a_name_that_is_taken_adds_nothing():
+    model = make_model(norm=False)
+    inner = torch.optim.SGD(list(model.named_parameters()), lr=0.1)
+    optimizer = wrap(model, inner, compression=MAXSCALE)
+    with pytest.raises(ArgumentError, match=r"'fc1\.weight' is taken"):
+        optimizer.add_param_group({"params": [("fc1.weight", torch.nn.Parameter(torch.zeros(3)))]})
+    train(model, optimizer, range(1))
+    assert_replicas_equal(model)
+
+
+def test_a_model_that_changes_its_type_or_order_is_laid_out_anew():
+    """What was laid out as float32 must not be read as such when gradients have become bfloat16."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 300, 3), torch.nn.Flatten(), torch.nn.Linear(300, 5))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=1e-4), compression=MAXSCALE)
+    for change in ({}, {"memory_format": torch.channels_last}, {"dtype": torch.bfloat16}, {"dtype": torch.float64}):
+        model.to(**change)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.full((2, 4, 3, 3), 1.0 + hvd.rank()).to(model[0].weight.dtype)).square().mean().backward()
+            optimizer.step()
+        assert_replicas_equal(model)
 
 
 @horovods_sparse_path
