@@ -166,7 +166,7 @@ def DistributedOptimizer(
             process_set,
         )
         if stock:
-            itemsize = 2 if codec is not None and codec.id == "fp16" else 4
+            itemsize = 2 if codec is not None and codec.id == "fp16" else None
             wrapped = build_stock(optimizer, itemsize, op, arguments, settings)
         else:
             methods = GradientMethods if averaging.period == 1 else PeriodicMethods

@@ -27,7 +27,8 @@ class StockMethods(_DistributedOptimizer):
         num_elements = sum(p.numel() for p in self._requires_update)
         self._statistics.count_step(num_elements)
         self._statistics.rounds += 1
-        self._bytes += ring_allreduce_nbytes(num_elements, self._statistics.world_size, self._itemsize)
+        nbytes = sum(p.numel() * (self._itemsize or p.element_size()) for p in self._requires_update)
+        self._bytes += ring_allreduce_nbytes(nbytes, self._statistics.world_size, itemsize=1)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -64,9 +65,9 @@ StockMethods.step.hooked = True  # type: ignore[attr-defined]
 
 
 def build_stock(
-    optimizer: torch.optim.Optimizer, itemsize: int, op: Any, arguments: tuple[Any, ...], settings: Settings
+    optimizer: torch.optim.Optimizer, itemsize: int | None, op: Any, arguments: tuple[Any, ...], settings: Settings
 ) -> Any:
-    """Return Horovod's optimizer for ``op``, counting ``itemsize`` bytes for each number."""
+    """Return Horovod's optimizer for ``op``; a number counts ``itemsize`` bytes, None: as in its parameter."""
     if op == horovod.Adasum and horovod.size() > 1:
         if settings.process_set != horovod.global_process_set:
             raise NotImplementedError("Adasum does not support process sets other than the global one")

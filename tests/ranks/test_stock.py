@@ -64,6 +64,19 @@ def test_period_one_without_loss_is_stock_horovod(options):
         assert stats["compression_ratio"] == pytest.approx(2.0 if "compression" in options else 1.0, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "compression", "nbytes"),
+    [(torch.float64, "none", 8), (torch.float16, "none", 2), (torch.float64, "fp16", 2)],
+    ids=str,
+)
+def test_bytes_are_those_of_what_travels(dtype, compression, nbytes):
+    model = make_model(dtype, norm=False)
+    optimizer = wrap(model, compression=getattr(hvd.Compression, compression))
+    train(model, optimizer, range(1))
+    num_elements = sum(p.numel() for p in model.parameters())
+    assert optimizer.communication_stats()["bytes_sent"] == 2 * (hvd.size() - 1) * nbytes * num_elements // hvd.size()
+
+
 def test_horovods_own_compressors_are_understood():
     train_both({"compression": horovod.Compression.fp16}, {"compression": horovod.Compression.fp16})
 
