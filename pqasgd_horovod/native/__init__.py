@@ -66,7 +66,9 @@ class _Source(ctypes.Structure):
 def _load() -> ctypes.CDLL:
     # Another build of the same core, such as the sanitized one of `make sanitize`, can be named in the environment.
     path = Path(os.environ.get("PQASGD_CORE_LIBRARY") or Path(__file__).with_name("libpqasgd_core.so"))
-    advice = "build it with `make setup` in a checkout, or reinstall the package with a C++17 compiler and CMake present"
+    advice = (
+        "build it with `make setup` in a checkout, or reinstall the package with a C++17 compiler and CMake present"
+    )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
