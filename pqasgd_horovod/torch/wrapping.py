@@ -234,8 +234,8 @@ class CommonMethods(_DistributedOptimizer):
 
         In the middle of a period it first averages it, which takes every rank: a rank that calls it alone gets
         CollectiveTimeoutError after ``flush_timeout`` seconds, nothing lost, or DesynchronizedError, as all ranks do,
-        if the others come to their next average meanwhile. After ``flush()``, or when the period has just ended, one rank
-        may call it alone.
+        if the others come to their next average meanwhile. After ``flush()``, or when the period has just ended, one
+        rank may call it alone.
         """
         self.flush(self._settings.flush_timeout)
         state: dict[str, Any] = self._inner_class.state_dict(self)
