@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
+from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, split_by_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
@@ -17,6 +20,18 @@ from .schedule import PeriodicAveraging
 from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
 from .vector import FlatVector, TensorView
+
+
+def _check_frozen(checksums: Sequence[int]) -> None:
+    if len(set(checksums)) > 1:
+        listing = format_by_rank(
+            (rank, f"{checksum >> 32} (checksum of their names {checksum & 0xFFFFFFFF:08x})")
+            for rank, checksum in enumerate(checksums)
+        )
+        raise DesynchronizedError(
+            f"the ranks do not train the same parameters. With requires_grad=False there are {listing}: freeze and "
+            "unfreeze the same ones on every rank, before the same step"
+        )
 
 
 class GradientAverager:
@@ -111,19 +126,24 @@ class GradientAverager:
             if self._missing[channel, bucket] == 0:
                 channel.begin_bucket(bucket, step=self.steps, round=self.steps)
 
-    def finish(self) -> None:
+    def finish(self, frozen: Sequence[str] = ()) -> None:
         """Send what is left, wait, and write the means over the gradients of every rank; collective.
 
-        Raises NonFiniteError or DesynchronizedError on every rank, with the gradients untouched.
+        ``frozen`` names the tensors that this rank does not train at the moment: they have to be the same everywhere,
+        or some ranks would apply a mean that others do not. Raises NonFiniteError or DesynchronizedError on every rank,
+        with the gradients untouched.
         """
         for name in self._buckets_of:
             self.ready(name)
         started = time.perf_counter()
         try:
+            checksums: list[int] = []
             if self._meeting is not None:
-                self._meeting.announce(Purpose.AVERAGE, self.steps, self.steps)
-                self._meeting.agree()
+                checksum = len(frozen) << 32 | zlib.crc32("\n".join(frozen).encode())
+                self._meeting.announce(Purpose.AVERAGE, self.steps, self.steps, checksum)
+                checksums = self._meeting.agree()
             self._channels.finish()
+            _check_frozen(checksums)
         finally:
             self._start_step()
             self.steps += 1

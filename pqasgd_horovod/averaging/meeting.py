@@ -16,7 +16,7 @@ from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier, Handle
 from ..exchange.wire import format_by_rank
 
-_FORMAT = struct.Struct("<QQQ")
+_FORMAT = struct.Struct("<QQQQ")
 
 
 class Purpose(enum.IntEnum):
@@ -38,12 +38,12 @@ class Meeting:
     def __init__(self, carrier: Carrier, name: str) -> None:
         self._carrier = carrier
         self._name = f"{name}.meeting"
-        self._intent = (Purpose.LAYOUT, 0, 0)
+        self._intent = (Purpose.LAYOUT, 0, 0, 0)
         self._handle: Handle | None = None
 
-    def announce(self, purpose: Purpose, steps: int, rounds: int) -> None:
-        """Say what this rank is about to do; never waits."""
-        self._intent = (purpose, steps, rounds)
+    def announce(self, purpose: Purpose, steps: int, rounds: int, detail: int = 0) -> None:
+        """Say what this rank is about to do, and 64 bits of detail that :meth:`agree` hands on; never waits."""
+        self._intent = (purpose, steps, rounds, detail)
         if self._handle is None:
             self._launch()
         # Else an earlier announcement, of a flush that has timed out, is still under way: agree() corrects it.
@@ -51,8 +51,8 @@ class Meeting:
     def _launch(self) -> None:
         self._handle = self._carrier.allgather(self._name, np.frombuffer(_FORMAT.pack(*self._intent), np.uint8))
 
-    def agree(self, timeout: float | None = None) -> None:
-        """Wait for the other ranks' announcements and return if everybody is about to do the same.
+    def agree(self, timeout: float | None = None) -> list[int]:
+        """Wait for the other ranks' announcements; return the detail of each if everybody is about to do the same.
 
         Raises DesynchronizedError on every rank otherwise, unless all are averaging: their messages then tell the
         difference themselves, and no bucket stays in flight. Raises CollectiveTimeoutError after ``timeout`` seconds;
@@ -64,13 +64,15 @@ class Meeting:
             assert self._handle is not None
             received = self._handle.wait(timeout).tobytes()
             self._handle = None
-            intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds in _FORMAT.iter_unpack(received)]
+            announced = list(_FORMAT.iter_unpack(received))
+            details = [detail for *_, detail in announced]
+            intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds, _ in announced]
             purposes = {purpose for purpose, _, _ in intents}
             counters = {(steps, rounds) for _, steps, rounds in intents}
             if purposes in ({Purpose.LAYOUT}, {Purpose.AVERAGE}):
-                return  # what else may differ is compared next
+                return details  # what else may differ is compared next
             if Purpose.LAYOUT not in purposes and len(counters) == 1:
-                return
+                return details
             # In the first round somebody may have spoken of a flush that it has given up since; not in the second.
             if attempt == "second":
                 listing = format_by_rank(
@@ -81,3 +83,4 @@ class Meeting:
                     "steps, and to call flush(), state_dict() in the middle of a period, load_state_dict() and "
                     "add_param_group() alike; restart from a checkpoint"
                 )
+        raise AssertionError("the second attempt returns or raises")

@@ -23,7 +23,7 @@ def ring_allreduce_nbytes(num_elements: int, world_size: int, itemsize: int = FL
 class CommunicationStatistics:
     """Running totals of one rank.
 
-    Not counted: handshakes (32 bytes, a few in a run), the meeting before each average (24 bytes to each other rank)
+    Not counted: handshakes (32 bytes, a few in a run), the meeting before each average (32 bytes to each other rank)
     and Horovod's own control traffic.
 
     >>> statistics = CommunicationStatistics(world_size=2)

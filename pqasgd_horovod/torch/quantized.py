@@ -139,8 +139,9 @@ class GradientMethods(CommonMethods):
         for parameter in itertools.chain(self._gradients, self._sparse):
             self._launch(parameter)
         averaged = False
+        frozen = [gradient.name for parameter, gradient in self._gradients.items() if not parameter.requires_grad]
         try:
-            self._averager.finish()
+            self._averager.finish(frozen)
             averaged = True
         finally:
             received = {parameter: self._handles[parameter]() for parameter in self._sparse}

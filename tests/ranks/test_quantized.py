@@ -8,7 +8,7 @@ import torch
 
 import pqasgd_horovod.torch as hvd
 from pqasgd_horovod import codecs
-from pqasgd_horovod.errors import ArgumentError, NonFiniteError
+from pqasgd_horovod.errors import ArgumentError, DesynchronizedError, NonFiniteError
 from pqasgd_horovod.keys import derive_key
 from tests.ranks.common import (
     assert_equal,
@@ -178,6 +178,25 @@ def test_parameters_unused_on_some_ranks_or_on_all():
     if hvd.size() > 1:
         assert model.branches[2].weight.grad is not None
         assert torch.count_nonzero(model.branches[2].weight.grad) == 0
+
+
+@several_ranks
+def test_a_parameter_frozen_on_one_rank_only_is_an_error_on_all():
+    model = make_model()
+    optimizer = wrap(model, compression=MAXSCALE)
+    train(model, optimizer, range(2))
+    parameter = next(model.parameters())
+    parameter.requires_grad_(hvd.rank() != 0)
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    before = floats(model)
+    text = assert_raises_everywhere(DesynchronizedError, optimizer.step)
+    assert "With requires_grad=False there are 1 (checksum" in text
+    assert_equal(before, floats(model))
+    parameter.requires_grad_(True)
+    train(model, optimizer, range(3, 5))
+    everywhere = everybody({name: p.detach().numpy() for name, p in model.named_parameters()})
+    assert_equal(everywhere[0], everywhere[-1])
 
 
 def test_added_frozen_and_unfrozen_parameters():
