@@ -56,6 +56,7 @@ def test_allreduce_of_other_types_orders_and_sizes(dtype):
     assert float(hvd.compressed_allreduce(torch.tensor(3.0), name="scalar")) == pytest.approx(3.0, rel=0.2)
 
 
+@several_ranks
 def test_calls_are_counted_in_each_process_set_by_itself():
     alone = hvd.add_process_set([0])
     pair = hvd.add_process_set([0, 1]) if hvd.size() > 2 else None
