@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import native
 from ..codecs.base import Codec
 from . import wire
-from .base import VALUES_PHASE, Flight, Float32, MessageExchange, NonFinitePolicy, derive_keys
-from .carriers import Bytes, Carrier, Handle
+from .base import Flight, MessageExchange, NonFinitePolicy
+from .carriers import Carrier, Handle
 
 
 class AllgatherExchange(MessageExchange):
@@ -38,33 +37,18 @@ class AllgatherExchange(MessageExchange):
         nonfinite: NonFinitePolicy = "raise",
     ) -> None:
         super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, nonfinite=nonfinite)
-        self._spec = codec.native_spec
+        self._native = self._native_buckets(codec)
         self._last_payload_nbytes = [[codec.payload_nbytes(num_elements)] * self._size for num_elements in self.buckets]
         self._messages = [
             np.zeros(wire.HEADER_NBYTES + nbytes[self._rank], np.uint8) for nbytes in self._last_payload_nbytes
         ]
         self._names = [f"{name}.b{bucket}.p1" for bucket in range(len(self.buckets))]
-        self._keys: list[list[int]] = []  # [bucket][rank]
 
     def predicted_bytes_per_round(self) -> int:
         """Return what this rank sends in a round of all buckets, headers included."""
         return (self._size - 1) * sum(message.size for message in self._messages)
 
-    def _prepare_keys(self, step: int) -> None:
-        tensors = np.repeat(np.arange(len(self.buckets)), self._size).tolist()
-        ranks = list(range(self._size)) * len(self.buckets)
-        keys = derive_keys(self._seed, step, tensors, ranks, VALUES_PHASE)
-        self._keys = [keys[first : first + self._size] for first in range(0, len(keys), self._size)]
-
     def _launch(self, flight: Flight) -> Handle:
-        bucket = flight.bucket
-        message = self._messages[bucket]
-        key = self._keys[bucket][self._rank]
-        if not native.encode(
-            self._spec, flight.source, flight.start, self.buckets[bucket], key, message[wire.HEADER_NBYTES :]
-        ):
-            flight.flags |= wire.FLAG_NON_FINITE
-        return self._send_to_all(flight, self._names[bucket], message)
-
-    def _decode(self, flight: Flight, payloads: list[Bytes], mean: Float32) -> None:
-        native.reduce(self._spec, [*payloads], self._keys[flight.bucket], self._weight, None, 0, mean, flight.base)
+        message = self._messages[flight.bucket]
+        flight.flags = self._native[flight.bucket].pack(flight.source, flight.start, flight.step, flight.round, message)
+        return self._send_to_all(self._names[flight.bucket], message)

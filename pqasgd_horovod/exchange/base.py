@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from .. import native
 from ..codecs.base import Codec
-from ..errors import ArgumentError, CollectiveTimeoutError, DesynchronizedError, PqasgdError, WireFormatError
-from ..keys import KEY_ROUNDS, threefry2x32
+from ..errors import ArgumentError, CollectiveTimeoutError, PqasgdError
 from . import wire
 from .carriers import Bytes, Carrier, Handle, wait_until
-from .verdict import Kind, Problem, flagged_problem, raise_verdict
+from .verdict import Kind, Problem, explain, raise_verdict
 
 Float32 = NDArray[np.float32]
 NonFinitePolicy = Literal["raise", "propagate"]
@@ -32,7 +31,6 @@ VALUES_PHASE = 0
 MEANS_PHASE = 1
 
 _MAX_UINT64 = 2**64 - 1
-_MASK32 = 0xFFFFFFFF
 
 
 @dataclass
@@ -50,20 +48,6 @@ class Flight:
     handle: Handle | None = None
     received: Bytes | None = None
     error: PqasgdError | None = None  # what this rank found in phase one
-
-
-def derive_keys(seed: int, step: int, tensors: Sequence[int], ranks: Sequence[int], phase: int) -> list[int]:
-    """Return :func:`~pqasgd_horovod.keys.derive_key` of many (tensor, rank) pairs at the price of one.
-
-    >>> from pqasgd_horovod.keys import derive_key
-    >>> derive_keys(7, 1, [3, 4], [0, 1], 0) == [derive_key(7, 0, 1, 3, 0), derive_key(7, 1, 1, 4, 0)]
-    True
-    """
-    a0, a1 = threefry2x32(seed, step & _MASK32, step >> 32 & _MASK32, KEY_ROUNDS)
-    senders = np.asarray(ranks, np.uint32) | np.uint32(phase << 24)
-    low, high = threefry2x32(int(a0) | int(a1) << 32, np.asarray(tensors, np.uint32), senders, KEY_ROUNDS)
-    keys: list[int] = (low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)).tolist()
-    return keys
 
 
 class Exchange(abc.ABC):
@@ -107,16 +91,11 @@ class Exchange(abc.ABC):
         self._nonfinite = nonfinite
         self._flights: dict[int, Flight] = {}
         self._problems: list[Problem] = []
-        self._keys_step: int | None = None
         self._carrier_error: Exception | None = None
 
     @abc.abstractmethod
     def predicted_bytes_per_round(self) -> int:
         """Return what this rank sends in a round of all buckets, headers included."""
-
-    @abc.abstractmethod
-    def _prepare_keys(self, step: int) -> None:
-        """Derive all keys of ``step``."""
 
     @abc.abstractmethod
     def _launch(self, flight: Flight) -> Handle | None:
@@ -161,14 +140,12 @@ class Exchange(abc.ABC):
                 f"got {base.dtype} of shape {base.shape}"
             )
         flight = Flight(bucket, source, start, _check_uint64("step", step), _check_uint64("round", round), base)
-        if step != self._keys_step:
-            if self._flights:
+        for earlier in self._flights.values():
+            if earlier.step != step:
                 raise ArgumentError(
-                    f"step has to be the same for all buckets of a round, {self._keys_step}, "
+                    f"step has to be the same for all buckets of a round, {earlier.step}, "
                     f"got {step} for bucket {bucket}"
                 )
-            self._prepare_keys(step)
-            self._keys_step = step
         flight.handle = self._launch(flight)
         self._flights[bucket] = flight
 
@@ -250,11 +227,27 @@ class Exchange(abc.ABC):
 class MessageExchange(Exchange):
     """An exchange among several ranks, whose last phase gives every rank the same messages, one of each rank."""
 
+    _native: list[native.Bucket]
     _last_payload_nbytes: list[list[int]]  # of each bucket, from each rank
 
-    @abc.abstractmethod
-    def _decode(self, flight: Flight, payloads: list[Bytes], mean: Float32) -> None:
-        """Write the mean that the last phase's payloads stand for."""
+    def _native_buckets(
+        self, second_codec: Codec, shards: Sequence[Sequence[int]] | None = None
+    ) -> list[native.Bucket]:
+        """Return what turns numbers to messages and back, bucket by bucket."""
+        return [
+            native.Bucket(
+                self.codec.native_spec,
+                second_codec.native_spec,
+                bucket=bucket,
+                num_elements=num_elements,
+                rank=self._rank,
+                size=self._size,
+                digest=self._digest,
+                seed=self._seed,
+                shards=None if shards is None else shards[bucket],
+            )
+            for bucket, num_elements in enumerate(self.buckets)
+        ]
 
     def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
         flight.received = received
@@ -264,36 +257,13 @@ class MessageExchange(Exchange):
     def _land(self, flight: Flight, mean: Float32) -> None:
         assert flight.received is not None
         bucket = flight.bucket
-        try:
-            messages = self._open(flight, flight.received, range(self._size), self._last_payload_nbytes[bucket])
-            problem = flagged_problem(bucket, [message.header for message in messages], flight.error)
-            if problem is None:
-                self._decode(flight, [message.payload for message in messages], mean)
-        except DesynchronizedError as error:
-            problem = Problem(Kind.DESYNCHRONIZED, bucket, str(error), flight.error)
-        except WireFormatError as error:
-            problem = Problem(Kind.MALFORMED, bucket, f"bucket {bucket}: {error}", flight.error)
-        if problem is not None:
-            self._fail(flight, mean, problem)
+        flags = self._native[bucket].land(flight.received, flight.step, flight.round, flight.base, mean)
+        if flags:
+            nbytes = self._last_payload_nbytes[bucket]
+            own, senders = self._own_header(flight), range(self._size)
+            self._fail(flight, mean, explain(flags, flight.received, own, senders, nbytes, flight.error))
 
-    def _open(
-        self, flight: Flight, received: Bytes, senders: Sequence[int], payload_nbytes: Sequence[int]
-    ) -> list[wire.Message]:
-        """Check the messages of one phase; return them in the order of ``senders``."""
-        messages = wire.split_messages(received, senders)
-        own = self._header(flight, 0)
-        headers = [message.header for message in messages]
-        if self._rank not in senders:
-            headers.insert(self._rank, own)
-        wire.check(headers, own)
-        if any(message.payload.size != nbytes for message, nbytes in zip(messages, payload_nbytes, strict=True)):
-            listing = wire.format_by_rank(
-                (message.header.rank, f"{message.payload.size} bytes") for message in messages
-            )
-            raise WireFormatError(f"the payloads are not of the size that the codec gives them: {listing}")
-        return messages
-
-    def _header(self, flight: Flight, payload_nbytes: int) -> wire.Header:
+    def _own_header(self, flight: Flight) -> wire.Header:
         return wire.Header(
             flags=flight.flags,
             digest=self._digest,
@@ -301,14 +271,12 @@ class MessageExchange(Exchange):
             step=flight.step,
             bucket=flight.bucket,
             rank=self._rank,
-            payload_nbytes=payload_nbytes,
+            payload_nbytes=0,
             num_elements=self.buckets[flight.bucket],
             phase=flight.phase,
         )
 
-    def _send_to_all(self, flight: Flight, name: str, message: Bytes) -> Handle:
-        """Allgather ``message``, its header made from ``flight``."""
-        wire.pack_into(message, self._header(flight, message.size - wire.HEADER_NBYTES))
+    def _send_to_all(self, name: str, message: Bytes) -> Handle:
         handle = self._carrier.allgather(name, message)
         self.bytes_sent += (self._size - 1) * message.size
         return handle

@@ -22,9 +22,6 @@ class LocalExchange(Exchange):
         """Return what this rank sends in a round of all buckets, headers included."""
         return 0
 
-    def _prepare_keys(self, step: int) -> None:
-        pass
-
     def _launch(self, flight: Flight) -> Handle | None:
         return None
 

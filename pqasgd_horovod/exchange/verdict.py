@@ -10,8 +10,10 @@ import enum
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
+from .. import native
 from ..errors import DesynchronizedError, NonFiniteError, PqasgdError, WireFormatError
 from . import wire
+from .carriers import Bytes
 
 
 class Kind(enum.IntEnum):
@@ -51,6 +53,54 @@ def flagged_problem(bucket: int, headers: Sequence[wire.Header], cause: PqasgdEr
         if ranks:
             return Problem(kind, bucket, f"{wire.format_ranks(ranks)} {text} in bucket {bucket}", cause)
     return None
+
+
+def read_headers(
+    flags: int, received: Bytes, own: wire.Header, senders: Sequence[int], payload_nbytes: Sequence[int]
+) -> list[wire.Header]:
+    """Return the headers of the messages that one phase has brought, or raise what the core found wrong with them.
+
+    Args:
+        flags: what the core found; see ``pq_flags`` in ``native/include/pqasgd.h``.
+        received: the messages of ``senders``, end to end.
+        own: the header of this rank's own message.
+        senders: ranks, rising.
+        payload_nbytes: bytes that the payload of each of them has to have.
+
+    Raises DesynchronizedError or WireFormatError.
+    """
+    messages = wire.split_messages(received, senders)
+    headers = [message.header for message in messages]
+    compared = headers if own.rank in senders else [*headers[: own.rank], own, *headers[own.rank :]]
+    wire.check(compared, own)
+    if any(message.payload.size != nbytes for message, nbytes in zip(messages, payload_nbytes, strict=True)):
+        listing = wire.format_by_rank((message.header.rank, f"{message.payload.size} bytes") for message in messages)
+        raise WireFormatError(f"the payloads are not of the size that the codec gives them: {listing}")
+    native.check_status(-(flags >> 8), "decode")
+    return headers
+
+
+def explain(
+    flags: int,
+    received: Bytes,
+    own: wire.Header,
+    senders: Sequence[int],
+    payload_nbytes: Sequence[int],
+    cause: PqasgdError | None = None,
+) -> Problem:
+    """Say in words what is wrong with a bucket, by what its last phase has brought; arguments as above.
+
+    ``cause`` is what this rank alone knows about it from an earlier phase.
+    """
+    bucket = own.bucket
+    try:
+        problem = flagged_problem(bucket, read_headers(flags, received, own, senders, payload_nbytes), cause)
+    except DesynchronizedError as error:
+        return Problem(Kind.DESYNCHRONIZED, bucket, str(error), cause)
+    except WireFormatError as error:
+        return Problem(Kind.MALFORMED, bucket, f"bucket {bucket}: {error}", cause)
+    assert problem is not None, f"the core found flags {flags:#x} in bucket {bucket}, but the headers tell of nothing"
+    return problem
 
 
 def raise_verdict(name: str, problems: Sequence[Problem]) -> NoReturn:

@@ -41,7 +41,7 @@ FLAG_NON_FINITE = 1  # the sender's own values in this bucket hold NaN, Inf or a
 FLAG_MEAN_OVERFLOW = 2  # the mean that the sender made is beyond the range of the second codec
 FLAG_DESYNCHRONIZED = 4  # in phase one the sender received a message of another step, round, bucket or configuration
 FLAG_MALFORMED = 8  # in phase one the sender received something that is no message, or no payload
-_ALL_FLAGS = 15
+ALL_FLAGS = 15
 
 _FIELDS = struct.Struct("<4sHHQQQIIQQI")
 _CHECKSUM = struct.Struct("<I")
@@ -99,7 +99,7 @@ def unpack(buffer: Bytes) -> Header:
     (checksum,) = _CHECKSUM.unpack_from(view, _FIELDS.size)
     if checksum != zlib.crc32(view[: _FIELDS.size]):
         raise WireFormatError("the header's checksum does not fit its contents: it was corrupted on the way")
-    if flags & ~_ALL_FLAGS:
+    if flags & ~ALL_FLAGS:
         raise WireFormatError(f"the header has unknown flags {flags:#06x}")
     return Header(flags, *rest)
 

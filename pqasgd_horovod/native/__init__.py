@@ -24,7 +24,7 @@ MAX_BLOCK_SIZE = 8192
 CAST_BLOCK_SIZE = 1024
 ISAS = ("avx512", "avx2", "neon", "plain")
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _NONFINITE, _BAD_ARGUMENT, _BAD_LENGTH, _BAD_SCALE, _BAD_CODE = 1, -1, -2, -3, -4
 _NUMPY_DTYPES = {np.dtype(np.float32): DTYPE_F32, np.dtype(np.float64): DTYPE_F64, np.dtype(np.float16): DTYPE_F16}
 ITEMSIZE = {DTYPE_F32: 4, DTYPE_F64: 8, DTYPE_F16: 2, DTYPE_BF16: 2}
@@ -63,6 +63,17 @@ class _Source(ctypes.Structure):
     ]
 
 
+class _Bucket(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("digest", "seed", "step", "round")),
+        ("num_elements", ctypes.c_int64),
+        ("bucket", ctypes.c_uint32),
+        ("rank", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
 def _load() -> ctypes.CDLL:
     # Another build of the same core, such as the sanitized one of `make sanitize`, can be named in the environment.
     path = Path(os.environ.get("PQASGD_CORE_LIBRARY") or Path(__file__).with_name("libpqasgd_core.so"))
@@ -73,7 +84,8 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeLibraryError(f"the native core {path.name} could not be loaded ({error}); {advice}") from error
-    pointer, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    u32, u64 = ctypes.c_uint32, ctypes.c_uint64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "pq_abi_version": (i32, []),
         "pq_isa": (ctypes.c_char_p, []),
@@ -88,6 +100,15 @@ def _load() -> ctypes.CDLL:
         "pq_apply": (i32, [pointer, i64, i64, pointer]),
         "pq_gather": (i32, [pointer, i64, i64, pointer, i32]),
         "pq_capture": (i32, [pointer, i64, i64]),
+        "pq_derive_key": (u64, [u64, u32, u64, u32, u32]),
+        "pq_allgather_pack": (i32, [pointer, pointer, pointer, i64, pointer, i64]),
+        "pq_allgather_land": (i32, [pointer, pointer, pointer, i64, pointer, pointer]),
+        "pq_two_phase_pack": (i32, [pointer, pointer, pointer, pointer, i64, pointer, i64]),
+        "pq_two_phase_mean": (
+            i32,
+            [pointer, pointer, pointer, pointer, i32, pointer, i64, pointer, i64, pointer, pointer, i64],
+        ),
+        "pq_two_phase_land": (i32, [pointer, pointer, pointer, pointer, i64, pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name, None)
@@ -202,7 +223,8 @@ class Source:
         return cls(segments, pair, owner=(list(arrays), anchor))
 
 
-def _check(status: int, what: str) -> None:
+def check_status(status: int, what: str) -> None:
+    """Raise the error that a status of the core stands for; 0 and above are none."""
     if status >= 0:
         return
     if status == _BAD_LENGTH:
@@ -241,7 +263,7 @@ def encode(spec: CodecSpec, source: Source, start: int, count: int, key: int, ou
     status = _library.pq_encode(
         ctypes.byref(_Codec(*spec)), source._as_argument, start, count, key, _bytes("out", out, True), out.size
     )
-    _check(status, "encode")
+    check_status(status, "encode")
     return status != _NONFINITE
 
 
@@ -260,7 +282,7 @@ def decode_add(
         weight,
         _floats("destination", destination),
     )
-    _check(status, "decode")
+    check_status(status, "decode")
 
 
 def reduce(
@@ -285,7 +307,7 @@ def reduce(
         if payload is None:
             pointers[i] = None
         elif payload.size != nbytes:
-            _check(_BAD_LENGTH, "decode")
+            check_status(_BAD_LENGTH, "decode")
         else:
             pointers[i] = _bytes("payloads", payload)
     status = _library.pq_reduce(
@@ -301,14 +323,14 @@ def reduce(
         None if base is None else _floats("base", base),
         _floats("destination", destination),
     )
-    _check(status, "decode")
+    check_status(status, "decode")
 
 
 def apply(mean: NDArray[np.float32], start: int, target: Source) -> None:
     """With an anchor: ``anchor[start:] += mean``, and the segments become the anchor; else they become the mean."""
     if mean.dtype != np.float32 or not mean.flags.c_contiguous:
         raise ArgumentError(f"mean has dtype {mean.dtype}; allowed is a contiguous float32 array")
-    _check(_library.pq_apply(mean.ctypes.data, start, mean.size, target._as_argument), "apply")
+    check_status(_library.pq_apply(mean.ctypes.data, start, mean.size, target._as_argument), "apply")
 
 
 def gather(source: Source, start: int, destination: NDArray[Any]) -> None:
@@ -321,9 +343,113 @@ def gather(source: Source, start: int, destination: NDArray[Any]) -> None:
     status = _library.pq_gather(
         source._as_argument, start, destination.size, destination.ctypes.data, _NUMPY_DTYPES[destination.dtype]
     )
-    _check(status, "gather")
+    check_status(status, "gather")
 
 
 def capture(source: Source) -> None:
     """Set the anchor to the present values of the segments."""
-    _check(_library.pq_capture(source._as_argument, 0, source.numel), "capture")
+    check_status(_library.pq_capture(source._as_argument, 0, source.numel), "capture")
+
+
+def derive_key(seed: int, rank: int, step: int, tensor: int, phase: int) -> int:
+    """Return :func:`pqasgd_horovod.keys.derive_key` of the same arguments, from the core.
+
+    >>> from pqasgd_horovod import keys
+    >>> derive_key(7, 1, 2, 3, 1) == keys.derive_key(7, 1, 2, 3, 1)
+    True
+    """
+    return _library.pq_derive_key(seed, rank, step, tensor, phase)
+
+
+class Bucket:
+    """One bucket of an exchange: from numbers to messages, a header and a payload each, and back to their mean.
+
+    ``shards`` are the limits of the ranks' shards in a two-phase exchange, ``size + 1`` numbers from 0 to
+    ``num_elements``. What the methods return is 0, or flags of what is wrong with the bucket in this round:
+    ``exchange/wire.py`` explains them. Arguments that are wrong themselves raise ArgumentError.
+    """
+
+    def __init__(
+        self,
+        spec: CodecSpec,
+        second_spec: CodecSpec,
+        *,
+        bucket: int,
+        num_elements: int,
+        rank: int,
+        size: int,
+        digest: int,
+        seed: int,
+        shards: Sequence[int] | None = None,
+    ) -> None:
+        self._codec, self._second_codec = _Codec(*spec), _Codec(*second_spec)
+        self._struct = _Bucket(digest, seed, 0, 0, num_elements, bucket, rank, size, 0)
+        self._shards = None if shards is None else (ctypes.c_int64 * (size + 1))(*shards)
+
+    def _arguments(self, step: int, round: int, second: bool = False) -> tuple[Any, ...]:
+        self._struct.step, self._struct.round = step, round
+        codec = ctypes.byref(self._second_codec if second else self._codec)
+        both = (codec, ctypes.byref(self._struct))
+        return both if self._shards is None else (*both, self._shards)
+
+    def pack(self, source: Source, start: int, step: int, round: int, messages: NDArray[np.uint8]) -> int:
+        """Encode ``source[start : start + num_elements]`` into the messages of the first phase."""
+        function = _library.pq_allgather_pack if self._shards is None else _library.pq_two_phase_pack
+        flags: int = function(
+            *self._arguments(step, round), source._as_argument, start, _bytes("messages", messages, True), messages.size
+        )
+        check_status(flags, "encode")
+        return flags
+
+    def make_mean(
+        self,
+        flags: int,
+        received: NDArray[np.uint8],
+        source: Source,
+        start: int,
+        step: int,
+        round: int,
+        mean: NDArray[np.float32],
+        message: NDArray[np.uint8],
+    ) -> int:
+        """Second phase: write the mean of the own shard to ``mean``, and encoded to ``message``; return all flags."""
+        codec, bucket, shards = self._arguments(step, round)
+        flags = _library.pq_two_phase_mean(
+            codec,
+            ctypes.byref(self._second_codec),
+            bucket,
+            shards,
+            flags,
+            _bytes("received", received),
+            received.size,
+            source._as_argument,
+            start,
+            _floats("mean", mean),
+            _bytes("message", message, True),
+            message.size,
+        )
+        check_status(flags, "mean")
+        return flags
+
+    def land(
+        self,
+        received: NDArray[np.uint8],
+        step: int,
+        round: int,
+        base: NDArray[np.float32] | None,
+        mean: NDArray[np.float32],
+    ) -> int:
+        """Set ``mean`` to ``base`` (or zero) plus the mean that the last phase brought; NaN if there are flags."""
+        two_phase = self._shards is not None
+        function = _library.pq_two_phase_land if two_phase else _library.pq_allgather_land
+        if mean.size != self._struct.num_elements or (base is not None and base.size != mean.size):
+            raise ArgumentError(f"mean and base must have {self._struct.num_elements} elements, mean has {mean.size}")
+        flags: int = function(
+            *self._arguments(step, round, second=two_phase),
+            _bytes("received", received),
+            received.size,
+            None if base is None else _floats("base", base),
+            _floats("mean", mean),
+        )
+        check_status(flags, "decode")
+        return flags

@@ -8,15 +8,12 @@ import pytest
 from pqasgd_horovod import codecs, native
 from pqasgd_horovod.errors import ArgumentError
 from pqasgd_horovod.exchange import choose_exchange, make_exchange
-from pqasgd_horovod.exchange.base import derive_keys
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 from pqasgd_horovod.exchange.plan import bytes_per_round
-from pqasgd_horovod.keys import derive_key
 
 from .world import (
     CODECS,
     METHODS,
-    SEED,
     WrappedCarrier,
     build,
     make_values,
@@ -193,13 +190,6 @@ def test_world_of_one_is_exact_and_silent(name):
         return np.concatenate(means)
 
     np.testing.assert_array_equal(run_ranks(1, program)[0], values)
-
-
-def test_keys_are_those_of_the_specification():
-    tensors, ranks = [0, 5, 2**32 - 1], [0, 3, 2**24 - 1]
-    for step in (0, 2**40 + 3):
-        expected = [derive_key(SEED, rank, step, tensor, 1) for tensor, rank in zip(tensors, ranks, strict=True)]
-        assert derive_keys(SEED, step, tensors, ranks, 1) == expected
 
 
 class TestChoice:

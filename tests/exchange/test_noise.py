@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pqasgd_horovod import codecs
-from pqasgd_horovod.exchange import allgather, base
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
+from pqasgd_horovod.keys import derive_key
 
-from .world import build, run_round
+from .world import SEED, build, run_round
 
 NUM_ELEMENTS = 2**17
 VALUES = np.random.default_rng(5).standard_normal(NUM_ELEMENTS).astype(np.float32)
@@ -43,12 +43,14 @@ def test_allgather_divides_the_noise_by_the_number_of_ranks(codec, size):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_negative_control_one_key_for_all_ranks_divides_nothing(codec, monkeypatch):
-    def without_rank(seed, step, tensors, ranks, phase):
-        return base.derive_keys(seed, step, tensors, [0] * len(ranks), phase)
+def test_negative_control_one_key_for_all_ranks_divides_nothing(codec):
+    def noise_of_keys(keys: list[int]) -> float:
+        decoded = [codec.decode(codec.encode(VALUES, key), NUM_ELEMENTS, key) for key in keys]
+        return relative_error(np.mean(decoded, axis=0))
 
-    monkeypatch.setattr(allgather, "derive_keys", without_rank)
-    assert noise_of_mean(codec, 4, method="allgather") == pytest.approx(noise_of(codec), rel=0.1)
+    own = [derive_key(SEED, rank, 3, 0, 0) for rank in range(4)]
+    assert noise_of_keys(own) == pytest.approx(noise_of(codec) / 4, rel=0.1)
+    assert noise_of_keys([own[0]] * 4) == pytest.approx(noise_of(codec), rel=0.1)
 
 
 @pytest.mark.parametrize("size", [4, 16])

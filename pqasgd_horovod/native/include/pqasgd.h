@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define PQ_ABI_VERSION 1
+#define PQ_ABI_VERSION 2
 #define PQ_EXPORT __attribute__((visibility("default")))
 
 enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN };
@@ -80,6 +80,49 @@ PQ_EXPORT int32_t pq_gather(const pq_source* source, int64_t start, int64_t coun
 
 /* anchor[start..] = source[start, start + count) (the anchor itself is not subtracted). */
 PQ_EXPORT int32_t pq_capture(const pq_source* source, int64_t start, int64_t count);
+
+/* ---- messages: one bucket of an exchange, from numbers to bytes and back ----
+ *
+ * A message is a header of PQ_HEADER_NBYTES, which exchange/wire.py documents, and a payload. Functions return an error
+ * of pq_status, which means that the call itself was wrong, or else flags: 0, or what is wrong with this bucket. */
+#define PQ_HEADER_NBYTES 64
+enum pq_flags {
+  PQ_SENDER_NONFINITE = 1,  /* the sender's own values hold NaN, Inf or a number beyond the codec's range */
+  PQ_MEAN_OVERFLOW = 2,     /* the mean that the sender made is beyond the range of the second codec */
+  PQ_DESYNCHRONIZED = 4,    /* a message of another step, round, bucket or configuration has arrived */
+  PQ_MALFORMED = 8          /* what has arrived is no message, or no payload; then bits 8 and up are minus a pq_status, or 0 */
+};
+
+/* What the messages of a bucket have in common in one round. */
+typedef struct {
+  uint64_t digest, seed, step, round;
+  int64_t num_elements;
+  uint32_t bucket;
+  int32_t rank, size;
+  int32_t reserved;
+} pq_bucket;
+
+/* The 64-bit key of a payload; keys.py is the specification. */
+PQ_EXPORT uint64_t pq_derive_key(uint64_t seed, uint32_t rank, uint64_t step, uint32_t tensor, uint32_t phase);
+
+/* Allgather: encode source[start, start + num_elements) into a message; mean = base (or 0) + the mean of all ranks' messages.
+ * A bucket with flags has a mean of NaN. */
+PQ_EXPORT int32_t pq_allgather_pack(const pq_codec* codec, const pq_bucket* bucket, const pq_source* source, int64_t start,
+                                    uint8_t* message, int64_t message_nbytes);
+PQ_EXPORT int32_t pq_allgather_land(const pq_codec* codec, const pq_bucket* bucket, const uint8_t* received,
+                                    int64_t received_nbytes, const float* base, float* mean);
+
+/* Two-phase: rank r owns [shards[r], shards[r + 1]) of the bucket; shards has size + 1 entries, from 0 to num_elements.
+ * pack: one message to each other rank, in rank order. mean: the mean of the own shard, in `mean`, as a message to all; `flags`
+ * are those of pack. land: as for allgather. */
+PQ_EXPORT int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const int64_t* shards, const pq_source* source,
+                                    int64_t start, uint8_t* messages, int64_t messages_nbytes);
+PQ_EXPORT int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,
+                                    const int64_t* shards, int32_t flags, const uint8_t* received, int64_t received_nbytes,
+                                    const pq_source* source, int64_t start, float* mean, uint8_t* message,
+                                    int64_t message_nbytes);
+PQ_EXPORT int32_t pq_two_phase_land(const pq_codec* second_codec, const pq_bucket* bucket, const int64_t* shards,
+                                    const uint8_t* received, int64_t received_nbytes, const float* base, float* mean);
 
 #ifdef __cplusplus
 }
