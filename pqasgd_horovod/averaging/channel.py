@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,48 @@ from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 from ..exchange.layout import cut_buckets, shard_alignment
 from .config import ExchangeConfig
-from .vector import AnchorArray, FlatVector, TensorView
+from .vector import AnchorArray, FlatLayout, FlatVector, TensorSpec, anchor_dtype
+
+Spec = TypeVar("Spec", bound=TensorSpec)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelPlan:
+    """What a channel is, on every rank and in every framework alike: a flat vector, cut into buckets, and its codec."""
+
+    layout: FlatLayout
+    codec: Codec
+    second_codec: Codec | None
+    method: str
+    seed: int
+    name: str
+    starts: tuple[int, ...]  # where buckets begin, and where the last one ends
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each bucket."""
+        return [stop - start for start, stop in itertools.pairwise(self.starts)]
+
+    def tensors_in(self, bucket: int) -> range:
+        """Return the indices of the tensors that lie in a bucket, wholly or in part."""
+        return self.layout.tensors_in(self.starts[bucket], self.starts[bucket + 1])
+
+
+def plan_channel(layout: FlatLayout, config: ExchangeConfig, *, compressed: bool, name: str, index: int) -> ChannelPlan:
+    """Return the plan of channel number ``index`` of the optimizer called ``name``."""
+    codec: Codec = config.codec if compressed else codecs.none()
+    second_codec = config.second_codec if compressed else None
+    sizes = cut_buckets(layout.num_elements, shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
+    return ChannelPlan(
+        layout=layout,
+        codec=codec,
+        second_codec=second_codec,
+        method=config.method if compressed else "auto",
+        # Bucket numbers begin at 0 in every channel: another seed keeps the rounding noise of channels apart.
+        seed=(config.seed + index) % 2**64,
+        name=f"{name}.{index}",
+        starts=tuple(itertools.accumulate(sizes, initial=0)),
+    )
 
 
 class Channel:
@@ -27,34 +69,29 @@ class Channel:
     def __init__(
         self,
         vector: FlatVector,
+        plan: ChannelPlan,
         anchor: AnchorArray | None,
         *,
         carrier: Carrier,
         config: ExchangeConfig,
-        compressed: bool,
-        name: str,
-        index: int,
         digest: int,
     ) -> None:
-        codec: Codec = config.codec if compressed else codecs.none()
-        second_codec = config.second_codec if compressed else None
         self.vector = vector
+        self.starts = plan.starts
+        self.tensors_in = plan.tensors_in
         self.anchor = anchor
-        sizes = cut_buckets(vector.num_elements, shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
-        self.starts: list[int] = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).tolist()
         # With a float32 anchor what arrives is the next anchor, anchor + mean, and the two arrays change places: one
         # walk over memory less, and an error leaves the anchor as it was.
-        self._arriving: NDArray[np.float32] = np.empty(vector.num_elements, np.float32)
+        self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
         self.exchange = make_exchange(
-            codec,
+            plan.codec,
             carrier,
-            sizes,
-            name=f"{name}.{index}",
-            # Bucket numbers begin at 0 in every channel: another seed keeps the rounding noise of channels apart.
-            seed=(config.seed + index) % 2**64,
+            plan.sizes,
+            name=plan.name,
+            seed=plan.seed,
             digest=digest,
-            method=config.method if compressed else "auto",
-            second_codec=second_codec,
+            method=plan.method,
+            second_codec=plan.second_codec,
             nonfinite=config.nonfinite,
         )
 
@@ -67,10 +104,6 @@ class Channel:
     def means(self) -> list[NDArray[np.float32]]:
         """What :meth:`Exchange.finish` writes, bucket by bucket."""
         return [self._arriving[start:stop] for start, stop in itertools.pairwise(self.starts)]
-
-    def tensors_in(self, bucket: int) -> range:
-        """Return the indices of the tensors that lie in a bucket, wholly or in part."""
-        return self.vector.tensors_in(self.starts[bucket], self.starts[bucket + 1])
 
     @property
     def _float_anchor(self) -> NDArray[np.float32] | None:
@@ -106,11 +139,27 @@ class Channel:
             self.anchor, self._arriving = self._arriving, anchor
 
 
-def split_by_size(tensors: Sequence[TensorView], threshold: int) -> tuple[list[TensorView], list[TensorView]]:
+def split_by_size(tensors: Sequence[Spec], threshold: int) -> tuple[list[Spec], list[Spec]]:
     """Return the tensors of at least ``threshold`` elements, which are compressed, and the rest, which is not."""
     large = [tensor for tensor in tensors if tensor.numel >= threshold]
     small = [tensor for tensor in tensors if tensor.numel < threshold]
     return large, small
+
+
+def group_tensors(
+    parameters: Sequence[Spec], buffers: Sequence[Spec], small_tensor_threshold: int
+) -> list[tuple[list[Spec], np.dtype, bool]]:
+    """Return the channels of what is averaged with an anchor, in the order of their numbers; none is empty.
+
+    Of each: its tensors, the type of their anchor, and whether they are compressed: large parameters are; small ones
+    and all buffers travel together, as they are.
+    """
+    groups: list[tuple[list[Spec], np.dtype, bool]] = []
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        large, small = split_by_size([p for p in parameters if anchor_dtype(p) == dtype], small_tensor_threshold)
+        small += [buffer for buffer in buffers if anchor_dtype(buffer) == dtype]
+        groups += [(tensors, dtype, compressed) for tensors, compressed in ((large, True), (small, False)) if tensors]
+    return groups
 
 
 def digest_tensors(vector: FlatVector, values: AnchorArray) -> dict[str, str]:

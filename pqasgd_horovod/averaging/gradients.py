@@ -13,7 +13,7 @@ from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.wire import format_by_rank
-from .channel import Channel, ChannelSet, split_by_size
+from .channel import Channel, ChannelSet, plan_channel, split_by_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
 from .schedule import PeriodicAveraging
@@ -87,13 +87,11 @@ class GradientAverager:
         self._channels.replace(
             [
                 Channel(
-                    FlatVector(members),
+                    vector := FlatVector(members),
+                    plan_channel(vector, self._config, compressed=compressed, name=self._name, index=index),
                     None,
                     carrier=self._carrier,
                     config=self._config,
-                    compressed=compressed,
-                    name=self._name,
-                    index=index,
                     digest=digest,
                 )
                 for index, (members, compressed) in enumerate(((large, True), (small, False)))

@@ -6,18 +6,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
-from .channel import Channel, ChannelSet, digest_tensors, split_by_size
+from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
 from .schedule import PeriodicAveraging
 from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
-from .vector import AnchorArray, FlatVector, TensorView, anchor_dtype
+from .vector import AnchorArray, FlatVector, TensorView
 
 
 class PeriodicAverager:
@@ -74,35 +72,26 @@ class PeriodicAverager:
         buffer_names = frozenset(tensor.name for tensor in buffers)
         layout: list[tuple[FlatVector, AnchorArray, bool]] = []
         digests: dict[str, str] = {}
-        for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
-            large, small = split_by_size(
-                [tensor for tensor in parameters if anchor_dtype(tensor) == dtype], self._config.small_tensor_threshold
-            )
-            small += [tensor for tensor in buffers if anchor_dtype(tensor) == dtype]
-            for tensors, compressed in ((large, True), (small, False)):
-                if not tensors:
-                    continue
-                vector = FlatVector(tensors)
-                anchor = vector.gather(dtype)
-                for i, tensor in enumerate(tensors):
-                    if tensor.name in buffer_names:
-                        # Buffers are averaged as values: the change from zero.
-                        anchor[vector.span(i)] = 0
-                    elif tensor.name in anchors:
-                        anchor[vector.span(i)] = anchors[tensor.name]
-                digests.update(digest_tensors(vector, anchor))
-                layout.append((vector, anchor, compressed))
+        for tensors, dtype, compressed in group_tensors(parameters, buffers, self._config.small_tensor_threshold):
+            vector = FlatVector(tensors)
+            anchor = vector.gather(dtype)
+            for i, tensor in enumerate(tensors):
+                if tensor.name in buffer_names:
+                    # Buffers are averaged as values: the change from zero.
+                    anchor[vector.span(i)] = 0
+                elif tensor.name in anchors:
+                    anchor[vector.span(i)] = anchors[tensor.name]
+            digests.update(digest_tensors(vector, anchor))
+            layout.append((vector, anchor, compressed))
         digest = self._agree(parameters, buffers, digests)
         self._channels.replace(
             [
                 Channel(
                     vector,
+                    plan_channel(vector, self._config, compressed=compressed, name=self._name, index=index),
                     anchor,
                     carrier=self._carrier,
                     config=self._config,
-                    compressed=compressed,
-                    name=self._name,
-                    index=index,
                     digest=digest,
                 )
                 for index, (vector, anchor, compressed) in enumerate(layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,8 +15,8 @@ from .. import native
 AnchorArray = NDArray[np.float32] | NDArray[np.float64]
 
 
-class TensorView(Protocol):
-    """A tensor of the model, as dense memory of a known type; each front end has its own."""
+class TensorSpec(Protocol):
+    """What is known of a tensor of the model before its memory is looked at; each front end has its own."""
 
     @property
     def name(self) -> str:
@@ -37,24 +38,26 @@ class TensorView(Protocol):
         """Type, shape and order in memory, to be compared between ranks."""
         ...
 
+
+class TensorView(TensorSpec, Protocol):
+    """A tensor of the model, as dense memory of a known type."""
+
     def pointer(self) -> int:
         """Return where the elements are now; raise ArgumentError if type, size or order in memory have changed."""
         ...
 
 
-def anchor_dtype(tensor: TensorView) -> np.dtype:
+def anchor_dtype(tensor: TensorSpec) -> np.dtype:
     """Return the type of a tensor's anchor: float64 for float64, float32 for all narrower types."""
     return np.dtype(np.float64 if tensor.dtype == native.DTYPE_F64 else np.float32)
 
 
-class FlatVector:
-    """The elements of ``tensors``, in order, as one vector of ``num_elements``."""
+class FlatLayout:
+    """Where the elements of ``specs``, in order, lie in one vector of ``num_elements``."""
 
-    def __init__(self, tensors: Sequence[TensorView]) -> None:
-        self.tensors = tuple(tensors)
-        self.offsets = [0]
-        for tensor in self.tensors:
-            self.offsets.append(self.offsets[-1] + tensor.numel)
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.names = [spec.name for spec in specs]
+        self.offsets = [0, *itertools.accumulate(spec.numel for spec in specs)]
         self.num_elements = self.offsets[-1]
 
     def tensors_in(self, start: int, stop: int) -> range:
@@ -66,6 +69,14 @@ class FlatVector:
     def span(self, index: int) -> slice:
         """Return where tensor ``index`` lies."""
         return slice(self.offsets[index], self.offsets[index + 1])
+
+
+class FlatVector(FlatLayout):
+    """The elements of ``tensors``, in order, as one vector that the core reads and writes."""
+
+    def __init__(self, tensors: Sequence[TensorView]) -> None:
+        super().__init__(tensors)
+        self.tensors = tuple(tensors)
 
     def source(self, anchor: AnchorArray | None = None, part: range | None = None) -> native.Source:
         """Return the vector, or only the tensors in ``part``, as the native core reads and writes it, minus ``anchor``.

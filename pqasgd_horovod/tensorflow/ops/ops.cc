@@ -1,0 +1,664 @@
+// The core as TensorFlow ops. Nothing is computed here: kernels take tensors and variables apart, call include/pqasgd.h, and
+// write where it costs no copy. The graph that they make is in ../graph.py.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "pqasgd.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace {
+
+using namespace tensorflow;
+using absl::OkStatus;
+using absl::Status;
+using shape_inference::InferenceContext;
+
+template <class... Args>
+Status InvalidArgument(const Args&... args) { return absl::InvalidArgumentError(absl::StrCat(args...)); }
+template <class... Args>
+Status DataLoss(const Args&... args) { return absl::DataLossError(absl::StrCat(args...)); }
+template <class... Args>
+Status FailedPrecondition(const Args&... args) { return absl::FailedPreconditionError(absl::StrCat(args...)); }
+template <class... Args>
+Status Internal(const Args&... args) { return absl::InternalError(absl::StrCat(args...)); }
+
+// ---- in words, by Python: only when something is wrong ----
+
+// Writes the text of what is wrong to `text` and returns a pq kind of error (below), or 0 if it is only taken note of.
+typedef int32_t (*Explain)(int64_t explainer, int32_t flags, const uint8_t* data, int64_t nbytes, char* text, int64_t capacity);
+std::atomic<Explain> g_explain{nullptr};
+
+enum { kNothing = 0, kDesynchronized = 1, kMalformed = 2, kNonFinite = 3, kMismatch = 4 };
+
+Status explain(int64_t explainer, int32_t flags, const uint8_t* data, int64_t nbytes) {
+  const Explain function = g_explain.load();
+  if (!function) return Internal("pqasgd_horovod: flags ", flags, ", and no Python to explain them");
+  std::vector<char> text(1 << 14, 0);
+  const int32_t kind = function(explainer, flags, data, nbytes, text.data(), (int64_t)text.size() - 1);
+  switch (kind) {
+    case kNothing: return OkStatus();
+    case kMalformed: return DataLoss(text.data());
+    case kNonFinite: return InvalidArgument(text.data());
+    default: return FailedPrecondition(text.data());
+  }
+}
+
+// ---- attributes and inputs ----
+
+Status codec_from(const std::vector<int64_t>& spec, pq_codec* codec) {
+  if (spec.size() != 4) return InvalidArgument("codec has ", spec.size(), " numbers; it must have 4");
+  *codec = {(int32_t)spec[0], (int32_t)spec[1], (int32_t)spec[2], (int32_t)spec[3]};
+  return OkStatus();
+}
+
+Status dtype_from(DataType dtype, int32_t* code) {
+  switch (dtype) {
+    case DT_FLOAT: *code = PQ_F32; return OkStatus();
+    case DT_DOUBLE: *code = PQ_F64; return OkStatus();
+    case DT_HALF: *code = PQ_F16; return OkStatus();
+    case DT_BFLOAT16: *code = PQ_BF16_BITS; return OkStatus();
+    default: return InvalidArgument("dtype ", DataTypeString(dtype), " is not a float type of the core");
+  }
+}
+
+Status check(int32_t status, const char* what) {
+  if (status >= 0) return OkStatus();
+  switch (status) {
+    case PQ_BAD_LENGTH: return DataLoss(what, ": the payload has not the size that this codec gives this many elements");
+    case PQ_BAD_SCALE: return DataLoss(what, ": the payload holds a scale that is negative, NaN or Inf: it is corrupted");
+    case PQ_BAD_CODE: return DataLoss(what, ": the payload holds a code that no encoder writes: it is corrupted");
+    default: return InvalidArgument(what, ": the codec, the range or the memory given to the native core is not valid");
+  }
+}
+
+void* data_of(const Tensor& tensor) { return const_cast<char*>(tensor.tensor_data().data()); }
+
+// Tensors as one flat vector, minus a part of an anchor if there is one.
+struct Source {
+  std::vector<pq_segment> segments;
+  std::vector<int64_t> offsets{0};
+  pq_source source{};
+
+  Status add(const Tensor& tensor) {
+    pq_segment segment{data_of(tensor), tensor.NumElements(), 0, 0};
+    TF_RETURN_IF_ERROR(dtype_from(tensor.dtype(), &segment.dtype));
+    segments.push_back(segment);
+    offsets.push_back(offsets.back() + segment.numel);
+    return OkStatus();
+  }
+  Status subtract(const Tensor& anchor, int64_t offset) {
+    int32_t dtype = 0;
+    TF_RETURN_IF_ERROR(dtype_from(anchor.dtype(), &dtype));
+    if (offset < 0 || offset + offsets.back() > anchor.NumElements())
+      return InvalidArgument("the anchor has ", anchor.NumElements(), " elements; ", offset + offsets.back(), " are needed");
+    source.anchor = (char*)data_of(anchor) + offset * DataTypeSize(anchor.dtype());
+    source.anchor_dtype = dtype;
+    return OkStatus();
+  }
+  const pq_source* get() {
+    source.segments = segments.data();
+    source.offsets = offsets.data();
+    source.num_segments = (int64_t)segments.size();
+    return &source;
+  }
+};
+
+class BucketOp : public OpKernel {
+ public:
+  explicit BucketOp(OpKernelConstruction* context) : OpKernel(context) {
+    std::vector<int64_t> codec, second;
+    int64_t bucket = 0, rank = 0, size = 0, digest = 0, seed = 0;
+    OP_REQUIRES_OK(context, context->GetAttr("codec", &codec));
+    OP_REQUIRES_OK(context, context->GetAttr("second_codec", &second));
+    OP_REQUIRES_OK(context, context->GetAttr("bucket", &bucket));
+    OP_REQUIRES_OK(context, context->GetAttr("num_elements", &bucket_.num_elements));
+    OP_REQUIRES_OK(context, context->GetAttr("rank", &rank));
+    OP_REQUIRES_OK(context, context->GetAttr("size", &size));
+    OP_REQUIRES_OK(context, context->GetAttr("digest", &digest));
+    OP_REQUIRES_OK(context, context->GetAttr("seed", &seed));
+    OP_REQUIRES_OK(context, context->GetAttr("shards", &shards_));
+    OP_REQUIRES_OK(context, codec_from(codec, &codec_));
+    OP_REQUIRES_OK(context, codec_from(second, &second_codec_));
+    OP_REQUIRES(context, size > 0 && rank >= 0 && rank < size, InvalidArgument("rank is ", rank, " of ", size));
+    OP_REQUIRES(context, shards_.empty() || (int64_t)shards_.size() == size + 1,
+                InvalidArgument("shards has ", shards_.size(), " limits; it must have ", size + 1));
+    bucket_.bucket = (uint32_t)bucket;
+    bucket_.rank = (int32_t)rank;
+    bucket_.size = (int32_t)size;
+    bucket_.digest = (uint64_t)digest;
+    bucket_.seed = (uint64_t)seed;
+  }
+
+ protected:
+  Status begin(OpKernelContext* context, pq_bucket* bucket) const {
+    *bucket = bucket_;
+    const Tensor *step, *round;
+    TF_RETURN_IF_ERROR(context->input("step", &step));
+    TF_RETURN_IF_ERROR(context->input("round", &round));
+    if (step->NumElements() != 1 || round->NumElements() != 1)
+      return InvalidArgument("step and round must be scalars");
+    bucket->step = (uint64_t)step->flat<int64_t>()(0);
+    bucket->round = (uint64_t)round->flat<int64_t>()(0);
+    return OkStatus();
+  }
+
+  static Status source_from(OpKernelContext* context, int64_t anchor_offset, Source* source) {
+    OpInputList tensors, anchors;
+    TF_RETURN_IF_ERROR(context->input_list("tensors", &tensors));
+    TF_RETURN_IF_ERROR(context->input_list("anchors", &anchors));
+    for (const Tensor& tensor : tensors) TF_RETURN_IF_ERROR(source->add(tensor));
+    return anchors.size() ? source->subtract(anchors[0], anchor_offset) : OkStatus();
+  }
+
+  bool two_phase() const { return !shards_.empty(); }
+  int64_t shard_elements(int64_t rank) const { return shards_[(size_t)rank + 1] - shards_[(size_t)rank]; }
+
+  pq_codec codec_{}, second_codec_{};
+  pq_bucket bucket_{};
+  std::vector<int64_t> shards_;
+};
+
+#define PQ_BUCKET_ATTRS                                                                                        \
+  Attr("codec: list(int)").Attr("second_codec: list(int)").Attr("bucket: int").Attr("num_elements: int").Attr( \
+      "rank: int").Attr("size: int").Attr("digest: int").Attr("seed: int").Attr("shards: list(int)")
+#define PQ_SOURCE_ATTRS                                                                                                   \
+  Attr("dtypes: list({float, double, half, bfloat16}) >= 1").Attr("anchor_dtypes: list({float, double}) >= 0").Attr("start: int") \
+      .Attr("anchor_offset: int")
+
+Status bytes_and_flags(InferenceContext* c) {
+  c->set_output(0, c->Vector(InferenceContext::kUnknownDim));
+  c->set_output(1, c->Scalar());
+  return OkStatus();
+}
+
+// ---- the two halves of an exchange ----
+
+REGISTER_OP("PqasgdPack")
+    .Input("step: int64")
+    .Input("round: int64")
+    .Input("tensors: dtypes")
+    .Input("anchors: anchor_dtypes")
+    .Output("messages: uint8")
+    .Output("flags: int32")
+    .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.SetShapeFn(bytes_and_flags);
+
+class PackOp : public BucketOp {
+ public:
+  explicit PackOp(OpKernelConstruction* context) : BucketOp(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("start", &start_));
+    OP_REQUIRES_OK(context, context->GetAttr("anchor_offset", &anchor_offset_));
+    if (two_phase()) {
+      for (int32_t owner = 0; owner < bucket_.size; ++owner)
+        if (owner != bucket_.rank) nbytes_ += PQ_HEADER_NBYTES + pq_payload_nbytes(&codec_, shard_elements(owner));
+    } else {
+      nbytes_ = PQ_HEADER_NBYTES + pq_payload_nbytes(&codec_, bucket_.num_elements);
+    }
+  }
+
+  void Compute(OpKernelContext* context) override {
+    pq_bucket bucket;
+    Source source;
+    Tensor *messages = nullptr, *flags = nullptr;
+    OP_REQUIRES_OK(context, begin(context, &bucket));
+    OP_REQUIRES_OK(context, source_from(context, anchor_offset_, &source));
+    OP_REQUIRES_OK(context, context->allocate_output("messages", {nbytes_}, &messages));
+    OP_REQUIRES_OK(context, context->allocate_output("flags", {}, &flags));
+    uint8_t* out = messages->flat<uint8>().data();
+    const int32_t status = two_phase()
+                               ? pq_two_phase_pack(&codec_, &bucket, shards_.data(), source.get(), start_, out, nbytes_)
+                               : pq_allgather_pack(&codec_, &bucket, source.get(), start_, out, nbytes_);
+    OP_REQUIRES_OK(context, check(status, "encode"));
+    flags->scalar<int32>()() = status;
+  }
+
+ private:
+  int64_t start_ = 0, anchor_offset_ = 0, nbytes_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdPack").Device(DEVICE_CPU), PackOp);
+
+REGISTER_OP("PqasgdMean")
+    .Input("step: int64")
+    .Input("round: int64")
+    .Input("flags: int32")
+    .Input("received: uint8")
+    .Input("tensors: dtypes")
+    .Input("anchors: anchor_dtypes")
+    .Output("message: uint8")
+    .Output("new_flags: int32")
+    .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.SetShapeFn(bytes_and_flags);
+
+class MeanOp : public BucketOp {
+ public:
+  explicit MeanOp(OpKernelConstruction* context) : BucketOp(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("start", &start_));
+    OP_REQUIRES_OK(context, context->GetAttr("anchor_offset", &anchor_offset_));
+    OP_REQUIRES(context, two_phase(), InvalidArgument("shards is empty; a two-phase exchange has some"));
+    count_ = shard_elements(bucket_.rank);
+    nbytes_ = PQ_HEADER_NBYTES + pq_payload_nbytes(&second_codec_, count_);
+  }
+
+  void Compute(OpKernelContext* context) override {
+    pq_bucket bucket;
+    Source source;
+    Tensor *message = nullptr, *new_flags = nullptr, mean;
+    const Tensor *flags, *received;
+    OP_REQUIRES_OK(context, begin(context, &bucket));
+    OP_REQUIRES_OK(context, source_from(context, anchor_offset_, &source));
+    OP_REQUIRES_OK(context, context->input("flags", &flags));
+    OP_REQUIRES_OK(context, context->input("received", &received));
+    OP_REQUIRES_OK(context, context->allocate_output("message", {nbytes_}, &message));
+    OP_REQUIRES_OK(context, context->allocate_output("new_flags", {}, &new_flags));
+    OP_REQUIRES_OK(context, context->allocate_temp(DT_FLOAT, {count_}, &mean));
+    const int32_t status = pq_two_phase_mean(
+        &codec_, &second_codec_, &bucket, shards_.data(), flags->flat<int32>()(0), received->flat<uint8>().data(),
+        received->NumElements(), source.get(), start_, mean.flat<float>().data(), message->flat<uint8>().data(), nbytes_);
+    OP_REQUIRES_OK(context, check(status, "mean"));
+    new_flags->scalar<int32>()() = status;
+  }
+
+ private:
+  int64_t start_ = 0, anchor_offset_ = 0, count_ = 0, nbytes_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdMean").Device(DEVICE_CPU), MeanOp);
+
+// Writes base + mean, or the mean, to a part of `arriving`, which nothing but these ops ever reads or writes.
+REGISTER_OP("PqasgdLand")
+    .Input("step: int64")
+    .Input("round: int64")
+    .Input("received: uint8")
+    .Input("bases: base_dtypes")
+    .Input("arriving: resource")
+    .Output("flags: int32")
+    .PQ_BUCKET_ATTRS.Attr("base_dtypes: list({float}) >= 0")
+    .Attr("offset: int")
+    .Attr("explainer: int")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::ScalarShape);
+
+class LandOp : public BucketOp {
+ public:
+  explicit LandOp(OpKernelConstruction* context) : BucketOp(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("offset", &offset_));
+    OP_REQUIRES_OK(context, context->GetAttr("explainer", &explainer_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    pq_bucket bucket;
+    OpInputList bases;
+    const Tensor* received;
+    Tensor* flags = nullptr;
+    core::RefCountPtr<Var> arriving;
+    OP_REQUIRES_OK(context, begin(context, &bucket));
+    OP_REQUIRES_OK(context, context->input("received", &received));
+    OP_REQUIRES_OK(context, context->input_list("bases", &bases));
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, context->num_inputs() - 1), &arriving));
+    OP_REQUIRES_OK(context, context->allocate_output("flags", {}, &flags));
+    const int64_t end = offset_ + bucket.num_elements;
+    const uint8_t* bytes = received->flat<uint8>().data();
+    int32_t status = 0;
+    {
+      tf_shared_lock lock(*arriving->mu());  // buckets land beside each other
+      Tensor* destination = arriving->tensor();
+      OP_REQUIRES(context,
+                  destination->dtype() == DT_FLOAT && destination->NumElements() >= end &&
+                      (bases.size() == 0 || bases[0].NumElements() >= end),
+                  InvalidArgument("arriving and base must have at least ", end, " float32 elements"));
+      float* mean = destination->flat<float>().data() + offset_;
+      const float* base = bases.size() ? bases[0].flat<float>().data() + offset_ : nullptr;
+      status = two_phase() ? pq_two_phase_land(&second_codec_, &bucket, shards_.data(), bytes, received->NumElements(), base, mean)
+                           : pq_allgather_land(&codec_, &bucket, bytes, received->NumElements(), base, mean);
+    }
+    OP_REQUIRES_OK(context, check(status, "decode"));
+    if (status) OP_REQUIRES_OK(context, explain(explainer_, status, bytes, received->NumElements()));
+    flags->scalar<int32>()() = status;
+  }
+
+ private:
+  int64_t offset_ = 0, explainer_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdLand").Device(DEVICE_CPU), LandOp);
+
+// ---- what all ranks have to say alike ----
+
+REGISTER_OP("PqasgdVerdict")
+    .Input("flags: n * int32")
+    .Attr("n: int >= 0")
+    .Attr("explainer: int")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class VerdictOp : public OpKernel {
+ public:
+  explicit VerdictOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("explainer", &explainer_));
+  }
+  void Compute(OpKernelContext* context) override {
+    OpInputList list;
+    OP_REQUIRES_OK(context, context->input_list("flags", &list));
+    int32_t all = 0;
+    for (const Tensor& flags : list) all |= flags.flat<int32>()(0);
+    if (all) OP_REQUIRES_OK(context, explain(explainer_, all, nullptr, 0));
+  }
+
+ private:
+  int64_t explainer_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdVerdict").Device(DEVICE_CPU), VerdictOp);
+
+// Raises unless the records that all ranks have sent are this rank's own, again and again.
+REGISTER_OP("PqasgdAgree")
+    .Input("own: int64")
+    .Input("gathered: int64")
+    .Attr("explainer: int")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class AgreeOp : public OpKernel {
+ public:
+  explicit AgreeOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("explainer", &explainer_));
+  }
+  void Compute(OpKernelContext* context) override {
+    const absl::string_view own = context->input(0).tensor_data(), all = context->input(1).tensor_data();
+    bool same = !own.empty() && all.size() % own.size() == 0;
+    for (size_t at = 0; same && at < all.size(); at += own.size()) same = !std::memcmp(own.data(), all.data() + at, own.size());
+    if (!same) OP_REQUIRES_OK(context, explain(explainer_, 1, (const uint8_t*)all.data(), (int64_t)all.size()));
+  }
+
+ private:
+  int64_t explainer_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdAgree").Device(DEVICE_CPU), AgreeOp);
+
+// A 64-bit checksum of the bytes of each tensor: replicas that differ are to be found, not attackers.
+REGISTER_OP("PqasgdDigest")
+    .Input("tensors: dtypes")
+    .Output("digests: int64")
+    .Attr("dtypes: list(type) >= 1")
+    .SetShapeFn([](InferenceContext* c) {
+      c->set_output(0, c->Vector(c->num_inputs()));
+      return OkStatus();
+    });
+
+class DigestOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* context) override {
+    Tensor* digests = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {context->num_inputs()}, &digests));
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      const absl::string_view bytes = context->input(i).tensor_data();
+      uint64_t lanes[4] = {1, 2, 3, 4};
+      size_t at = 0;
+      for (; at + 32 <= bytes.size(); at += 32)
+        for (int lane = 0; lane < 4; ++lane) lanes[lane] = mix(lanes[lane], bytes.data() + at + 8 * lane, 8);
+      for (; at < bytes.size(); at += 8) lanes[0] = mix(lanes[0], bytes.data() + at, std::min<size_t>(8, bytes.size() - at));
+      uint64_t all = bytes.size();
+      for (uint64_t lane : lanes) all = mix(all, (const char*)&lane, 8);
+      digests->flat<int64_t>()(i) = (int64_t)all;
+    }
+  }
+
+ private:
+  static uint64_t mix(uint64_t hash, const char* bytes, size_t n) {
+    uint64_t x = 0;
+    std::memcpy(&x, bytes, n);
+    hash = (hash ^ x) * 0x9E3779B97F4A7C15u;
+    return hash ^ hash >> 29;
+  }
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdDigest").Device(DEVICE_CPU), DigestOp);
+
+// ---- where means go ----
+
+// A tensor to be overwritten in whole: the variable's own, or a new one where somebody still reads the old.
+Status writable(OpKernelContext* context, Var* variable, Tensor** tensor) {
+  *tensor = variable->tensor();
+  if ((*tensor)->RefCountIsOne() || variable->copy_on_read_mode.load()) return OkStatus();
+  Tensor fresh;
+  TF_RETURN_IF_ERROR(context->allocate_temp((*tensor)->dtype(), (*tensor)->shape(), &fresh));
+  **tensor = fresh;
+  return OkStatus();
+}
+
+// With a float32 anchor what has arrived is the next anchor: the two change places. With a float64 one the mean is added to it.
+// Then the variables become the anchor; without one they become the mean.
+REGISTER_OP("PqasgdCommit")
+    .Input("arriving: resource")
+    .Input("anchors: num_anchors * resource")
+    .Input("variables: n * resource")
+    .Attr("num_anchors: int >= 0")
+    .Attr("n: int >= 1")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class CommitOp : public OpKernel {
+ public:
+  explicit CommitOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("num_anchors", &num_anchors_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> arriving, anchor;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
+    mutex_lock arriving_lock(*arriving->mu());
+    if (num_anchors_ == 0) {
+      OP_REQUIRES_OK(context, write(context, *arriving->tensor(), nullptr));
+      return;
+    }
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &anchor));
+    mutex_lock anchor_lock(*anchor->mu());
+    Tensor* old = anchor->tensor();
+    if (old->dtype() == DT_FLOAT) {
+      OP_REQUIRES(context, old->shape() == arriving->tensor()->shape(), InvalidArgument("anchor and arriving differ in shape"));
+      std::swap(*old, *arriving->tensor());
+      Tensor* unused;
+      OP_REQUIRES_OK(context, writable(context, arriving.get(), &unused));
+      OP_REQUIRES_OK(context, write(context, *anchor->tensor(), nullptr));
+      return;
+    }
+    if (!old->RefCountIsOne()) {
+      Tensor copy;
+      OP_REQUIRES_OK(context, context->allocate_temp(old->dtype(), old->shape(), &copy));
+      std::memcpy(data_of(copy), data_of(*old), old->TotalBytes());
+      *old = copy;
+    }
+    OP_REQUIRES_OK(context, write(context, *arriving->tensor(), old));
+  }
+
+ private:
+  // Variables = mean, or with an anchor: anchor += mean, variables = anchor.
+  Status write(OpKernelContext* context, const Tensor& mean, Tensor* anchor) const {
+    int64_t at = 0;
+    for (int i = 1 + num_anchors_; i < context->num_inputs(); ++i) {
+      core::RefCountPtr<Var> variable;
+      TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, i), &variable));
+      mutex_lock lock(*variable->mu());
+      Tensor* tensor;
+      TF_RETURN_IF_ERROR(writable(context, variable.get(), &tensor));
+      Source target;
+      TF_RETURN_IF_ERROR(target.add(*tensor));
+      if (anchor) TF_RETURN_IF_ERROR(target.subtract(*anchor, at));
+      const int64_t count = tensor->NumElements();
+      if (at + count > mean.NumElements()) return InvalidArgument("more variables than means");
+      TF_RETURN_IF_ERROR(check(pq_apply(mean.flat<float>().data() + at, 0, count, target.get()), "apply"));
+      at += count;
+    }
+    if (at != mean.NumElements()) return InvalidArgument("fewer variables than means");
+    return OkStatus();
+  }
+
+  int num_anchors_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdCommit").Device(DEVICE_CPU), CommitOp);
+
+// The means as tensors like `tensors`, in their memory where nobody else needs them; times `factor`.
+REGISTER_OP("PqasgdScatter")
+    .Input("arriving: resource")
+    .Input("tensors: dtypes")
+    .Output("means: dtypes")
+    .Attr("dtypes: list({float, double, half, bfloat16}) >= 1")
+    .Attr("factor: float = 1.0")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->input(i + 1));
+      return OkStatus();
+    });
+
+class ScatterOp : public OpKernel {
+ public:
+  explicit ScatterOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("factor", &factor_));
+  }
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> arriving;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
+    mutex_lock lock(*arriving->mu());
+    Tensor* means = arriving->tensor();
+    Source target;
+    for (int i = 0; i < context->num_outputs(); ++i) {
+      Tensor* output = nullptr;
+      OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({i + 1}, i, context->input(i + 1).shape(), &output));
+      OP_REQUIRES_OK(context, target.add(*output));
+    }
+    OP_REQUIRES(context, target.offsets.back() == means->NumElements(), InvalidArgument("tensors and means differ in size"));
+    float* mean = means->flat<float>().data();
+    if (factor_ != 1.0f)
+      for (int64_t i = 0; i < means->NumElements(); ++i) mean[i] *= factor_;
+    OP_REQUIRES_OK(context, check(pq_apply(mean, 0, means->NumElements(), target.get()), "apply"));
+  }
+
+ private:
+  float factor_ = 1;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdScatter").Device(DEVICE_CPU), ScatterOp);
+
+// ---- a codec by itself ----
+
+REGISTER_OP("PqasgdEncode")
+    .Input("values: T")
+    .Input("key: uint64")
+    .Output("payload: uint8")
+    .Attr("T: {float, double, half, bfloat16}")
+    .Attr("codec: list(int)")
+    .SetShapeFn([](InferenceContext* c) {
+      std::vector<int64_t> spec;
+      TF_RETURN_IF_ERROR(c->GetAttr("codec", &spec));
+      pq_codec codec;
+      TF_RETURN_IF_ERROR(codec_from(spec, &codec));
+      const auto count = c->NumElements(c->input(0));
+      c->set_output(0, c->ValueKnown(count) ? c->Vector(pq_payload_nbytes(&codec, c->Value(count)))
+                                            : c->Vector(InferenceContext::kUnknownDim));
+      return OkStatus();
+    });
+
+class EncodeOp : public OpKernel {
+ public:
+  explicit EncodeOp(OpKernelConstruction* context) : OpKernel(context) {
+    std::vector<int64_t> spec;
+    OP_REQUIRES_OK(context, context->GetAttr("codec", &spec));
+    OP_REQUIRES_OK(context, codec_from(spec, &codec_));
+  }
+  void Compute(OpKernelContext* context) override {
+    const Tensor& values = context->input(0);
+    Source source;
+    OP_REQUIRES_OK(context, source.add(values));
+    const int64_t nbytes = pq_payload_nbytes(&codec_, values.NumElements());
+    OP_REQUIRES_OK(context, check(nbytes < 0 ? PQ_BAD_ARGUMENT : PQ_OK, "encode"));
+    Tensor* payload = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {nbytes}, &payload));
+    const int32_t status = pq_encode(&codec_, source.get(), 0, values.NumElements(), context->input(1).flat<uint64>()(0),
+                                     payload->flat<uint8>().data(), nbytes);
+    OP_REQUIRES_OK(context, check(status, "encode"));
+    OP_REQUIRES(context, status != PQ_NONFINITE,
+                InvalidArgument("values hold NaN, Inf or a number beyond the codec's range, which it cannot encode: look for a "
+                                        "diverging loss, or lower the learning rate"));
+  }
+
+ private:
+  pq_codec codec_{};
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdEncode").Device(DEVICE_CPU), EncodeOp);
+
+class DecodeAddBase : public OpKernel {
+ public:
+  explicit DecodeAddBase(OpKernelConstruction* context) : OpKernel(context) {
+    std::vector<int64_t> spec;
+    OP_REQUIRES_OK(context, context->GetAttr("codec", &spec));
+    OP_REQUIRES_OK(context, codec_from(spec, &codec_));
+  }
+
+ protected:
+  Status add(OpKernelContext* context, Tensor* destination) const {
+    const Tensor& payload = context->input(1);
+    return check(pq_decode_add(&codec_, payload.flat<uint8>().data(), payload.NumElements(), destination->NumElements(),
+                               context->input(2).flat<uint64>()(0), context->input(3).flat<float>()(0),
+                               destination->flat<float>().data()),
+                 "decode");
+  }
+  pq_codec codec_{};
+};
+
+REGISTER_OP("PqasgdDecodeAdd")
+    .Input("destination: float")
+    .Input("payload: uint8")
+    .Input("key: uint64")
+    .Input("weight: float")
+    .Output("sum: float")
+    .Attr("codec: list(int)")
+    .SetShapeFn(shape_inference::UnchangedShape);
+
+class DecodeAddOp : public DecodeAddBase {
+ public:
+  using DecodeAddBase::DecodeAddBase;
+  void Compute(OpKernelContext* context) override {
+    const Tensor& destination = context->input(0);
+    Tensor* sum = nullptr;
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, destination.shape(), &sum));
+    if (!sum->SharesBufferWith(destination)) std::memcpy(data_of(*sum), data_of(destination), destination.TotalBytes());
+    OP_REQUIRES_OK(context, add(context, sum));
+  }
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdDecodeAdd").Device(DEVICE_CPU), DecodeAddOp);
+
+REGISTER_OP("PqasgdDecodeAddVariable")
+    .Input("destination: resource")
+    .Input("payload: uint8")
+    .Input("key: uint64")
+    .Input("weight: float")
+    .Attr("codec: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class DecodeAddVariableOp : public DecodeAddBase {
+ public:
+  using DecodeAddBase::DecodeAddBase;
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> variable;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &variable));
+    mutex_lock lock(*variable->mu());
+    Tensor* tensor = variable->tensor();
+    OP_REQUIRES(context, tensor->dtype() == DT_FLOAT, InvalidArgument("destination is not float32"));
+    if (!tensor->RefCountIsOne() && !variable->copy_on_read_mode.load()) {
+      Tensor copy;
+      OP_REQUIRES_OK(context, context->allocate_temp(DT_FLOAT, tensor->shape(), &copy));
+      std::memcpy(data_of(copy), data_of(*tensor), tensor->TotalBytes());
+      *tensor = copy;
+    }
+    OP_REQUIRES_OK(context, add(context, tensor));
+  }
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdDecodeAddVariable").Device(DEVICE_CPU), DecodeAddVariableOp);
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) void pqasgd_tensorflow_set_explain(Explain function) { g_explain = function; }
