@@ -12,16 +12,18 @@ from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
+from ..averaging.construction import Membership, construct_together
 from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
+from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of
 from .periodic import PeriodicMethods
 from .quantized import GradientMethods
 from .stock import build_stock
 from .tensors import find_model
-from .wrapping import CommonMethods, Settings, build, construct_together
+from .wrapping import CommonMethods, Settings, build, describe_parameters
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -116,7 +118,8 @@ def DistributedOptimizer(
     >>> optimizer.communication_stats()["steps"]
     1
     """
-    with construct_together(process_set) as membership:
+    membership = Membership(horovod, process_set, HorovodCarrier)
+    with construct_together(membership):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ArgumentError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
         if type(optimizer).__module__ == _DistributedOptimizer.__module__:
@@ -173,7 +176,14 @@ def DistributedOptimizer(
             wrapped = build(
                 optimizer, _DistributedOptimizer, CommonMethods, methods, arguments=arguments, settings=settings
             )
-        membership.describe(wrapped, type(optimizer).__name__, settings)
+        membership.describe(
+            type(optimizer).__name__,
+            averaging,
+            config,
+            op=op,
+            check_consistency=check_consistency,
+            **describe_parameters(wrapped),
+        )
     return wrapped
 
 

@@ -8,84 +8,35 @@ methods of the classes in this package are copied over Horovod's, and the class 
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import horovod.torch as horovod
 import numpy as np
 import torch
 from horovod.torch.optimizer import _DistributedOptimizer
 
-from .. import __version__
 from ..averaging import ExchangeConfig, PeriodicAveraging
+from ..averaging.construction import Membership
 from ..averaging.state import check_state
-from ..errors import ArgumentError, PqasgdError
-from ..exchange.handshake import verify_same
-from .carrier import HorovodCarrier
+from ..errors import ArgumentError
+from ..exchange.carriers import Carrier
 from .tensors import describe
 
 STATE_KEY = "pqasgd"
 _NOT_COPIED = frozenset({"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__"})
 
-_constructed: collections.Counter[tuple[int, ...]] = collections.Counter()
 
-
-class Membership:
-    """One optimizer's place among the ranks: its name, alike on all of them, and its carrier unless it is alone."""
-
-    def __init__(self, process_set: Any) -> None:
-        if not horovod.is_initialized():
-            raise ArgumentError("Horovod is not initialised: call hvd.init() before hvd.DistributedOptimizer")
-        included = process_set.included()
-        if included is None:
-            raise ArgumentError(
-                f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
-            )
-        self.name = ""
-        self.carrier: HorovodCarrier | None = None
-        self.description: dict[str, Any] = {}
-        if included:
-            ranks = tuple(process_set.ranks)
-            self.name = f"pqasgd.optimizer.{_constructed[ranks]}"
-            _constructed[ranks] += 1
-            if len(ranks) > 1:
-                self.carrier = HorovodCarrier(process_set)
-
-    def describe(self, optimizer: Any, inner_name: str, settings: Settings) -> None:
-        """Note what has to be the same on every rank."""
-        self.description = {
-            "package_version": __version__,
-            "optimizer": inner_name,
-            "averaging": settings.averaging.config(),
-            "exchange": settings.exchange.config(),
-            "op": str(settings.op),
-            "check_consistency": settings.check_consistency,
-            "world_size": self.carrier.size if self.carrier is not None else 1,
-            "parameters": {optimizer._parameter_names[p]: describe(p) for p in parameters_of(optimizer)},
-        }
-        if hasattr(optimizer, "_averager"):
-            # Tensors are laid end to end, so their order matters; Horovod itself goes by names alone.
-            order = [optimizer._parameter_names[p] for p in parameters_of(optimizer)]
-            self.description["parameter_order"] = order
-
-
-@contextlib.contextmanager
-def construct_together(process_set: Any) -> Iterator[Membership]:
-    """Construct an optimizer on all ranks or on none: they compare descriptions, or learn of an error that some had."""
-    membership = Membership(process_set)
-    carrier = membership.carrier
-    try:
-        yield membership
-    except Exception as error:
-        if carrier is not None:
-            with contextlib.suppress(PqasgdError):
-                verify_same(carrier, {"error": f"{type(error).__name__}: {error}"}, membership.name)
-        raise
-    if carrier is not None:
-        verify_same(carrier, {"error": None, **membership.description}, membership.name)
+def describe_parameters(optimizer: Any) -> dict[str, Any]:
+    """Return what of the parameters has to be the same on every rank."""
+    names = [optimizer._parameter_names[p] for p in parameters_of(optimizer)]
+    layout: dict[str, Any] = {
+        "parameters": dict(zip(names, map(describe, parameters_of(optimizer)), strict=True)),
+    }
+    if hasattr(optimizer, "_averager"):
+        # Tensors are laid end to end, so their order matters; Horovod itself goes by names alone.
+        layout["parameter_order"] = names
+    return layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +58,7 @@ class Settings:
         return self.membership.name
 
     @property
-    def carrier(self) -> HorovodCarrier | None:
+    def carrier(self) -> Carrier | None:
         """What carries bytes; None for a rank that trains alone."""
         return self.membership.carrier
 
