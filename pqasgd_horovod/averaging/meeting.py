@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,6 +31,16 @@ class Purpose(enum.IntEnum):
         """Say it, with the counters."""
         verb = {Purpose.LAYOUT: "laying out its tensors", Purpose.AVERAGE: "averaging", Purpose.FLUSH: "flushing"}[self]
         return f"{verb} after {steps} steps and {rounds} averages"
+
+
+def out_of_step_error(name: str, intents: Sequence[tuple[Purpose, int, int]]) -> DesynchronizedError:
+    """Return the error of ranks that are about to do different things: purpose, steps and rounds of each."""
+    listing = format_by_rank((rank, purpose.describe(*counters)) for rank, (purpose, *counters) in enumerate(intents))
+    return DesynchronizedError(
+        f"{name}: the ranks are out of step: {listing}. Every rank has to take the same number of steps, and to call "
+        "flush(), state_dict() in the middle of a period, load_state_dict() and add_param_group() alike; restart from "
+        "a checkpoint"
+    )
 
 
 class Meeting:
@@ -75,12 +86,5 @@ class Meeting:
                 return details
             # In the first round somebody may have spoken of a flush that it has given up since; not in the second.
             if attempt == "second":
-                listing = format_by_rank(
-                    (rank, purpose.describe(*rest)) for rank, (purpose, *rest) in enumerate(intents)
-                )
-                raise DesynchronizedError(
-                    f"{self._name}: the ranks are out of step: {listing}. Every rank has to take the same number of "
-                    "steps, and to call flush(), state_dict() in the middle of a period, load_state_dict() and "
-                    "add_param_group() alike; restart from a checkpoint"
-                )
+                raise out_of_step_error(self._name, intents)
         raise AssertionError("the second attempt returns or raises")

@@ -44,9 +44,13 @@ class CommunicationStatistics:
 
     def count_step(self, num_elements: int) -> None:
         """Count a step after which stock Horovod would have averaged ``num_elements`` gradients."""
-        self.steps += 1
+        self.count_steps(1, num_elements)
+
+    def count_steps(self, steps: int, num_elements: int) -> None:
+        """Count several of them."""
+        self.steps += steps
         self.num_elements = num_elements
-        self._elements += num_elements
+        self._elements += steps * num_elements
 
     def as_dict(self, bytes_sent: int, bytes_received: int) -> dict[str, Any]:
         """Return the totals.

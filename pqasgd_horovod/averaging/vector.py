@@ -60,6 +60,10 @@ class FlatLayout:
         self.offsets = [0, *itertools.accumulate(spec.numel for spec in specs)]
         self.num_elements = self.offsets[-1]
 
+    def sizes(self) -> list[int]:
+        """Return the number of elements of each tensor."""
+        return [stop - start for start, stop in itertools.pairwise(self.offsets)]
+
     def tensors_in(self, start: int, stop: int) -> range:
         """Return the indices of the tensors that elements ``start`` to ``stop`` belong to."""
         if stop <= start:

@@ -18,24 +18,36 @@ from .wire import HEADER_NBYTES
 METHODS = ("auto", "allgather", "two_phase")
 
 
-def bytes_per_round(method: str, codec: Codec, second_codec: Codec | None, buckets: Sequence[int], size: int) -> int:
-    """Return the bytes that the busiest of ``size`` ranks sends in one round, headers included.
+def bytes_of_rank(
+    method: str, codec: Codec, second_codec: Codec | None, buckets: Sequence[int], size: int, rank: int
+) -> tuple[int, int]:
+    """Return the bytes that one of ``size`` ranks sends and receives in one round, headers included.
 
     With payloads P and P2 of the two codecs, and shards s_0 .. s_{n-1} of a bucket of d elements: ``(n-1) (64 +
-    P(d))`` for ``"allgather"``, ``sum_{o != r} (64 + P(s_o)) + (n-1) (64 + P2(s_r))`` for rank r of ``"two_phase"``.
+    P(d))`` for ``"allgather"``, ``sum_{o != r} (64 + P(s_o)) + (n-1) (64 + P2(s_r))`` sent by rank r of
+    ``"two_phase"``.
+
+    >>> from pqasgd_horovod import codecs
+    >>> bytes_of_rank("allgather", codecs.none(), None, [1000], size=3, rank=0)
+    (8128, 8128)
     """
-    if size == 1:
-        return 0
-    if method == "allgather":
-        return (size - 1) * sum(HEADER_NBYTES + codec.payload_nbytes(num_elements) for num_elements in buckets)
+    if method == "allgather" or size == 1:
+        sent = (size - 1) * sum(HEADER_NBYTES + codec.payload_nbytes(num_elements) for num_elements in buckets)
+        return sent, sent
     second = second_codec if second_codec is not None else codec
-    sent = [0] * size
+    sent = received = 0
     for num_elements in buckets:
         shards = [shard.num_elements for shard in cut_shards(num_elements, size, shard_alignment(codec, second))]
         values = [HEADER_NBYTES + codec.payload_nbytes(shard) for shard in shards]
-        for rank, shard in enumerate(shards):
-            sent[rank] += sum(values) - values[rank] + (size - 1) * (HEADER_NBYTES + second.payload_nbytes(shard))
-    return max(sent)
+        means = [HEADER_NBYTES + second.payload_nbytes(shard) for shard in shards]
+        sent += sum(values) - values[rank] + (size - 1) * means[rank]
+        received += (size - 1) * values[rank] + sum(means) - means[rank]
+    return sent, received
+
+
+def bytes_per_round(method: str, codec: Codec, second_codec: Codec | None, buckets: Sequence[int], size: int) -> int:
+    """Return the bytes that the busiest of ``size`` ranks sends in one round, headers included."""
+    return max(bytes_of_rank(method, codec, second_codec, buckets, size, rank)[0] for rank in range(size))
 
 
 def choose_exchange(codec: Codec, second_codec: Codec | None, num_elements: int | Sequence[int], size: int) -> str:

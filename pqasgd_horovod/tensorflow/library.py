@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.python.framework.auto_control_deps_utils import register_read_only_resource_op
 
 from .. import errors, native
 from ..errors import NativeLibraryError
@@ -54,6 +55,9 @@ def _load() -> Any:
 
 
 ops, _library = _load()
+
+# Buckets land beside each other in one variable: for TensorFlow's control dependencies that is like reading it.
+register_read_only_resource_op("PqasgdLand")
 
 _explainers: dict[int, Explainer] = {}
 _numbers = itertools.count(1)

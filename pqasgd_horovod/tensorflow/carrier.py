@@ -1,0 +1,102 @@
+"""Horovod's TensorFlow collectives as a carrier of bytes: for what ranks say to each other outside of graphs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow import mpi_ops
+
+from ..errors import ArgumentError, CollectiveTimeoutError
+from ..exchange.carriers import Bytes
+
+
+class HorovodHandle:
+    """One collective in flight; it can be waited for again after a timeout."""
+
+    def __init__(self, run: Callable[[], Bytes], name: str) -> None:
+        self._name = name
+        self._result: Bytes | None = None
+        self._error: Exception | None = None
+
+        def body() -> None:
+            try:
+                self._result = run()
+            except Exception as error:  # handed to whoever waits
+                self._error = error
+
+        # Horovod's TensorFlow ops return when they are complete, so somebody has to stay with them.
+        self._thread = threading.Thread(target=body, name=name, daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Return whether :meth:`wait` would return at once."""
+        return not self._thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> Bytes:
+        """Block until the collective is complete and return the received bytes, in rank order.
+
+        Raises CollectiveTimeoutError after ``timeout`` seconds (None: never); the collective then stays in flight.
+        """
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise CollectiveTimeoutError(
+                f"collective {self._name!r}: not every rank took part within {timeout:g} s; "
+                "every rank has to make the same sequence of collective calls"
+            )
+        return self._result
+
+
+class HorovodCarrier:
+    """Carry uint8 arrays with ``horovod.tensorflow`` allgather and alltoall.
+
+    Calls are matched between ranks by name. ``rank`` and ``size`` are those of the process set; Horovod must be
+    initialised and this process must belong to the set.
+    """
+
+    def __init__(self, process_set: Any = horovod.global_process_set) -> None:
+        if not horovod.is_initialized():
+            raise ArgumentError("Horovod is not initialised: call hvd.init() first")
+        if not process_set.included():
+            raise ArgumentError(f"process_set: rank {horovod.rank()} does not belong to {process_set}")
+        self.process_set = process_set
+        self.rank: int = process_set.rank()
+        self.size: int = process_set.size()
+
+    def allgather(self, name: str, payload: Bytes) -> HorovodHandle:
+        """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""
+        return self.launch(name, lambda: allgather(tf.constant(payload), name, self.process_set))
+
+    def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> HorovodHandle:
+        """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""
+        return self.launch(name, lambda: alltoall(tf.constant(payload), splits, name, self.process_set))
+
+    def launch(self, name: str, collective: Callable[[], tf.Tensor]) -> HorovodHandle:
+        """Start a collective that nobody but its name tells from others; the result is what it returns, as an array."""
+        # An eager op has no name of its own, a node of a graph has.
+        function = tf.function(collective, autograph=False)
+
+        def run() -> Bytes:
+            received: Bytes = np.asarray(function())
+            return received
+
+        return HorovodHandle(run, name)
+
+
+def allgather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
+    """Horovod's allgather of a tensor, matched by ``name`` whatever scopes and functions it is traced in."""
+    return mpi_ops.allgather(tensor, name=name, ignore_name_scope=True, process_set=process_set)
+
+
+def alltoall(tensor: tf.Tensor, splits: Sequence[int], name: str, process_set: Any) -> tf.Tensor:
+    """Horovod's alltoall of a tensor's parts, matched by ``name`` likewise."""
+    received, _ = mpi_ops.alltoall(
+        tensor, tf.constant(splits, tf.int32), name=name, ignore_name_scope=True, process_set=process_set
+    )
+    return received

@@ -1,0 +1,188 @@
+"""One channel's exchange as a graph: the same plan, bytes and words as :mod:`pqasgd_horovod.exchange`, without Python.
+
+For each bucket: *pack*, Horovod's allgather (or its alltoall, *mean*, and the allgather of the means), *land*. These
+depend on nothing but their data, so TensorFlow runs buckets side by side, and coded gradients leave while others are
+still being computed. What is wrong is data too, until the last bucket has landed: an op that failed in the middle would
+leave other ranks waiting. Then one *verdict* raises the same error on every rank, or *commit* changes what the user
+sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ..averaging.channel import ChannelPlan
+from ..codecs.base import Codec
+from ..errors import WireFormatError
+from ..exchange import wire
+from ..exchange.base import MEANS_PHASE, VALUES_PHASE, NonFinitePolicy
+from ..exchange.carriers import Bytes
+from ..exchange.layout import cut_shards, shard_alignment
+from ..exchange.plan import bytes_of_rank, choose_exchange
+from ..exchange.verdict import Kind, Problem, explain, raise_verdict
+from .carrier import HorovodCarrier, allgather, alltoall
+from .library import ops, register_explainer
+
+FLOAT_DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
+
+
+class Problems:
+    """What went wrong in the buckets of a round, told together."""
+
+    def __init__(self, name: str, nonfinite: NonFinitePolicy) -> None:
+        self._name = name
+        self._nonfinite = nonfinite
+        self._noted: list[Problem] = []
+        self._verdict = register_explainer(self._raise)
+
+    def note(self, problem: Problem) -> None:
+        """Take note of a bucket that has no mean."""
+        if problem.kind is not Kind.NON_FINITE or self._nonfinite == "raise":
+            self._noted.append(problem)
+
+    def _raise(self, flags: int, data: Bytes) -> None:
+        noted, self._noted = self._noted, []
+        if noted:
+            raise_verdict(self._name, noted)
+
+    def verdict(self, flags: Sequence[tf.Tensor]) -> tf.Operation:
+        """Return the op that raises the common error, if there is one, when all buckets have landed."""
+        return ops.pqasgd_verdict(flags=list(flags), explainer=self._verdict)
+
+
+class GraphChannel:
+    """The exchange of one channel.
+
+    Args:
+        plan: what is exchanged.
+        carrier: the ranks.
+        digest: from the handshake.
+        problems: where to take note of what is wrong.
+        anchor: the float32 or float64 variable of ``plan.layout.num_elements`` that changes are taken from, if any.
+    """
+
+    def __init__(
+        self, plan: ChannelPlan, carrier: HorovodCarrier, digest: int, problems: Problems, anchor: tf.Variable | None
+    ) -> None:
+        self.plan = plan
+        self.anchor = anchor
+        self._carrier = carrier
+        self._digest = digest
+        self._problems = problems
+        self._second_codec: Codec = plan.second_codec or plan.codec
+        method = plan.method
+        if method == "auto":
+            method = choose_exchange(plan.codec, plan.second_codec, plan.sizes, carrier.size)
+        self.method = method
+        # Only our own ops touch it, in place, so that no round needs memory of its own.
+        self._arriving = tf.Variable(
+            tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving"
+        )
+        self.bytes_sent, self.bytes_received = bytes_of_rank(
+            method, plan.codec, plan.second_codec, plan.sizes, carrier.size, carrier.rank
+        )
+
+    def exchange(self, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor) -> list[tf.Tensor]:
+        """Exchange ``tensors``, those of the plan; return the flags of each bucket, which has landed then."""
+        return [self._exchange_bucket(bucket, tensors, step, round) for bucket in range(len(self.plan.sizes))]
+
+    def _exchange_bucket(
+        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor
+    ) -> tf.Tensor:
+        plan, carrier = self.plan, self._carrier
+        start, num_elements = plan.starts[bucket], plan.sizes[bucket]
+        shards = [
+            shard.num_elements
+            for shard in cut_shards(num_elements, carrier.size, shard_alignment(plan.codec, self._second_codec))
+        ]
+        two_phase = self.method == "two_phase"
+        attributes: dict[str, Any] = {
+            "codec": list(plan.codec.native_spec),
+            "second_codec": list(self._second_codec.native_spec),
+            "bucket": bucket,
+            "num_elements": num_elements,
+            "rank": carrier.rank,
+            "size": carrier.size,
+            "digest": _signed(self._digest),
+            "seed": _signed(plan.seed),
+            "shards": np.cumsum([0, *shards]).tolist() if two_phase else [],
+        }
+        members = plan.tensors_in(bucket)
+        first = plan.layout.offsets[members.start]
+        source = {
+            "tensors": [tensors[i] for i in members],
+            "anchors": [] if self.anchor is None else [self.anchor.value()],
+            "start": start - first,
+            "anchor_offset": first,
+        }
+        name = f"{plan.name}.b{bucket}"
+        messages, flags = ops.pqasgd_pack(step=step, round=round, **source, **attributes)
+        if two_phase:
+            splits = [wire.HEADER_NBYTES + plan.codec.payload_nbytes(shard) for shard in shards]
+            splits[carrier.rank] = 0
+            values = alltoall(messages, splits, f"{name}.p1", carrier.process_set)
+            message, _ = ops.pqasgd_mean(step=step, round=round, flags=flags, received=values, **source, **attributes)
+            received = allgather(message, f"{name}.p2", carrier.process_set)
+            payloads = [self._second_codec.payload_nbytes(shard) for shard in shards]
+        else:
+            received = allgather(messages, f"{name}.p1", carrier.process_set)
+            payloads = [plan.codec.payload_nbytes(num_elements)] * carrier.size
+        base = [self.anchor.value()] if self.anchor is not None and self.anchor.dtype == tf.float32 else []
+        return ops.pqasgd_land(
+            step=step,
+            round=round,
+            received=received,
+            bases=base,
+            arriving=self._arriving.handle,
+            offset=start,
+            explainer=register_explainer(
+                lambda flags, data: self._explain(
+                    flags, data, bucket, payloads, MEANS_PHASE if two_phase else VALUES_PHASE
+                )
+            ),
+            **attributes,
+        )
+
+    def _explain(self, flags: int, received: Bytes, bucket: int, payload_nbytes: Sequence[int], phase: int) -> None:
+        headers = [message.header for message in _messages(received, self._carrier.size)]
+        own = next((header for header in headers if header.rank == self._carrier.rank), None)
+        expected = wire.Header(
+            flags=0,
+            digest=self._digest,
+            round=own.round if own else 0,
+            step=own.step if own else 0,
+            bucket=bucket,
+            rank=self._carrier.rank,
+            payload_nbytes=0,
+            num_elements=self.plan.sizes[bucket],
+            phase=phase,
+        )
+        self._problems.note(explain(flags, received, expected, range(self._carrier.size), payload_nbytes))
+
+    def commit(self, variables: Sequence[tf.Variable]) -> None:
+        """Let what has arrived be the anchor, and the variables; after the verdict."""
+        ops.pqasgd_commit(
+            arriving=self._arriving.handle,
+            anchors=[] if self.anchor is None else [self.anchor.handle],
+            variables=[variable.handle for variable in variables],
+        )
+
+    def means(self, tensors: Sequence[tf.Tensor], factor: float) -> list[tf.Tensor]:
+        """Return the means times ``factor``, as tensors like ``tensors``; after the verdict."""
+        return list(ops.pqasgd_scatter(arriving=self._arriving.handle, tensors=list(tensors), factor=factor))
+
+
+def _messages(received: Bytes, size: int) -> list[wire.Message]:
+    try:
+        return wire.split_messages(received, range(size))
+    except WireFormatError:
+        return []
+
+
+def _signed(number: int) -> int:
+    """The 64 bits of ``number`` as attributes hold them."""
+    return number - 2**64 if number >= 2**63 else number

@@ -1,0 +1,332 @@
+"""``period>1`` in TensorFlow: the replica of one rank, all of its state in variables, so that a graph can step it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ..averaging import ExchangeConfig, PeriodicAveraging
+from ..averaging.channel import group_tensors, plan_channel
+from ..averaging.meeting import Purpose, out_of_step_error
+from ..averaging.statistics import CommunicationStatistics
+from ..averaging.vector import FlatLayout
+from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
+from ..exchange.carriers import Bytes, Handle
+from ..exchange.handshake import verify_same
+from ..exchange.wire import format_by_rank
+from .carrier import HorovodCarrier, allgather
+from .graph import GraphChannel, Problems
+from .library import ops, register_explainer, translate
+from .traced import Traced, after, counter, when
+from .variables import VariableSpec, describe_variables, unwrap
+
+
+class PeriodicState(tf.Module):
+    """What of a replica is saved: counters and anchors. ``tf.train.Checkpoint`` finds it in the optimizer."""
+
+    def __init__(self, dtypes_and_sizes: Sequence[tuple[tf.DType, int]]) -> None:
+        super().__init__(name="pqasgd")
+        self.steps = counter("steps")
+        self.rounds = counter("rounds")
+        self.steps_since_average = counter("steps_since_average")
+        self.anchored = counter("anchored")
+        self.anchors = [
+            tf.Variable(tf.zeros([size], dtype), trainable=False, name=f"anchor_{i}")
+            for i, (dtype, size) in enumerate(dtypes_and_sizes)
+        ]
+
+    def named(self) -> dict[str, tf.Variable]:
+        """Return the variables by the names under which a model file holds them."""
+        counters = (self.steps, self.rounds, self.steps_since_average, self.anchored)
+        return {variable.name.partition(":")[0]: variable for variable in (*counters, *self.anchors)}
+
+
+class PeriodicAverager:
+    """The replica of one rank: its anchor, its counters, and the averages it takes part in.
+
+    Use: :meth:`build` once, outside of any graph; then in each step, eagerly or traced, :meth:`before_step`, the local
+    update, and :meth:`count_step`. ``carrier`` is None for a rank that trains alone; then steps are counted and nothing
+    else happens.
+    """
+
+    def __init__(
+        self,
+        carrier: HorovodCarrier | None,
+        averaging: PeriodicAveraging,
+        config: ExchangeConfig,
+        *,
+        name: str,
+        check_consistency: bool = False,
+    ) -> None:
+        self._carrier = carrier
+        self._averaging = averaging
+        self._config = config
+        self._name = name
+        self._check_consistency = check_consistency
+        self._channels: list[GraphChannel] = []
+        self._members: list[list[tf.Variable]] = []
+        self._cleared: list[list[tuple[int, int]]] = []  # spans of buffers: their anchor is zero
+        self._specs: list[VariableSpec] = []
+        self._num_parameters = 0
+        self._pending: Handle | None = None
+        self._traced = Traced()
+        self.state: PeriodicState | None = None
+
+    def build(self, parameters: Sequence[Any], buffers: Sequence[Any] = ()) -> None:
+        """Lay out the variables and agree on that; collective.
+
+        Raises ArgumentError for a variable that cannot be averaged, and MismatchError on every rank if they differ.
+        """
+        with tf.init_scope():
+            self._build(parameters, buffers)
+
+    def _build(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> None:
+        specs, digest = self._agree_on_layout(parameters, buffers)
+        buffer_specs = specs[len(parameters) :]
+        by_name = dict(zip((spec.name for spec in specs), map(unwrap, [*parameters, *buffers]), strict=True))
+        self._specs = specs[: len(parameters)]
+        self._num_parameters = sum(spec.numel for spec in self._specs)
+        groups = group_tensors(self._specs, buffer_specs, self._config.small_tensor_threshold)
+        alone = self._carrier is None
+        layouts = [FlatLayout(members) for members, _, _ in groups]
+        self.state = PeriodicState(
+            []
+            if alone
+            else [
+                (tf.as_dtype(dtype), layout.num_elements) for (_, dtype, _), layout in zip(groups, layouts, strict=True)
+            ]
+        )
+        self._started = counter("started")
+        self._total_rounds, self._total_steps = counter("total_rounds"), counter("total_steps")
+        self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        if self._carrier is None:
+            return
+        self._problems = Problems(self._name, self._config.nonfinite)
+        buffer_names = {spec.name for spec in buffer_specs}
+        for index, ((members, _, compressed), layout) in enumerate(zip(groups, layouts, strict=True)):
+            plan = plan_channel(layout, self._config, compressed=compressed, name=self._name, index=index)
+            anchor = self.state.anchors[index]
+            self._channels.append(GraphChannel(plan, self._carrier, digest, self._problems, anchor))
+            self._members.append([by_name[spec.name] for spec in members])
+            self._cleared.append(
+                [
+                    (layout.offsets[i], layout.offsets[i + 1])
+                    for i, spec in enumerate(members)
+                    if spec.name in buffer_names
+                ]
+            )
+        self._meeting = register_explainer(self._explain_meeting)
+        self._start = register_explainer(self._explain_start)
+        self._consistency = register_explainer(self._explain_consistency)
+
+    def _agree_on_layout(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[list[VariableSpec], int]:
+        """Return the specs of all variables and the digest of what the ranks agree on."""
+        name = f"{self._name}.layout"
+        try:
+            specs = describe_variables([*parameters, *buffers])
+        except ArgumentError as error:
+            if self._carrier is not None:
+                verify_same(self._carrier, {"error": f"ArgumentError: {error}"}, name)
+            raise
+        if self._carrier is None:
+            return specs, 0
+        first = len(parameters)
+        description = {
+            "error": None,
+            "averaging": self._averaging.config(),
+            "exchange": self._config.config(),
+            "parameters": {spec.name: spec.description for spec in specs[:first]},
+            "buffers": {spec.name: spec.description for spec in specs[first:]},
+            "parameter_order": [spec.name for spec in specs[:first]],
+            "buffer_order": [spec.name for spec in specs[first:]],
+        }
+        return specs, verify_same(self._carrier, description, name)
+
+    # ---- in a graph, or eagerly ----
+
+    def before_step(self) -> None:
+        """Before the first local update: take anchors, which must be the same on every rank."""
+        if self._carrier is not None:
+            self._traced(self._before_step)
+
+    def _before_step(self) -> None:
+        when(self._started > 0, None, self._begin)
+
+    def _begin(self) -> None:
+        assert self.state is not None
+        when(self.state.anchored > 0, None, self._capture)
+        # Of each tensor by itself, so that an error can name it.
+        digests = [ops.pqasgd_digest(tensors=tf.split(anchor, layout.sizes())) for anchor, layout in self._anchors()]
+        record = tf.concat(
+            [tf.stack([self.state.steps, self.state.rounds, self.state.steps_since_average]), *digests], 0
+        )
+        self._agree(record, "start", self._start)
+        self._started.assign(1)
+
+    def _anchors(self) -> list[tuple[tf.Variable, FlatLayout]]:
+        assert self.state is not None
+        layouts = [channel.plan.layout for channel in self._channels]
+        return list(zip(self.state.anchors, layouts, strict=True))
+
+    def _capture(self) -> None:
+        assert self.state is not None
+        for (anchor, _), members, cleared in zip(self._anchors(), self._members, self._cleared, strict=True):
+            flat = [tf.reshape(tf.cast(variable.value(), anchor.dtype), [-1]) for variable in members]
+            anchor.assign(tf.concat(flat, 0))
+            _clear(anchor, cleared)
+        self.state.anchored.assign(1)
+
+    def _agree(self, record: tf.Tensor, what: str, explainer: int) -> tf.Operation:
+        assert self._carrier is not None
+        gathered = allgather(record, f"{self._name}.{what}", self._carrier.process_set)
+        return ops.pqasgd_agree(own=record, gathered=gathered, explainer=explainer)
+
+    def count_step(self) -> None:
+        """Count a local step, taken or skipped, and average if the schedule says so; collective then.
+
+        On an error every rank raises the same, with parameters and anchor untouched; the next step then tries again.
+        """
+        self._traced(self._count_step)
+
+    def _count_step(self) -> None:
+        assert self.state is not None
+        self.state.steps.assign_add(1)
+        self._total_steps.assign_add(1)
+        since = self.state.steps_since_average.assign_add(1)
+        when(self._averaging.due(since), self._meet_and_average)
+
+    def _record(self) -> tf.Tensor:
+        assert self.state is not None
+        purpose = tf.constant(int(Purpose.AVERAGE), tf.int64)
+        return tf.stack([purpose, self.state.steps.value(), self.state.rounds.value()])
+
+    def _meet_and_average(self) -> None:
+        if self._carrier is not None:
+            with after(self._agree(self._record(), "meeting", self._meeting)):
+                self._average()
+        else:
+            self._average()
+
+    def _average(self) -> None:
+        assert self.state is not None
+        began = tf.timestamp()
+        with after(began):
+            step, round_ = self.state.steps.value(), self.state.rounds.value()
+            flags = [
+                flag
+                for channel, members in zip(self._channels, self._members, strict=True)
+                for flag in channel.exchange([variable.value() for variable in members], step, round_)
+            ]
+        with after(*([self._problems.verdict(flags)] if flags else [])):
+            for channel, members in zip(self._channels, self._members, strict=True):
+                channel.commit(members)
+            for (anchor, _), cleared in zip(self._anchors(), self._cleared, strict=True):
+                _clear(anchor, cleared)
+            done = self.state.rounds.assign_add(1)
+            self._total_rounds.assign_add(1)
+            self.state.steps_since_average.assign(0)
+        if self._check_consistency and self._channels:
+            anchors = [anchor.value() for anchor, _ in self._anchors()]
+            self._agree(ops.pqasgd_digest(tensors=anchors), "consistency", self._consistency)
+        with after(done):
+            self._seconds.assign_add(tf.timestamp() - began)
+
+    # ---- eagerly ----
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Average a last partial period; collective, but nothing happens if no step was made since the last average.
+
+        With ``timeout`` the ranks first wait for each other, and raise CollectiveTimeoutError, nothing lost, if one
+        does not come in that many seconds.
+        """
+        if self.state is None or int(self.state.steps_since_average) == 0:
+            return
+        if self._carrier is None:
+            self._traced(self._average)
+            return
+        if self._pending is None:
+            record = np.asarray(self._record())
+            name = f"{self._name}.meeting"
+            self._pending = self._carrier.launch(name, lambda: allgather(tf.constant(record), name, self._process_set))
+        try:
+            received = self._pending.wait(timeout)
+        except CollectiveTimeoutError:
+            raise CollectiveTimeoutError(
+                f"{int(self.state.steps_since_average)} steps were made since the last average, and averaging them "
+                f"takes every rank, but not every rank called flush() within {timeout} s: call flush() on every rank"
+            ) from None
+        self._pending = None
+        self._explain_meeting(0, received.view(np.uint8))
+        try:
+            self._traced(self._average)
+        except tf.errors.OpError as error:
+            raise translate(error) from None
+
+    @property
+    def _process_set(self) -> Any:
+        assert self._carrier is not None
+        return self._carrier.process_set
+
+    def communication_stats(self) -> dict[str, Any]:
+        """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
+        size = self._carrier.size if self._carrier is not None else 1
+        statistics = CommunicationStatistics(size)
+        if self.state is None:
+            return statistics.as_dict(0, 0)
+        statistics.count_steps(int(self._total_steps), self._num_parameters)
+        statistics.rounds = int(self._total_rounds)
+        statistics.exchange_seconds = float(self._seconds)
+        sent = statistics.rounds * sum(channel.bytes_sent for channel in self._channels)
+        received = statistics.rounds * sum(channel.bytes_received for channel in self._channels)
+        return statistics.as_dict(sent, received)
+
+    # ---- what is wrong, in words ----
+
+    def _explain_meeting(self, flags: int, data: Bytes) -> None:
+        records = data.view(np.int64).reshape(-1, 3).tolist()
+        intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds in records]
+        if len(set(intents)) > 1:
+            raise out_of_step_error(f"{self._name}.meeting", intents)
+
+    def _explain_start(self, flags: int, data: Bytes) -> None:
+        assert self._carrier is not None
+        names = [
+            "steps",
+            "rounds",
+            "steps_since_average",
+            *(f"parameters.{name}" for channel in self._channels for name in channel.plan.layout.names),
+        ]
+        raise MismatchError(
+            "the ranks do not start from the same parameters: before the first step call "
+            "hvd.broadcast_variables(model.variables, root_rank=0), or give model.fit the "
+            "BroadcastGlobalVariablesCallback(0); a checkpoint has to be restored on every rank. Counters and digests "
+            f"of the values: {_difference(names, data, self._carrier.size)}"
+        )
+
+    def _explain_consistency(self, flags: int, data: Bytes) -> None:
+        assert self._carrier is not None
+        names = [channel.plan.name for channel in self._channels]
+        raise MismatchError(
+            f"replicas differ after an average, which must not happen: {_difference(names, data, self._carrier.size)}"
+        )
+
+
+def _difference(names: Sequence[str], data: Bytes, size: int) -> str:
+    """Name the first of the numbers that all ranks have sent in which they differ."""
+    records = data.view(np.int64).reshape(size, -1)
+    if records.shape[1] != len(names):
+        return f"the ranks have sent {records.shape[1]} numbers, {len(names)} were expected"
+    index = int(np.flatnonzero((records != records[0]).any(axis=0))[0])
+    numbers = [
+        number if names[index].startswith("steps") or names[index] == "rounds" else f"{number & 2**64 - 1:016x}"
+        for number in records[:, index].tolist()
+    ]
+    return f"the ranks have to agree on {names[index]}: it is {format_by_rank(enumerate(numbers))}"
+
+
+def _clear(anchor: tf.Variable, spans: Sequence[tuple[int, int]]) -> None:
+    for start, stop in spans:
+        anchor[start:stop].assign(tf.zeros([stop - start], anchor.dtype))

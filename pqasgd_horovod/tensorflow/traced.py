@@ -1,0 +1,48 @@
+"""Code that runs in the caller's graph, or in one of its own: Horovod knows ops by names, and eager ops have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+
+class Traced:
+    """Calls a function in the graph that is being traced, or eagerly as a ``tf.function`` that is kept."""
+
+    def __init__(self) -> None:
+        self._functions: dict[Callable[..., Any], Any] = {}
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return ``function(*arguments)``."""
+        if not tf.executing_eagerly():
+            return function(*arguments)
+        if function not in self._functions:
+            self._functions[function] = tf.function(function, autograph=False)
+        return self._functions[function](*arguments)
+
+
+def counter(name: str) -> tf.Variable:
+    """Return a variable that counts, on the CPU."""
+    with tf.device("CPU:0"):
+        return tf.Variable(0, dtype=tf.int64, trainable=False, name=name)
+
+
+def when(condition: Any, then: Callable[[], None] | None, otherwise: Callable[[], None] | None = None) -> None:
+    """``if`` in a graph."""
+
+    def branch(function: Callable[[], None] | None) -> Callable[[], tf.Tensor]:
+        def run() -> tf.Tensor:
+            if function is not None:
+                function()
+            return tf.constant(True)
+
+        return run
+
+    tf.cond(condition, branch(then), branch(otherwise))
+
+
+def after(*ready: Any) -> Any:
+    """What is made in this context runs when ``ready`` ops and tensors are done; eager ones, which are None, are."""
+    return tf.control_dependencies([item for item in ready if item is not None])
