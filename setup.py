@@ -1,7 +1,7 @@
 """Compile the native libraries with CMake when the package is built. All that describes the package is in setup.cfg.
 
-The core is always built. TensorFlow's ops are built against the TensorFlow that is installed, as Horovod builds its own:
-PQASGD_WITH_TENSORFLOW=1 makes its absence an error, PQASGD_WITHOUT_TENSORFLOW=1 leaves them out.
+The core is always built. TensorFlow's ops are built against the TensorFlow that is installed, as Horovod builds its
+own. PQASGD_WITH_TENSORFLOW=1 makes its absence an error, PQASGD_WITHOUT_TENSORFLOW=1 leaves them out.
 """
 
 import importlib.util

@@ -53,3 +53,18 @@ class PeriodicAveraging:
     def config(self) -> dict[str, Any]:
         """Return the configuration as a dict that JSON can hold."""
         return {"id": self.id, **dataclasses.asdict(self)}
+
+
+def resolve_averaging(period: int | None, averaging: PeriodicAveraging | None) -> PeriodicAveraging:
+    """Return the strategy that the arguments ``period`` and ``averaging`` of an optimizer stand for."""
+    if averaging is None:
+        return PeriodicAveraging(period=1 if period is None else period)
+    if not isinstance(averaging, PeriodicAveraging):
+        raise ArgumentError(
+            f"averaging is {averaging!r}; it must be a strategy such as hvd.PeriodicAveraging(period=8)"
+        )
+    if period is not None and period != averaging.period:
+        raise ArgumentError(
+            f"period is {period} and averaging is {averaging}; give one of them, or the same period in both"
+        )
+    return averaging

@@ -62,7 +62,7 @@ class PeriodicAverager:
         check_consistency: bool = False,
     ) -> None:
         self._carrier = carrier
-        self._averaging = averaging
+        self.averaging = averaging
         self._config = config
         self._name = name
         self._check_consistency = check_consistency
@@ -90,15 +90,10 @@ class PeriodicAverager:
         self._specs = specs[: len(parameters)]
         self._num_parameters = sum(spec.numel for spec in self._specs)
         groups = group_tensors(self._specs, buffer_specs, self._config.small_tensor_threshold)
-        alone = self._carrier is None
         layouts = [FlatLayout(members) for members, _, _ in groups]
-        self.state = PeriodicState(
-            []
-            if alone
-            else [
-                (tf.as_dtype(dtype), layout.num_elements) for (_, dtype, _), layout in zip(groups, layouts, strict=True)
-            ]
-        )
+        dtypes = [tf.as_dtype(dtype) for _, dtype, _ in groups]
+        sizes = [layout.num_elements for layout in layouts]
+        self.state = PeriodicState([] if self._carrier is None else list(zip(dtypes, sizes, strict=True)))
         self._started = counter("started")
         self._total_rounds, self._total_steps = counter("total_rounds"), counter("total_steps")
         self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
@@ -136,7 +131,7 @@ class PeriodicAverager:
         first = len(parameters)
         description = {
             "error": None,
-            "averaging": self._averaging.config(),
+            "averaging": self.averaging.config(),
             "exchange": self._config.config(),
             "parameters": {spec.name: spec.description for spec in specs[:first]},
             "buffers": {spec.name: spec.description for spec in specs[first:]},
@@ -196,7 +191,7 @@ class PeriodicAverager:
         self.state.steps.assign_add(1)
         self._total_steps.assign_add(1)
         since = self.state.steps_since_average.assign_add(1)
-        when(self._averaging.due(since), self._meet_and_average)
+        when(self.averaging.due(since), self._meet_and_average)
 
     def _record(self) -> tf.Tensor:
         assert self.state is not None

@@ -13,6 +13,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
+from ..averaging.schedule import resolve_averaging
 from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
@@ -125,7 +126,7 @@ def DistributedOptimizer(
         if type(optimizer).__module__ == _DistributedOptimizer.__module__:
             raise ArgumentError("optimizer is a DistributedOptimizer already; pass the plain optimizer")
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
-        averaging = _resolve_averaging(period, averaging)
+        averaging = resolve_averaging(period, averaging)
         codec = codec_of(compression)
         second_codec = (
             None if second_compression is None else _require_codec(second_compression, "second_compression", averaging)
@@ -185,20 +186,6 @@ def DistributedOptimizer(
             **describe_parameters(wrapped),
         )
     return wrapped
-
-
-def _resolve_averaging(period: int | None, averaging: PeriodicAveraging | None) -> PeriodicAveraging:
-    if averaging is None:
-        return PeriodicAveraging(period=1 if period is None else period)
-    if not isinstance(averaging, PeriodicAveraging):
-        raise ArgumentError(
-            f"averaging is {averaging!r}; it must be a strategy such as hvd.PeriodicAveraging(period=8)"
-        )
-    if period is not None and period != averaging.period:
-        raise ArgumentError(
-            f"period is {period} and averaging is {averaging}; give one of them, or the same period in both"
-        )
-    return averaging
 
 
 def _require_codec(compression: Any, argument: str, averaging: PeriodicAveraging) -> Codec:

@@ -1,0 +1,238 @@
+"""Functions beside the optimizer: an averaged tensor, variables for everybody, a codec by itself."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import horovod.tensorflow as horovod
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow import mpi_ops
+
+from ..averaging import ExchangeConfig
+from ..averaging.channel import plan_channel
+from ..averaging.vector import FlatLayout
+from ..codecs.base import Codec, check_key
+from ..errors import ArgumentError, DesynchronizedError
+from ..exchange.base import NonFinitePolicy
+from ..exchange.carriers import Bytes
+from ..exchange.handshake import verify_same
+from ..exchange.wire import format_by_rank
+from .carrier import HorovodCarrier, allgather
+from .compression import Compression, codec_of
+from .graph import GraphChannel, Problems
+from .library import ops, register_explainer, translate
+from .traced import Traced, after, counter
+from .variables import DTYPES, VariableSpec, name_of, unwrap
+
+
+def encode(values: tf.Tensor, codec: Codec, key: int | tf.Tensor = 0) -> tf.Tensor:
+    """Return the payload of a tensor: the bytes that ``codec.encode`` makes of its elements, in row-major order.
+
+    Args:
+        values: float16, bfloat16, float32 or float64, any shape.
+        codec: one of :mod:`pqasgd_horovod.codecs`.
+        key: 64-bit key of all random numbers, an integer or a uint64 scalar.
+
+    Returns:
+        uint8 vector of ``codec.payload_nbytes`` of the number of elements.
+
+    Raises tf.errors.InvalidArgumentError for NaN, Inf and numbers beyond the codec's range.
+
+    >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
+    >>> from pqasgd_horovod import codecs
+    >>> hvd.encode(tf.constant([1.0, -2.0]), codecs.fp16()).numpy().tobytes().hex()
+    '003c00c0'
+    """
+    return ops.pqasgd_encode(values=values, key=_key(key), codec=list(codec.native_spec))
+
+
+def decode_add(
+    payload: tf.Tensor, destination: Any, codec: Codec, key: int | tf.Tensor = 0, weight: float | tf.Tensor = 1.0
+) -> tf.Tensor | None:
+    """Add ``weight`` times the decoded payload to ``destination``.
+
+    Args:
+        payload: uint8 vector from :func:`encode` with the same key.
+        destination: float32, any shape. A variable is changed in place; of a tensor a new one is returned.
+        codec: the codec of the payload.
+        key: the 64-bit key of the payload.
+        weight: finite number.
+
+    Returns:
+        The sum, or None if ``destination`` is a variable.
+
+    Raises tf.errors.DataLossError if the payload is truncated or corrupted.
+
+    >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
+    >>> from pqasgd_horovod import codecs
+    >>> total = tf.Variable([1.0, 1.0])
+    >>> hvd.decode_add(hvd.encode(tf.constant([2.0, 4.0]), codecs.none()), total, codecs.none(), weight=0.5)
+    >>> total.numpy()
+    array([2., 3.], dtype=float32)
+    """
+    own = unwrap(destination)
+    options = {"payload": payload, "key": _key(key), "weight": weight, "codec": list(codec.native_spec)}
+    if isinstance(own, tf.Variable):
+        ops.pqasgd_decode_add_variable(destination=own.handle, **options)
+        return None
+    return ops.pqasgd_decode_add(destination=own, **options)
+
+
+def _key(key: int | tf.Tensor) -> tf.Tensor:
+    return key if tf.is_tensor(key) else tf.constant(check_key(key), tf.uint64)
+
+
+def broadcast_variables(
+    variables: Any, root_rank: int, process_set: Any = horovod.global_process_set, inplace: bool = False
+) -> None:
+    """Copy variables, of Keras 3 or of TensorFlow, from one rank to all; collective.
+
+    Args:
+        variables: a list; the same names, types and shapes on every rank. States of random generators (uint32) are left
+            alone: ranks are to draw different dropout masks.
+        root_rank: the rank whose values everybody gets.
+        process_set: the ranks that take part.
+        inplace: accepted for Horovod's sake; the result is the same.
+
+    Raises MismatchError on every rank if the lists differ.
+
+    >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
+    >>> hvd.init()
+    >>> hvd.broadcast_variables([tf.Variable(1.0)], root_rank=0)
+    """
+    chosen = [variable for variable in variables if tf.as_dtype(unwrap(variable).dtype) != tf.uint32]
+    carrier = HorovodCarrier(process_set)
+    if carrier.size == 1 or not chosen:
+        return
+    name = "pqasgd.broadcast_variables"
+    kinds = [f"{name_of(v)}: {tf.as_dtype(unwrap(v).dtype).name} {list(unwrap(v).shape)}" for v in chosen]
+    verify_same(carrier, {"root_rank": root_rank, "variables": kinds}, name)
+
+    @tf.function(autograph=False)
+    def copy() -> None:
+        for i, variable in enumerate(map(unwrap, chosen)):
+            value = variable.value()
+            # Horovod moves no bfloat16 and no bool: their bytes are as good.
+            carried = tf.cast(value, tf.uint8) if value.dtype == tf.bool else value
+            carried = tf.bitcast(carried, tf.int16) if value.dtype == tf.bfloat16 else carried
+            received = mpi_ops.broadcast(
+                carried, root_rank, name=f"{name}.{i}", ignore_name_scope=True, process_set=process_set
+            )
+            received = tf.bitcast(received, tf.bfloat16) if value.dtype == tf.bfloat16 else received
+            variable.assign(tf.cast(received, value.dtype))
+
+    copy()
+
+
+_allreduces: dict[tuple[Any, ...], _Allreduce] = {}
+_unnamed: collections.Counter[tuple[int, ...]] = collections.Counter()
+
+
+def compressed_allreduce(
+    tensor: tf.Tensor,
+    compression: Any = None,
+    name: str | None = None,
+    op: Any = horovod.Average,
+    process_set: Any = horovod.global_process_set,
+    *,
+    second_compression: Any = None,
+    exchange: str = "auto",
+    seed: int = 0,
+    nonfinite: NonFinitePolicy = "raise",
+) -> tf.Tensor:
+    r"""Return :math:`\frac1n \sum_i Q(x_i)`, or the sum, of a tensor; bit-identical on every rank.
+
+    Works eagerly and in a ``tf.function``. Calls of one name with one configuration share their buffers and draw their
+    rounding noise one after the other.
+
+    Args:
+        tensor: float16, bfloat16, float32 or float64, any fixed shape; the same type and shape on every rank.
+        compression: one of :class:`Compression`; by default 4 bits.
+        name: matches the call between ranks; give one to each call in a traced function. Without a name all calls count
+            as one, in their order.
+        op: ``Average`` or ``Sum``.
+        process_set: the ranks that take part.
+        second_compression: see ``DistributedOptimizer``, as for the following.
+        exchange: ``"auto"``, ``"allgather"`` or ``"two_phase"``.
+        seed: of the rounding noise.
+        nonfinite: ``"raise"`` or ``"propagate"``.
+
+    Returns:
+        A tensor like ``tensor``.
+
+    Raises ArgumentError for values that are not allowed, MismatchError on every rank if the ranks were given different
+    ones, NonFiniteError on every rank if any has NaN or Inf; in a graph these are ``tf.errors.OpError`` with the same
+    text.
+
+    >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
+    >>> hvd.init()
+    >>> hvd.compressed_allreduce(tf.ones((2, 3)), compression=hvd.Compression.eden(bits=2)).shape
+    TensorShape([2, 3])
+    """
+    codec = codec_of(Compression.quantize(bits=4) if compression is None else compression)
+    second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
+    if codec is None or (second_compression is not None and second_codec is None):
+        raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.tensorflow.Compression")
+    if op not in (horovod.Average, horovod.Sum):
+        raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
+    tensor = tf.convert_to_tensor(tensor)
+    if tensor.dtype not in DTYPES or not tensor.shape.is_fully_defined():
+        raise ArgumentError(
+            f"tensor has dtype {tensor.dtype.name} and shape {tensor.shape}; it must have a fixed shape and be "
+            f"{', '.join(dtype.name for dtype in DTYPES)}"
+        )
+    config = ExchangeConfig(codec, second_codec, exchange, small_tensor_threshold=0, seed=seed, nonfinite=nonfinite)
+    carrier = HorovodCarrier(process_set)
+    if carrier.size == 1 or tensor.shape.num_elements() == 0:
+        return tf.identity(tensor)
+    label = f"pqasgd.allreduce.{'noname' if name is None else f'named.{name}'}"
+    identity = (label, tuple(process_set.ranks), tensor.dtype, tuple(tensor.shape), config, op)
+    if identity not in _allreduces:
+        with tf.init_scope():
+            _allreduces[identity] = _Allreduce(tensor, carrier, config, op, label)
+    allreduce = _allreduces[identity]
+    try:
+        return allreduce.traced(allreduce.run, tensor)
+    except tf.errors.OpError as error:
+        raise translate(error) from None
+
+
+class _Allreduce:
+    """All calls of one name with one configuration."""
+
+    def __init__(self, tensor: tf.Tensor, carrier: HorovodCarrier, config: ExchangeConfig, op: Any, name: str) -> None:
+        kind = f"{tensor.dtype.name} {tensor.shape.as_list()}"
+        spec = VariableSpec(name, DTYPES[tensor.dtype], tensor.shape.num_elements(), kind)
+        self.traced = Traced()
+        self._name, self._carrier = name, carrier
+        self._description = {"tensor": kind, "op": str(op), "exchange": config.config()}
+        digest = verify_same(carrier, self._description, name)
+        plan = plan_channel(FlatLayout([spec]), config, compressed=True, name=name, index=0)
+        self._problems = Problems(name, config.nonfinite)
+        self._channel = GraphChannel(plan, carrier, digest, self._problems, None)
+        self._calls = counter("calls")
+        self._factor = float(carrier.size) if op == horovod.Sum else 1.0
+        self._digest = digest & 2**63 - 1
+        self._meeting = register_explainer(self._explain)
+
+    def run(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Exchange one tensor."""
+        calls = self._calls.value()
+        record = tf.stack([tf.constant(self._digest, tf.int64), calls])
+        gathered = allgather(record, f"{self._name}.meeting", self._carrier.process_set)
+        with after(ops.pqasgd_agree(own=record, gathered=gathered, explainer=self._meeting)):
+            flags = self._channel.exchange([tensor], calls, calls)
+        with after(self._problems.verdict(flags), self._calls.assign_add(1)):
+            return self._channel.means([tensor], self._factor)[0]
+
+    def _explain(self, flags: int, data: Bytes) -> None:
+        records = data.view(np.int64).reshape(-1, 2).tolist()
+        listing = format_by_rank(
+            (rank, f"call {calls} of {digest:016x}") for rank, (digest, calls) in enumerate(records)
+        )
+        raise DesynchronizedError(
+            f"{self._name}: the ranks do not make the same calls of compressed_allreduce: {listing}. Give each call a "
+            "name, and make the same ones in the same order on every rank, with the same tensors and settings"
+        )

@@ -1,0 +1,144 @@
+"""All of ``horovod.tensorflow.keras``, made to work under Keras 3, and communication-efficient training.
+
+Use it in place of ``horovod.tensorflow.keras``: under Keras 3 that one's ``DistributedOptimizer`` communicates nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras as _keras
+from horovod.tensorflow.keras import *  # noqa: F403
+from horovod.tensorflow.keras import allgather as allgather
+from horovod.tensorflow.keras import allreduce as allreduce
+from horovod.tensorflow.keras import broadcast as broadcast
+
+from ...averaging import PeriodicAveraging as PeriodicAveraging
+from ...averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
+from ...exchange import DEFAULT_BUCKET_CAP_BYTES
+from ...exchange.base import NonFinitePolicy
+from .. import optimizer as _optimizer
+from ..compression import CodecCompressor as CodecCompressor
+from ..compression import Compression as Compression
+from ..functions import broadcast_variables as broadcast_variables
+from ..functions import compressed_allreduce as compressed_allreduce
+from . import callbacks as callbacks
+
+
+def DistributedOptimizer(
+    optimizer: _keras.optimizers.Optimizer,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = horovod.Average,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: Any = horovod.global_process_set,
+    scale_local_gradients: bool = True,
+    *,
+    period: int | None = None,
+    averaging: PeriodicAveraging | None = None,
+    second_compression: Any = None,
+    exchange: str = "auto",
+    small_tensor_threshold: int = DEFAULT_SMALL_TENSOR_THRESHOLD,
+    bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20,
+    seed: int = 0,
+    nonfinite: NonFinitePolicy = "raise",
+    model: Any = None,
+    check_consistency: bool = False,
+) -> Any:
+    r"""Return an optimizer of the same class and configuration that trains on all ranks, and sends little.
+
+    With ``period=1`` gradients are averaged before each step: by Horovod itself if the codec commutes with a sum
+    (``none``, ``fp16``), else :math:`g \leftarrow \frac1n \sum_i Q(g_i)`, exchanged while others are still computed.
+    With ``period=p`` each step is local, and every ``p`` of them :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)`,
+    :math:`x_i \leftarrow a`, where the anchor :math:`a` is the last common model.
+
+    Args:
+        optimizer: any Keras 3 optimizer, not wrapped yet; a ``LossScaleOptimizer`` may be in it. Variables, of Keras or
+            of TensorFlow, in float16, bfloat16, float32 or float64.
+        name: a name for the optimizer.
+        device_dense: as in Horovod where Horovod averages.
+        device_sparse: as in Horovod.
+        compression: what bytes stand for the numbers: one of :class:`Compression`.
+        sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise they take Horovod's way, uncompressed
+            (with ``period>1`` gradients are not sent at all).
+        gradient_predivide_factor: as in Horovod where Horovod averages; elsewhere dividing before and multiplying after
+            would cancel.
+        op: ``Average`` or ``Sum`` of gradients. ``Sum`` needs ``period=1``, ``Adasum`` needs stock compression too.
+        backward_passes_per_step: how many calls of ``apply`` accumulate gradients before a step is taken.
+        average_aggregated_gradients: divide what was accumulated by their number.
+        num_groups: as ``groups``.
+        groups: as in Horovod where Horovod averages. Elsewhere gradients are fused in buckets anyway.
+        process_set: the ranks that train together.
+        scale_local_gradients: divide gradients of local variables, if there are any, by the number of ranks.
+        period: steps between averages, default 1. Short for ``averaging=PeriodicAveraging(period=...)``.
+        averaging: the strategy: :class:`PeriodicAveraging`.
+        second_compression: codec of the mean in the two-phase exchange, by default ``compression``. More bits there
+            mean less noise.
+        exchange: ``"allgather"``, ``"two_phase"``, or ``"auto"``: whichever sends fewer bytes.
+        small_tensor_threshold: tensors of fewer elements (biases, norms) travel uncompressed, together in one message.
+            0: none does.
+        bucket_cap_mb: largest bucket, in MiB of float32. Larger: fewer messages; smaller: more overlap.
+        seed: of all rounding noise; the same on every rank. No global generator is touched.
+        nonfinite: ``"raise"``: NaN or Inf in what any rank sends raises the same error on every rank, before anything
+            changes. ``"propagate"``: the mean becomes NaN on every rank; a loss scale with ``period=1`` uses that, and
+            skips the step on all ranks alike.
+        model: where to find BatchNormalization's moving statistics if no model is compiled with this optimizer.
+        check_consistency: after each average compare checksums of all replicas (slow; for debugging).
+
+    Returns:
+        An optimizer that also has ``flush()``, ``communication_stats()`` and ``register_local_var()``. Counters and
+        anchor are saved with the model, and by ``tf.train.Checkpoint``; save on every rank if inner state (momentum) is
+        to resume bit-exactly, since that is local.
+
+    Raises ArgumentError for values that are not allowed, and MismatchError on every rank if the ranks were given
+    different ones. What goes wrong later, in a graph, is a ``tf.errors.OpError`` with the same text on every rank.
+
+    Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized
+    Communication", NeurIPS 2018.
+
+    >>> import keras, numpy as np
+    >>> import pqasgd_horovod.tensorflow.keras as hvd
+    >>> hvd.init()
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> optimizer = hvd.DistributedOptimizer(
+    ...     keras.optimizers.SGD(0.1), compression=hvd.Compression.quantize(bits=4), period=8
+    ... )
+    >>> model.compile(optimizer, loss="mse")
+    >>> history = model.fit(np.ones((16, 4)), np.ones((16, 2)), batch_size=4, verbose=0)
+    >>> optimizer.communication_stats()["steps"]
+    4
+    """
+    return _optimizer.distribute(
+        optimizer,
+        name=name,
+        device_dense=device_dense,
+        device_sparse=device_sparse,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor,
+        op=op,
+        backward_passes_per_step=backward_passes_per_step,
+        average_aggregated_gradients=average_aggregated_gradients,
+        num_groups=num_groups,
+        groups=groups,
+        process_set=process_set,
+        scale_local_gradients=scale_local_gradients,
+        period=period,
+        averaging=averaging,
+        second_compression=second_compression,
+        exchange=exchange,
+        small_tensor_threshold=small_tensor_threshold,
+        bucket_cap_mb=bucket_cap_mb,
+        seed=seed,
+        nonfinite=nonfinite,
+        model=model,
+        check_consistency=check_consistency,
+    )

@@ -1,0 +1,459 @@
+"""``DistributedOptimizer`` for Keras 3 optimizers, in ``model.fit`` and in loops of one's own.
+
+Keras 3 calls none of what Horovod's wrapper overrides, so that under it ranks drift apart without a word. Here it is
+``apply`` that is overridden, which everything else calls. The wrapped optimizer is of a subclass of the user's class,
+made from its configuration, as Horovod does it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
+
+from ..averaging import ExchangeConfig, PeriodicAveraging
+from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
+from ..averaging.construction import Membership, construct_together
+from ..averaging.schedule import resolve_averaging
+from ..codecs.base import check_integer
+from ..errors import ArgumentError
+from ..exchange import DEFAULT_BUCKET_CAP_BYTES
+from ..exchange.base import NonFinitePolicy
+from .carrier import HorovodCarrier, allgather
+from .compression import CodecCompressor, Compression, codec_of
+from .gradients import CodedGradients, GradientAverager, GradientSettings, StockGradients
+from .periodic import PeriodicAverager
+from .traced import counter, when
+from .variables import name_of, unwrap
+
+logger = logging.getLogger("pqasgd_horovod")
+
+REGISTERED_NAME = "DistributedOptimizer"
+_PACKAGE = "pqasgd_horovod"
+
+
+# Whatever class of Keras comes after it.
+_Inner: Any = object
+
+
+class DistributedMethods(_Inner):
+    """What a wrapped optimizer does differently; the class of the user's optimizer comes after this one."""
+
+    _inner_class: type[keras.optimizers.Optimizer]
+
+    def _distribute(self, settings: dict[str, Any], membership: Membership, averager: Any, model: Any) -> None:
+        self._pqasgd_settings = _Hidden(settings)
+        self._pqasgd_membership = _Hidden(membership)
+        self._pqasgd_averager = _Hidden(averager)
+        self._pqasgd_model = _Hidden(model)
+        self._pqasgd_local = _Hidden([])
+        if isinstance(averager, GradientAverager):
+            self._pqasgd_state: Any = averager.state
+
+    # ---- Keras ----
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make the optimizer's variables, and agree with the other ranks on what is averaged; collective."""
+        if self.built:
+            return
+        super().build(variables)
+        variables = list(variables)
+        settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
+        with tf.init_scope():
+            if settings["backward_passes_per_step"] > 1:
+                self._pqasgd_sums = [
+                    tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in map(unwrap, variables)
+                ]
+                self._pqasgd_passes = counter("backward_passes")
+            model = self._find_model()
+            if model is not None and getattr(model, "jit_compile", False):
+                logger.warning("jit_compile=%s is set to False: XLA cannot compile Horovod's ops", model.jit_compile)
+                model.jit_compile = False
+            if isinstance(averager, PeriodicAverager):
+                trained = [v for v in variables if not self._is_local(v)]
+                averager.build(trained, self._find_buffers(model, averager.averaging.buffers))
+                self._pqasgd_state = averager.state
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Update the variables with ``grads``, and average as the schedule says."""
+        if len(grads) == 0:
+            return
+        if not self.built:
+            if trainable_variables is None:
+                raise ArgumentError(
+                    "trainable_variables is None and the optimizer is not built: pass the variables, or call "
+                    "optimizer.build(model.trainable_variables) first"
+                )
+            with keras.name_scope(self.name, caller=self):
+                self.build(list(trainable_variables))
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if len(grads) != len(variables):
+            raise ArgumentError(f"grads has {len(grads)} entries for {len(variables)} variables; it must have as many")
+        passes = self._pqasgd_settings.value["backward_passes_per_step"]
+        if passes == 1:
+            self._step(list(grads), variables)
+        else:
+            self._accumulate(list(grads), variables, passes)
+
+    def _accumulate(self, grads: list[Any], variables: list[Any], passes: int) -> None:
+        sums = [self._pqasgd_sums[self._get_variable_index(v)] for v in variables]
+        present = [i for i, gradient in enumerate(grads) if gradient is not None]
+        for i in present:
+            sums[i].assign_add(tf.convert_to_tensor(grads[i]))
+        count = self._pqasgd_passes.assign_add(1)
+        divisor = passes if self._pqasgd_settings.value["average_aggregated_gradients"] else 1
+
+        def step() -> None:
+            summed = list(grads)
+            for i in present:
+                summed[i] = sums[i].value() / tf.cast(divisor, sums[i].dtype)
+            self._step(summed, variables)
+            for i in present:
+                sums[i].assign(tf.zeros_like(sums[i]))
+
+        def skip() -> None:
+            self._iterations.assign_add(1)
+
+        when(tf.equal(count % passes, 0), step, skip)
+
+    def _step(self, grads: list[Any], variables: list[Any]) -> None:
+        averager = self._pqasgd_averager.value
+        if isinstance(averager, PeriodicAverager):
+            averager.before_step()
+            super().apply(grads, variables)
+            averager.count_step()
+            return
+        shared = [i for i, variable in enumerate(variables) if not self._is_local(variable)]
+        means = averager.average([grads[i] for i in shared], [variables[i] for i in shared])
+        if self._pqasgd_settings.value["scale_local_gradients"]:
+            carrier = self._pqasgd_membership.value.carrier
+            grads = [g if g is None or carrier is None else scaled(g, 1.0 / carrier.size) for g in grads]
+        for i, mean in zip(shared, means, strict=True):
+            grads[i] = mean
+        super().apply(grads, variables)
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """At the end of ``fit``: average what is left of a period, and the moving averages of parameters, if any."""
+        self.flush()
+        carrier = self._pqasgd_membership.value.carrier
+        if carrier is not None and getattr(self, "use_ema", False):
+            for i, average in enumerate(self._model_variables_moving_average):
+                name = f"{self._pqasgd_membership.value.name}.ema.{i}"
+                average.assign(_plain_mean(unwrap(average), name, carrier))
+        super().finalize_variable_values(var_list)
+
+    # ---- what a model file holds ----
+
+    def get_config(self) -> dict[str, Any]:
+        """Return a configuration that ``from_config`` and Keras' ``load_model`` take back."""
+        settings = dict(self._pqasgd_settings.value)
+        inner = self._inner_class.from_config(super().get_config())
+        return {"optimizer": keras.saving.serialize_keras_object(inner), **settings}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Return the optimizer of a configuration; collective, as its construction is."""
+        settings = dict(config)
+        inner = keras.saving.deserialize_keras_object(settings.pop("optimizer"), custom_objects=custom_objects)
+        return _from_settings(inner, settings)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Add counters and anchors to what Keras saves."""
+        super().save_own_variables(store)
+        state = getattr(self, "_pqasgd_state", None)
+        if state is not None:
+            for name, variable in state.named().items():
+                store[f"pqasgd.{name}"] = variable.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take counters and anchors out of what Keras has saved."""
+        saved = {key: store[key] for key in store.keys() if not key.startswith("pqasgd.")}  # noqa: SIM118
+        super().load_own_variables(saved)
+        state = getattr(self, "_pqasgd_state", None)
+        named = {} if state is None else state.named()
+        for name, variable in named.items():
+            key = f"pqasgd.{name}"
+            if key not in store.keys():  # noqa: SIM118
+                if any(other.startswith("pqasgd.") for other in store.keys()):  # noqa: SIM118
+                    raise ArgumentError(
+                        f"the saved optimizer has no {key!r}: it was saved in a world of another size, or with other "
+                        "settings. Build the optimizer as it was, or load the weights alone"
+                    )
+                return  # of a plain optimizer: a new period starts at the next step
+            if store[key].shape != tuple(variable.shape):
+                raise ArgumentError(
+                    f"the saved optimizer has {key!r} of shape {store[key].shape}, this one of "
+                    f"{tuple(variable.shape)}: it was saved with other settings, or for another model"
+                )
+            variable.assign(store[key])
+
+    @classmethod
+    def _instantiate(cls, inner_config: dict[str, Any]) -> Any:
+        """Return an instance made from the configuration of the user's optimizer."""
+        return super().from_config(inner_config)
+
+    # ---- this package ----
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Average a last partial period: call it on every rank before evaluating, saving or ending.
+
+        Nothing happens with ``period=1``, or right after an average. Raises CollectiveTimeoutError if the other ranks
+        do not come in ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
+        """
+        averager = self._pqasgd_averager.value
+        if isinstance(averager, PeriodicAverager):
+            averager.flush(timeout)
+
+    def communication_stats(self) -> dict[str, Any]:
+        """Return running totals of this process, as in PyTorch.
+
+        ``steps``, ``rounds`` (averages), ``world_size``, ``num_elements`` (parameters that are exchanged),
+        ``bytes_sent``, ``bytes_received``, ``uncompressed_bytes`` (what a float32 ring allreduce of all gradients would
+        have sent for the same steps), ``compression_ratio`` (uncompressed over sent) and ``exchange_seconds`` (from the
+        beginning to the end of averages).
+        """
+        result: dict[str, Any] = self._pqasgd_averager.value.communication_stats()
+        return result
+
+    def register_local_var(self, var: Any) -> None:
+        """Keep a variable to this rank: neither its gradients nor its values are averaged; before the first step."""
+        if self.built and isinstance(self._pqasgd_averager.value, PeriodicAverager):
+            raise ArgumentError(f"var is {name_of(var)!r}, and training has begun: register it before the first step")
+        self._pqasgd_local.value.append(unwrap(var))
+
+    def _is_local(self, variable: Any) -> bool:
+        return any(unwrap(variable) is local for local in self._pqasgd_local.value)
+
+    def _find_model(self) -> Any:
+        """Return the model that was compiled with this optimizer, or was named at construction."""
+        if self._pqasgd_model.value is not None:
+            return self._pqasgd_model.value
+        for candidate in gc.get_objects():
+            kind = type(candidate)
+            if issubclass(kind, keras.optimizers.LossScaleOptimizer) and candidate.inner_optimizer is self:
+                raise ArgumentError(
+                    "the optimizer was wrapped in a LossScaleOptimizer after it was distributed, so that each rank "
+                    "would decide by itself which steps to skip: pass "
+                    "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...) to compile(), or set "
+                    "the global dtype policy before the optimizer is distributed"
+                )
+            if issubclass(kind, keras.Model) and getattr(candidate, "optimizer", None) is self:
+                return candidate
+        return None
+
+    def _find_buffers(self, model: Any, policy: str) -> list[Any]:
+        if policy == "local":
+            return []
+        if model is None:
+            if self._pqasgd_membership.value.carrier is not None and horovod.rank() == 0:
+                logger.warning(
+                    "no model was compiled with this optimizer, so BatchNormalization's moving statistics are not "
+                    "known and not averaged: pass model=model, or averaging=PeriodicAveraging(period=..., "
+                    "buffers='local') if that is meant"
+                )
+            return []
+        found: list[Any] = []
+        for layer in model._flatten_layers():
+            if policy == "statistics" and not isinstance(layer, keras.layers.BatchNormalization):
+                continue
+            for variable in layer._non_trainable_variables:
+                if keras.backend.is_float_dtype(variable.dtype) and not any(variable is other for other in found):
+                    found.append(variable)
+        return found
+
+
+class _Hidden:
+    """Something that Keras and TensorFlow are not to track."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def scaled(gradient: Any, factor: float) -> Any:
+    """Return ``factor`` times a gradient, dense or sparse."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
+    return gradient * factor
+
+
+def _plain_mean(tensor: Any, name: str, carrier: HorovodCarrier) -> tf.Tensor:
+    function = tf.function(
+        lambda: tf.reduce_mean(allgather(tensor.value()[None], name, carrier.process_set), axis=0), autograph=False
+    )
+    return function()
+
+
+def make_class(inner_class: type[keras.optimizers.Optimizer]) -> Any:
+    """Return the distributed subclass of an optimizer's class."""
+    namespace = {"_inner_class": inner_class, "__doc__": inner_class.__doc__, "__module__": __name__}
+    cls = type(REGISTERED_NAME, (DistributedMethods, inner_class), namespace)
+    return keras.saving.register_keras_serializable(_PACKAGE, REGISTERED_NAME)(cls)
+
+
+# Model files name the class; whichever was registered last makes the right one from the configuration.
+make_class(keras.optimizers.SGD)
+
+
+def _from_settings(optimizer: Any, settings: dict[str, Any]) -> Any:
+    known = dict(settings)
+    codec, second, averaging = known.pop("codec"), known.pop("second_codec"), dict(known.pop("averaging"))
+    averaging.pop("id")
+    return distribute(
+        optimizer,
+        compression=CodecCompressor.from_config(codec),
+        second_compression=None if second is None else CodecCompressor.from_config(second),
+        averaging=PeriodicAveraging(**averaging),
+        **known,
+    )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, DistributedMethods):
+        raise ArgumentError("optimizer is a DistributedOptimizer already; pass the plain optimizer")
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ArgumentError(
+            f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}; it must be a Keras 3 optimizer, "
+            "such as keras.optimizers.SGD(0.1), which takes plain tf.Variables too"
+        )
+
+
+def check_op(op: Any, averaging: PeriodicAveraging, stock: bool, gradient_predivide_factor: float) -> None:
+    """Raise ArgumentError unless gradients can be combined by ``op``."""
+    if gradient_predivide_factor != 1.0 and op != horovod.Average:
+        raise ArgumentError(
+            f"gradient_predivide_factor is {gradient_predivide_factor} with op={op}; it needs op=hvd.Average"
+        )
+    if averaging.period > 1 and op != horovod.Average:
+        raise ArgumentError(
+            f"op is {op} with period={averaging.period}; replicas can only be averaged: use op=hvd.Average"
+        )
+    allowed = (horovod.Average, horovod.Sum, horovod.Adasum) if stock else (horovod.Average, horovod.Sum)
+    if op not in allowed:
+        raise ArgumentError(
+            f"op is {op}; it must be hvd.Average or hvd.Sum, or, with Compression.none and period=1, hvd.Adasum"
+        )
+
+
+def _scales_loss(optimizer: Any) -> bool:
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def distribute(
+    optimizer: Any,
+    *,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Any = horovod.Average,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: Any = horovod.global_process_set,
+    scale_local_gradients: bool = True,
+    period: int | None = None,
+    averaging: PeriodicAveraging | None = None,
+    second_compression: Any = None,
+    exchange: str = "auto",
+    small_tensor_threshold: int = DEFAULT_SMALL_TENSOR_THRESHOLD,
+    bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20,
+    seed: int = 0,
+    nonfinite: NonFinitePolicy = "raise",
+    model: Any = None,
+    check_consistency: bool = False,
+) -> Any:
+    """Do what ``DistributedOptimizer`` of :mod:`pqasgd_horovod.tensorflow.keras` says."""
+    membership = Membership(horovod, process_set, HorovodCarrier)
+    with construct_together(membership):
+        _check_optimizer(optimizer)
+        check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
+        strategy = resolve_averaging(period, averaging)
+        codec = codec_of(compression)
+        second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
+        stock = strategy.period == 1 and (codec is None or codec.commutes_with_sum)
+        if not stock and (codec is None or (second_compression is not None and second_codec is None)):
+            raise ArgumentError(
+                f"compression is {compression!r} with period={strategy.period}; a compressor of your own works with "
+                "period=1 only, where Horovod averages: use one of pqasgd_horovod.tensorflow.Compression"
+            )
+        check_op(op, strategy, stock, gradient_predivide_factor)
+        config = ExchangeConfig(
+            codec or Compression.none.codec,
+            second_codec,
+            exchange,
+            small_tensor_threshold,
+            bucket_cap_mb,
+            seed,
+            nonfinite,
+        )
+        if keras.config.dtype_policy().name == "mixed_float16" and not _scales_loss(optimizer):
+            # As compile() would, but around the exchange: all ranks then skip the same steps.
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        if _scales_loss(optimizer) and strategy.period == 1 and not stock:
+            # An overflow is what a loss scale looks for, not an error.
+            config = ExchangeConfig(**{**vars(config), "nonfinite": "propagate"})
+        gradients = GradientSettings(
+            op, gradient_predivide_factor, groups or num_groups, sparse_as_dense, device_dense, device_sparse
+        )
+        compressor = compression if codec is None else CodecCompressor(codec)
+        averager = make_averager(strategy, config, gradients, compressor, stock, membership, check_consistency)
+        inner_config = optimizer.get_config()
+        if name is not None:
+            inner_config["name"] = name
+        wrapped = make_class(type(optimizer))._instantiate(inner_config)
+        settings = {
+            "codec": config.codec.config(),
+            "second_codec": None if second_codec is None else second_codec.config(),
+            "averaging": strategy.config(),
+            "exchange": exchange,
+            "small_tensor_threshold": small_tensor_threshold,
+            "bucket_cap_mb": bucket_cap_mb,
+            "seed": seed,
+            "nonfinite": nonfinite,
+            "check_consistency": check_consistency,
+            "sparse_as_dense": sparse_as_dense,
+            "gradient_predivide_factor": gradient_predivide_factor,
+            "op": op,
+            "backward_passes_per_step": backward_passes_per_step,
+            "average_aggregated_gradients": average_aggregated_gradients,
+            "scale_local_gradients": scale_local_gradients,
+            "device_dense": device_dense,
+            "device_sparse": device_sparse,
+        }
+        wrapped._distribute(settings, membership, averager, model)
+        membership.describe(
+            type(optimizer).__name__,
+            strategy,
+            config,
+            op=op,
+            check_consistency=check_consistency,
+            backward_passes_per_step=backward_passes_per_step,
+        )
+    return wrapped
+
+
+def make_averager(
+    averaging: PeriodicAveraging,
+    config: ExchangeConfig,
+    gradients: GradientSettings,
+    compressor: Any,
+    stock: bool,
+    membership: Membership,
+    check_consistency: bool,
+) -> PeriodicAverager | GradientAverager:
+    """Return what averages: replicas, coded gradients, or gradients as Horovod does."""
+    carrier: Any = membership.carrier
+    if averaging.period > 1:
+        return PeriodicAverager(carrier, averaging, config, name=membership.name, check_consistency=check_consistency)
+    if not stock:
+        return CodedGradients(carrier, gradients, config, name=membership.name)
+    itemsize = 2 if config.codec.id == "fp16" else None
+    return StockGradients(carrier, gradients, compressor, itemsize, name=membership.name)
