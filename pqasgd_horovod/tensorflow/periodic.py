@@ -40,8 +40,9 @@ class PeriodicState(tf.Module):
 
     def named(self) -> dict[str, tf.Variable]:
         """Return the variables by the names under which a model file holds them."""
-        counters = (self.steps, self.rounds, self.steps_since_average, self.anchored)
-        return {variable.name.partition(":")[0]: variable for variable in (*counters, *self.anchors)}
+        names = ("steps", "rounds", "steps_since_average", "anchored")
+        anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
+        return {**{name: getattr(self, name) for name in names}, **anchors}
 
 
 class PeriodicAverager:

@@ -5,6 +5,7 @@ Use it in place of ``horovod.tensorflow.keras``: under Keras 3 that one's ``Dist
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -23,7 +24,9 @@ from ..compression import CodecCompressor as CodecCompressor
 from ..compression import Compression as Compression
 from ..functions import broadcast_variables as broadcast_variables
 from ..functions import compressed_allreduce as compressed_allreduce
-from . import callbacks as callbacks
+
+# Horovod has a module of this name, which its names above brought along.
+callbacks = importlib.import_module(f"{__name__}.callbacks")
 
 
 def DistributedOptimizer(
