@@ -29,8 +29,11 @@ RANK_TESTS := pytest tests/ranks -x -q -p no:cacheprovider -o timeout_method=thr
 test-2 test-4: test-%:
 	@$(BIN)/horovodrun --gloo -np $* $(BIN)/python -m $(RANK_TESTS) $(PYTEST_ARGS)
 
-bench: setup ## measure codecs and exchange; results in build/bench
+bench: export TF_CPP_MIN_LOG_LEVEL := 3
+bench: export TF_ENABLE_ONEDNN_OPTS := 0
+bench: setup ## measure codecs, TensorFlow ops and exchange; results in build/bench
 	@$(BIN)/python scripts/bench_codecs.py
+	@$(BIN)/python scripts/bench_tensorflow.py
 	@$(BIN)/python scripts/bench_exchange.py
 
 lint: setup ## check style with ruff and types with mypy

@@ -2,15 +2,17 @@
 
 Everything is measured in one job, one repetition of each in turn: stock Horovod's allreduce of ResNet-50's 161 tensors
 in fp32 and in fp16, fused by Horovod as in training; an average by our optimizer of the same tensors at 8, 4 and 2
-bits; and the same bytes as ours through one plain MPI allgather, the speed of light. All of it over the loopback
-interface, and between two hosts on a link of 1 Gbit/s (network namespaces and a token bucket, see two_hosts.py). Times
-are medians of the slower rank's. Bytes are those that one rank sends for one average: by our counters (for stock by the
-formula of a ring allreduce), and by the interface's.
+bits; and the same bytes as ours through one plain MPI allgather, the speed of light. Then the same in TensorFlow, in a
+job of its own, against stock Horovod in TensorFlow. All of it over the loopback interface, and between two hosts on a
+link of 1 Gbit/s (network namespaces and a token bucket, see two_hosts.py). Times are medians of the slower rank's.
+Bytes are those that one rank sends for one average: by our counters (for stock by the formula of a ring allreduce), and
+by the interface's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -19,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import two_hosts
 from bench_tools import OUTPUT, describe_machine, format_table, warn_if_busy, write_json
+from exchange_candidates import resnet50_shapes
 
 LINKS = {"loopback": "loopback", "1gbit": "shaped"}  # row name: link of two_hosts.py
 TARGETS = {
@@ -33,33 +35,10 @@ TARGETS = {
     ("loopback", "ours 4 bits"): 1.0,
     ("loopback", "ours 2 bits"): 1.0,
 }
-BITS = (8, 4, 2)
+FRAMEWORKS = ("pytorch", "tensorflow")
 # For mpirun, the same for all. MPI waits by spinning; where a rank has one core, as here, that takes it from coding.
 SETTINGS = ("--mca", "mpi_yield_when_idle", "1")
 TOLERATED_BYTES = 0.05
-
-
-def resnet50_shapes() -> list[tuple[int, ...]]:
-    """The 161 trainable tensors of ResNet-50, 25.6 million parameters."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, channels, 1, 1), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
-            shapes += [(4 * width, width, 1, 1), (4 * width,), (4 * width,)]
-            if block == 0:
-                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
-            channels = 4 * width
-    return [*shapes, (1000, channels), (1000,)]
-
-
-class Candidate(NamedTuple):
-    """One way to average: what is timed, what goes before it outside of the time, and the bytes that one rank sends."""
-
-    name: str
-    run: Callable[[], object]
-    prepare: Callable[[], object]
-    bytes_sent: Callable[[], int]
 
 
 def transmitted_bytes(interface: str) -> int:
@@ -71,88 +50,12 @@ def transmitted_bytes(interface: str) -> int:
     raise RuntimeError(f"interface {interface} is not in /proc/net/dev")
 
 
-def _candidates(scale: float) -> list[Candidate]:
-    """Make everything that is compared, on tensors of ResNet-50's shapes; ``scale`` < 1 shortens them."""
-    import horovod.torch as horovod
-    import numpy as np
-    import torch
-    from mpi4py import MPI
-
-    import pqasgd_horovod.torch as hvd
-    from pqasgd_horovod import codecs
-
-    generator = torch.Generator().manual_seed(0)  # the same model on every rank
-    shapes = [(max(1, int(shape[0] * scale)), *shape[1:]) for shape in resnet50_shapes()]
-    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    total = sum(tensor.numel() for tensor in tensors)
-    size = horovod.size()
-    world = MPI.COMM_WORLD
-
-    def nothing() -> None:
-        pass
-
-    def stock(name: str, compression: Any, nbytes: int) -> Candidate:
-        # As Horovod's optimizer does it: everything asynchronous, by name, then synchronized.
-        def run() -> None:
-            handles = []
-            for index, tensor in enumerate(tensors):
-                compressed, context = compression.compress(tensor)
-                handles.append((horovod.allreduce_async_(compressed, name=f"{name}.{index}"), context))
-            for handle, context in handles:
-                compression.decompress(horovod.synchronize(handle), context)
-
-        return Candidate(name, run, nothing, lambda: 2 * (size - 1) * total * nbytes // size)
-
-    def ours(bits: int) -> Candidate:
-        # Every second step averages. Without gradients SGD changes nothing, so that step is the average alone.
-        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
-        optimizer = hvd.DistributedOptimizer(
-            torch.optim.SGD(parameters, lr=0.1),
-            named_parameters=[(f"bits{bits}.{index}", parameter) for index, parameter in enumerate(parameters)],
-            compression=hvd.Compression.quantize(bits=bits),
-            averaging=hvd.PeriodicAveraging(period=2, buffers="local"),
-        )
-
-        def prepare() -> None:
-            optimizer.step()
-            with torch.no_grad():  # as if the ranks had made different local steps
-                torch._foreach_mul_([*parameters], 1.01 + 0.01 * horovod.rank())
-
-        def bytes_sent() -> int:
-            statistics_so_far = optimizer.communication_stats()
-            return int(statistics_so_far["bytes_sent"] // statistics_so_far["rounds"])
-
-        return Candidate(f"ours {bits} bits", optimizer.step, prepare, bytes_sent)
-
-    def raw(bits: int) -> Candidate:
-        sent = np.zeros(codecs.quantize(bits).payload_nbytes(total), np.uint8)
-        received = np.zeros(size * sent.size, np.uint8)
-        return Candidate(
-            f"raw MPI, bytes of {bits} bits",
-            lambda: world.Allgather(sent, received),
-            nothing,
-            lambda: (size - 1) * sent.size,
-        )
-
-    return [
-        stock("stock fp32", horovod.Compression.none, 4),
-        stock("stock fp16", horovod.Compression.fp16, 2),
-        *(ours(bits) for bits in BITS),
-        *(raw(bits) for bits in BITS if bits < 8),
-    ]
-
-
-def work(interface: str, repetitions: int, scale: float, output: Path) -> None:
+def work(framework: str, interface: str, repetitions: int, scale: float, output: Path) -> None:
     """What each rank runs: all candidates in turn, again and again; rank 0 writes the rows."""
-    import torch
+    candidates = importlib.import_module(f"exchange_candidates.{framework}").candidates(scale)
+    from mpi4py import MPI  # Horovod has initialised it
 
-    torch.set_num_threads(1)  # each rank has a host of its own in this play, but they share the cores of one
-    import horovod.torch as hvd
-    from mpi4py import MPI
-
-    hvd.init()
     world = MPI.COMM_WORLD
-    candidates = _candidates(scale)
     ranks_behind_interface = world.size if interface == "lo" else 1
     seconds: list[list[float]] = [[] for _ in candidates]
     on_interface: list[list[int]] = [[] for _ in candidates]
@@ -183,16 +86,16 @@ def work(interface: str, repetitions: int, scale: float, output: Path) -> None:
             for candidate, times, counts in zip(candidates, seconds, on_interface, strict=True)
         ]
         output.write_text(json.dumps(rows))
-    hvd.shutdown()
+    world.Barrier()  # Horovod ends with the first rank that does
 
 
-def measure(link: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(link: str, framework: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the job on one link and return its rows; raises NotAvailableError with the reason if that cannot be had."""
     kind = LINKS[link]
     with tempfile.TemporaryDirectory(prefix="pqasgd_bench_") as folder:
         output = Path(folder) / "rows.json"
         command = [sys.executable, os.path.abspath(__file__)]
-        command += ["--worker", two_hosts.INTERFACE[kind], "--worker-output", str(output)]
+        command += ["--worker", two_hosts.INTERFACE[kind], "--worker-output", str(output), "--frameworks", framework]
         command += ["--repetitions", str(options.repetitions), "--scale", str(options.scale)]
         mpirun_arguments = [*SETTINGS, *options.mpirun]
         try:
@@ -231,6 +134,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS), help="which links (default: all)")
     parser.add_argument(
+        "--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS), help="which ones (default: all)"
+    )
+    parser.add_argument(
         "--repetitions", type=int, default=9, help="timed repetitions of everything (default: %(default)s)"
     )
     parser.add_argument(
@@ -249,7 +155,7 @@ def main() -> int:
     parser.add_argument("--worker-output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, options.repetitions, options.scale, options.worker_output)
+        work(options.frameworks[0], options.worker, options.repetitions, options.scale, options.worker_output)
         return 0
 
     two_hosts.end_on_sigterm()
@@ -260,7 +166,8 @@ def main() -> int:
     for link in options.links:
         print(f"measuring on {link} ...", flush=True)
         try:
-            rows += measure(link, options)
+            for framework in options.frameworks:
+                rows += measure(link, framework, options)
         except two_hosts.NotAvailableError as error:
             skipped[link] = str(error)
             print(f"skipped {link}: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import bench_codecs
 import bench_exchange
 import bench_tools
+import exchange_candidates
 import pytest
 import two_hosts
 
@@ -70,6 +72,17 @@ def test_codecs_json(tmp_path):
         assert 0 < rows[name, bits]["q_gaussian"] <= target
 
 
+def test_tensorflow_json(tmp_path):
+    path = tmp_path / "tensorflow.json"
+    output = run_script("bench_tensorflow.py", "--elements", 2**14, "--repetitions", 1, "--output", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert {("eden", 4), ("maxscale", 4), ("fp16", 16)} <= {(row["codec"], row["bits"]) for row in rows}
+    for row in rows:
+        assert row["encode_over_native"] > 0
+        assert row["decode_over_native"] > 0
+        assert row["codec"] in output
+
+
 def test_an_unregistered_instruction_set_is_refused(tmp_path):
     result = launch([sys.executable, str(SCRIPTS / "bench_codecs.py"), "--isa", "mmx"], "python")
     assert result.returncode == 2
@@ -80,9 +93,9 @@ def test_an_unregistered_instruction_set_is_refused(tmp_path):
 
 
 def test_the_model_is_resnet50():
-    shapes = bench_exchange.resnet50_shapes()
+    shapes = exchange_candidates.resnet50_shapes()
     assert len(shapes) == 161
-    assert sum(bench_exchange.math.prod(shape) for shape in shapes) == 25_557_032
+    assert sum(math.prod(shape) for shape in shapes) == 25_557_032
 
 
 def test_exchange_json(tmp_path):
@@ -90,14 +103,19 @@ def test_exchange_json(tmp_path):
     run_script("bench_exchange.py", "--links", "loopback", "--repetitions", 1, "--scale", 0.05, "--output", path)
     document = json.loads(path.read_text())
     rows = {row["name"]: row for row in document["rows"]}
-    assert list(rows)[:5] == ["stock fp32", "stock fp16", "ours 8 bits", "ours 4 bits", "ours 2 bits"]
-    for row in rows.values():
-        assert row["link"] == "loopback"
-        assert row["seconds"] > 0
-        assert row["speedup_over_fp32"] == pytest.approx(rows["stock fp32"]["seconds"] / row["seconds"])
-        assert row["interface_bytes"] > 0.95 * row["bytes_sent"] > 0
-    assert rows["ours 4 bits"]["bytes_sent"] < rows["stock fp32"]["bytes_sent"] / 6
-    assert rows["ours 2 bits"]["bytes_sent"] < rows["ours 4 bits"]["bytes_sent"]
+    names = ["stock fp32", "stock fp16", "ours 8 bits", "ours 4 bits", "ours 2 bits"]
+    for prefix in ("", "tensorflow "):
+        own = {name: rows[f"{prefix}{name}"] for name in names}
+        for row in own.values():
+            assert row["link"] == "loopback"
+            assert row["seconds"] > 0
+            assert row["speedup_over_fp32"] == pytest.approx(own["stock fp32"]["seconds"] / row["seconds"])
+            assert row["interface_bytes"] > 0.95 * row["bytes_sent"] > 0
+        assert own["ours 4 bits"]["bytes_sent"] < own["stock fp32"]["bytes_sent"] / 6
+        assert own["ours 2 bits"]["bytes_sent"] < own["ours 4 bits"]["bytes_sent"]
+        assert {name: row["bytes_sent"] for name, row in own.items()} == {
+            name: rows[name]["bytes_sent"] for name in names
+        }
     assert document["settings"] == list(bench_exchange.SETTINGS)
 
 
