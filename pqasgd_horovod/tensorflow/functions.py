@@ -55,7 +55,9 @@ def decode_add(
 
     Args:
         payload: uint8 vector from :func:`encode` with the same key.
-        destination: float32, any shape. A variable is changed in place; of a tensor a new one is returned.
+        destination: float16, bfloat16, float32 or float64, any shape. A variable is changed in place; of a tensor a new
+            one is returned. The decoded numbers are float32; they are added in float32, or in float64, and the sum is
+            rounded to the type of the destination.
         codec: the codec of the payload.
         key: the 64-bit key of the payload.
         weight: finite number.
@@ -74,10 +76,21 @@ def decode_add(
     """
     own = unwrap(destination)
     options = {"payload": payload, "key": _key(key), "weight": weight, "codec": list(codec.native_spec)}
-    if isinstance(own, tf.Variable):
+    is_variable = isinstance(own, tf.Variable)
+    if own.dtype == tf.float32:
+        if not is_variable:
+            return ops.pqasgd_decode_add(destination=own, **options)
         ops.pqasgd_decode_add_variable(destination=own.handle, **options)
         return None
-    return ops.pqasgd_decode_add(destination=own, **options)
+    value = own.value() if is_variable else own
+    if own.dtype == tf.float64:
+        total = value + tf.cast(ops.pqasgd_decode_add(destination=tf.zeros(own.shape), **options), tf.float64)
+    else:
+        total = tf.cast(ops.pqasgd_decode_add(destination=tf.cast(value, tf.float32), **options), own.dtype)
+    if not is_variable:
+        return total
+    own.assign(total)
+    return None
 
 
 def _key(key: int | tf.Tensor) -> tf.Tensor:

@@ -20,6 +20,7 @@ from .optimizer import check_op, scaled
 from .variables import name_of, unwrap
 
 _averagers: dict[tuple[Any, ...], GradientAverager] = {}
+_compressors: dict[tuple[Any, ...], Any] = {}
 
 
 class _DistributedTape:
@@ -69,13 +70,18 @@ class _DistributedTape:
 
 
 def _identity(settings: dict[str, Any]) -> tuple[Any, ...]:
-    process_set = tuple(settings["process_set"].ranks)
-    return (process_set, settings["config"], settings["gradients"], repr(settings["compressor"]))
+    return (tuple(settings["process_set"].ranks), settings["config"], settings["gradients"])
 
 
 def _averager_of(names: tuple[str, ...], settings: dict[str, Any]) -> GradientAverager:
     """Return what averages the gradients of these variables: made once, though a tape is made in every step."""
     identity = (names, *_identity(settings))
+    compressor = _compressors.setdefault(identity, settings["compressor"])
+    if compressor != settings["compressor"]:
+        raise ArgumentError(
+            f"compression is {settings['compressor']!r} and was {compressor!r} for these variables: a compressor of "
+            "your own has to be made once, outside of the traced function"
+        )
     if identity not in _averagers:
         with tf.init_scope():
             membership = Membership(horovod, settings["process_set"], HorovodCarrier)
