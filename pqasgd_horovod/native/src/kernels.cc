@@ -293,56 +293,119 @@ PQ_INLINE void hadamard(float* z, int64_t size, Get get) {
   else if (size / stride == 2) transform_pass<2>(z, size, stride);
 }
 
-// Number of scaled thresholds that |z| reaches: a chain of comparisons, or a table of narrow cells with one threshold each.
+// For some vectors at once, m = number of scaled thresholds that a reaches: by a chain of comparisons,
 template <int kChain>
 struct ChainSearch {
   vf scaled[kChain > 0 ? kChain : 1];
   ChainSearch(const LloydMax& table, float sigma) {
     for (int k = 0; k < kChain; ++k) scaled[k] = set1(table.threshold[k] * sigma);
   }
-  PQ_INLINE vi operator()(vf a) const {
-    vi m{};
-    for (int k = 0; k < kChain; ++k) m = count_if_at_least(m, a, scaled[k]);
-    return m;
+  template <int N>
+  PQ_INLINE void operator()(const vf (&a)[N], vi (&m)[N]) const {
+    for (int r = 0; r < N; ++r) {
+      m[r] = vi{};
+      for (int k = 0; k < kChain; ++k) m[r] = count_if_at_least(m[r], a[r], scaled[k]);
+    }
   }
 };
+#if defined(__AVX512F__)
+// by binary search in a tree that stays in registers. The vectors step in turn: a step waits for the one before.
+template <int kLevels>
+struct TreeSearch {
+  alignas(64) float scaled[1 << kLevels];  // as integers, less 1: minus a it is negative where the threshold is reached
+  TreeSearch(const LloydMax& table, float sigma) {
+    for (int i = 0; i < 1 << kLevels; i += W) store(scaled + i, bits(load<vf>(table.tree + i) * sigma) - 1);
+  }
+  PQ_INLINE static vi step(vi node, vf a, vf threshold) {
+    return node + node + (vi)((vu)(bits(threshold) - bits(a)) >> 31);
+  }
+  template <int kLevel, int N>
+  PQ_INLINE void descend(const vf (&a)[N], vi (&node)[N]) const {
+    if constexpr (kLevel < kLevels) {
+      for (int r = 0; r < N; ++r)
+        node[r] = step(node[r], a[r], kLevel < 4 ? lookup<4>(scaled, node[r])
+                                                 : lookup<kLevel>(scaled + (1 << kLevel), node[r]));
+      descend<kLevel + 1>(a, node);
+    }
+  }
+  template <int N>
+  PQ_INLINE void operator()(const vf (&a)[N], vi (&m)[N]) const {
+    for (int r = 0; r < N; ++r) m[r] = step(set1(1), a[r], set1(scaled[1]));
+    descend<1>(a, m);
+    for (int r = 0; r < N; ++r) m[r] = m[r] - (1 << kLevels);
+  }
+};
+#else
+// or in a table of narrow cells with one threshold each.
 struct CellSearch {
   const LloydMax& table;
   float sigma, cells_per_unit;
   CellSearch(const LloydMax& t, float s) : table(t), sigma(s), cells_per_unit(t.cells_per_sigma / s) {}
-  PQ_INLINE vi operator()(vf a) const {
-    const vi cell = min(truncate(a * cells_per_unit), set1(table.num_cells - 1));  // |z| <= sigma sqrt(P): no overflow
-    return count_if_at_least(gather(table.cell_base, cell), a, gather(table.cell_threshold, cell) * sigma);
+  template <int N>
+  PQ_INLINE void operator()(const vf (&a)[N], vi (&m)[N]) const {
+    for (int r = 0; r < N; ++r) {
+      // |z| <= sigma sqrt(P): no overflow
+      const vi cell = min(truncate(a[r] * cells_per_unit), set1(table.num_cells - 1));
+      m[r] = count_if_at_least(gather(table.cell_base, cell), a[r], gather(table.cell_threshold, cell) * sigma);
+    }
   }
 };
+#endif
+
+// f(bits), with bits a constant, so that tables stay in registers.
+template <class F>
+PQ_INLINE auto with_bits(int bits, F f) {
+  switch (bits) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
+}
 
 struct Eden {
   static int64_t padded(const Plan& plan, int64_t n) { return eden_padded(n, plan.codec.block_size); }
 
-  template <class Search>
-  static PQ_INLINE float quantize(const LloydMax& table, int bits_, const float* z, int64_t P, float sigma, uint8_t* codes) {
-    const Search search(table, sigma);
+#if defined(__AVX512F__)
+  template <int kBits>
+  using Search = std::conditional_t<kBits <= 4, ChainSearch<(1 << kBits) / 2 - 1>, TreeSearch<kBits - 1>>;
+#else
+  template <int kBits>
+  using Search = std::conditional_t<kBits <= 5, ChainSearch<(1 << kBits) / 2 - 1>, CellSearch>;
+#endif
+
+  template <int kBits>
+  static PQ_INLINE float quantize(const LloydMax& table, const float* z, int64_t P, float sigma, uint8_t* codes) {
+    constexpr int kTogether = 4;
+    const Search<kBits> search(table, sigma);
     Sum64 dot;
     for (int64_t i = 0; i < P; i += 64)
-      for (int k = 0; k < Sum64::N; ++k) {
-        const vf x = load<vf>(z + i + k * W), a = abs(x);
-        const vi m = search(a);
-        dot.lane[k] = dot.lane[k] + a * lookup(table.centroid, m, bits_ - 1);
-        store_bytes(codes + i + k * W, m | (vi)((vu)bits(x) >> 31 << (bits_ - 1)));
+      for (int k = 0; k < Sum64::N; k += kTogether) {
+        vf a[kTogether];
+        vi m[kTogether];
+        for (int r = 0; r < kTogether; ++r) a[r] = abs(load<vf>(z + i + (k + r) * W));
+        search(a, m);
+        for (int r = 0; r < kTogether; ++r) {
+          const vi sign = (vi)(load<vu>(z + i + (k + r) * W) >> 31 << (kBits - 1));
+          dot.lane[k + r] = dot.lane[k + r] + a[r] * lookup<kBits - 1>(table.centroid, m[r]);
+          store_bytes(codes + i + (k + r) * W, m[r] | sign);
+        }
       }
     return dot.fold();
   }
 
-  // table[index], index below 2^index_bits.
-  static PQ_INLINE vf lookup(const float* table, vi index, [[maybe_unused]] int index_bits) {
-#if defined(__AVX512F__)
-    if (index_bits <= 4) return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
-    if (index_bits == 5)
-      return (vf)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
-#elif defined(__AVX2__)
-    if (index_bits <= 3) return (vf)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
-#endif
-    return gather(table, index);
+  template <int kBits>
+  static PQ_INLINE vf dequantize(const LloydMax& table, vi code) {
+    if constexpr (kBits == kRegisterBits + 1) {  // half the table fits registers
+      const vi sign = (vi)((vu)code >> (kBits - 1) << 31);
+      return from_bits(bits(lookup<kBits - 1>(table.centroid, code)) | sign);
+    } else {
+      return lookup<kBits>(table.decode, code);
+    }
   }
 
   static bool encode_block(const Plan& plan, const float* v, int64_t n, int64_t P, uint64_t key, uint32_t block, float* scale,
@@ -369,14 +432,8 @@ struct Eden {
     } else {
       const LloydMax& table = lloyd_max(bits_);
       const float energy = n2 / (float)P, sigma = std::sqrt(energy);
-      float dot;
-      switch (bits_) {
-        case 1: dot = quantize<ChainSearch<0>>(table, 1, z, P, sigma, codes); break;
-        case 2: dot = quantize<ChainSearch<1>>(table, 2, z, P, sigma, codes); break;
-        case 3: dot = quantize<ChainSearch<3>>(table, 3, z, P, sigma, codes); break;
-        case 4: dot = quantize<ChainSearch<7>>(table, 4, z, P, sigma, codes); break;
-        default: dot = quantize<CellSearch>(table, bits_, z, P, sigma, codes);
-      }
+      const float dot =
+          with_bits(bits_, [&](auto b) { return quantize<decltype(b)::value>(table, z, P, sigma, codes); });
       *scale = energy / dot;
     }
     pack(codes, P, bits_, out);
@@ -394,15 +451,10 @@ struct Eden {
       const int32_t top = (1 << bits_) - 1;
       hadamard(u, P, [&](int64_t i) { return to_float(load_bytes(codes + i) * 2 - top); });
     } else {
-      const float* table = lloyd_max(bits_).decode;
-      switch (bits_) {  // a constant lets the table stay in a register
-        case 1: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 1); }); break;
-        case 2: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 2); }); break;
-        case 3: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 3); }); break;
-        case 4: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 4); }); break;
-        case 5: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 5); }); break;
-        default: hadamard(u, P, [&](int64_t i) { return lookup(table, load_bytes(codes + i), 8); });
-      }
+      const LloydMax& table = lloyd_max(bits_);
+      with_bits(bits_, [&](auto b) {
+        hadamard(u, P, [&](int64_t i) { return dequantize<decltype(b)::value>(table, load_bytes(codes + i)); });
+      });
     }
     const float gw = scale * weight;
     Signs signs{{}, key, block};

@@ -49,10 +49,10 @@ struct LloydMax {
   static constexpr int kMaxCells = 1024;
   int num_cells;                 // |u| / cell width, clipped, selects a cell with at most one threshold in it
   float cells_per_sigma;
-  float top_cell;                // num_cells - 1
-  alignas(64) float centroid[128];          // by magnitude index
+  alignas(64) float centroid[128];          // by magnitude index, repeated
   alignas(64) float threshold[128];         // threshold[m] separates m and m + 1; the last is +inf
   alignas(64) float decode[256];            // by code
+  alignas(64) float tree[128];              // thresholds: node i has children 2 i and 2 i + 1; the root is node 1
   alignas(64) int32_t cell_base[kMaxCells];
   alignas(64) float cell_threshold[kMaxCells];
 };

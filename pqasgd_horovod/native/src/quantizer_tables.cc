@@ -37,7 +37,7 @@ LloydMax make_table(int bits) {
   LloydMax t{};
   const int levels = 1 << (bits - 1);
   for (int m = 0; m < 128; ++m) {
-    t.centroid[m] = m < levels ? kLloydMax[bits - 1][m] : 0.0f;
+    t.centroid[m] = kLloydMax[bits - 1][m % levels];
     t.threshold[m] = std::numeric_limits<float>::infinity();
   }
   for (int m = 0; m + 1 < levels; ++m) t.threshold[m] = (t.centroid[m] + t.centroid[m + 1]) * 0.5f;
@@ -45,6 +45,8 @@ LloydMax make_table(int bits) {
     const int inside = code & (2 * levels - 1);
     t.decode[code] = inside < levels ? t.centroid[inside] : -t.centroid[inside - levels];
   }
+  for (int width = levels, first = 1; width > 1; width /= 2, first *= 2)
+    for (int i = 0; i < first; ++i) t.tree[first + i] = t.threshold[i * width + width / 2 - 1];
   for (int cells = levels; cells <= LloydMax::kMaxCells; ++cells)
     if (try_cells(t, levels - 1, cells)) return t;
   t.num_cells = 0;  // tests/native would show it: no width separates the thresholds

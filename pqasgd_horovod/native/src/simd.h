@@ -54,8 +54,6 @@ PQ_INLINE vf clamp(vf x, float limit) {
 }
 PQ_INLINE void store_bytes(uint8_t* p, vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x)); }
 PQ_INLINE vi load_bytes(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-PQ_INLINE vf gather(const float* table, vi index) { return (vf)_mm512_i32gather_ps((__m512i)index, table, 4); }
-PQ_INLINE vi gather(const int32_t* table, vi index) { return (vi)_mm512_i32gather_epi32((__m512i)index, table, 4); }
 PQ_INLINE vi count_if_at_least(vi n, vf x, vf threshold) {  // n + (x >= threshold)
   return (vi)_mm512_mask_add_epi32((__m512i)n, _mm512_cmp_ps_mask((__m512)x, (__m512)threshold, _CMP_GE_OQ), (__m512i)n,
                                    _mm512_set1_epi32(1));
@@ -101,6 +99,38 @@ PQ_INLINE auto gather(const T* table, vi index) {
 }
 PQ_INLINE vi count_if_at_least(vi n, vf x, vf threshold) { return n - (vi)(x >= threshold); }
 #endif
+
+// Tables of up to 2^kRegisterBits numbers are looked up in registers: gathers cost several times that.
+#if defined(__AVX512F__)
+constexpr int kRegisterBits = 7;
+#elif defined(__AVX2__)
+constexpr int kRegisterBits = 3;
+#else
+constexpr int kRegisterBits = -1;
+#endif
+
+// table[index] of 2^kBits numbers. In registers higher bits of the index are ignored; for that a table shorter than
+// a register has to repeat itself.
+template <int kBits>
+PQ_INLINE vf lookup(const float* table, vi index) {
+#if defined(__AVX512F__)
+  static_assert(kBits <= kRegisterBits);
+  if constexpr (kBits <= 4) {
+    return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+  } else if constexpr (kBits == 5) {
+    return (vf)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
+  } else {
+    const vf low = lookup<kBits - 1>(table, index), high = lookup<kBits - 1>(table + (1 << (kBits - 1)), index);
+    const __mmask16 upper = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(1 << (kBits - 1)));
+    return (vf)_mm512_mask_blend_ps(upper, (__m512)low, (__m512)high);
+  }
+#elif defined(__AVX2__)
+  if constexpr (kBits <= kRegisterBits) return (vf)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+  else return gather(table, index);
+#else
+  return gather(table, index);
+#endif
+}
 
 // In each pair of lanes that differ in bit S of their index: (a, b) -> (a + b, a - b).
 template <int S>
