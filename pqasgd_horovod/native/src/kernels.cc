@@ -475,44 +475,64 @@ struct Eden {
 // ---- casts ----
 
 struct Cast {
+  // Memory takes the time, and stands still while several passes over a block take place: so they are short.
+  static constexpr int64_t kPiece = 64;
+
   static int64_t padded(const Plan&, int64_t n) { return n; }
 
+  static PQ_INLINE void narrow(int kind, const float* v, int64_t n, uint8_t* out) {
+    uint16_t halves[kPiece];
+    if (kind == PQ_NONE) {
+      std::memcpy(out, v, (size_t)n * 4);
+    } else {
+      if (kind == PQ_FP16) floats_to_halves(v, n, halves);
+      else floats_to_bfloats(v, n, halves);
+      std::memcpy(out, halves, (size_t)n * 2);
+    }
+  }
+
   static bool encode_block(const Plan& plan, const float* v, int64_t n, int64_t, uint64_t, uint32_t, float*, uint8_t* out) {
-    // A value that rounds to Inf is as lost as one that is Inf.
-    const int32_t limit = plan.codec.kind == PQ_FP16 ? 0x477ff000 : plan.codec.kind == PQ_BF16 ? 0x7f7f8000 : kInfBits;
+    const int kind = plan.codec.kind, width = kind == PQ_NONE ? 4 : 2;
+    vi tops{};
+    int64_t i = 0;
+    for (; i + kPiece <= n; i += kPiece) {
+      for (int64_t k = 0; k < kPiece; k += W) tops = max(tops, bits(load<vf>(v + i + k)) & 0x7fffffff);
+      narrow(kind, v + i, kPiece, out + i * width);
+    }
+    narrow(kind, v + i, n - i, out + i * width);
     int32_t top = 0;
-    for (int64_t i = 0; i < n; ++i) {
+    for (int k = 0; k < W; ++k) top = std::max(top, tops[k]);
+    for (; i < n; ++i) {
       int32_t b;
       std::memcpy(&b, v + i, 4);
       top = std::max(top, b & 0x7fffffff);
     }
-    if (top >= limit) return false;
-    if (plan.codec.kind == PQ_NONE) {
-      std::memcpy(out, v, (size_t)n * 4);
-    } else {
-      alignas(64) uint16_t halves[kCastBlock];
-      if (plan.codec.kind == PQ_FP16) floats_to_halves(v, n, halves);
-      else floats_to_bfloats(v, n, halves);
-      std::memcpy(out, halves, (size_t)n * 2);
-    }
-    return true;
+    // A value that rounds to Inf is as lost as one that is Inf.
+    return top < (kind == PQ_FP16 ? 0x477ff000 : kind == PQ_BF16 ? 0x7f7f8000 : kInfBits);
   }
 
-  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, float, float weight,
-                              float* destination) {
-    alignas(64) float values[kCastBlock];
-    if (plan.codec.kind == PQ_NONE) {
+  static PQ_INLINE void add(int kind, const uint8_t* in, int64_t n, float weight, float* destination) {
+    float values[kPiece];
+    uint16_t halves[kPiece];
+    if (kind == PQ_NONE) {
       std::memcpy(values, in, (size_t)n * 4);
     } else {
-      alignas(64) uint16_t halves[kCastBlock];
       std::memcpy(halves, in, (size_t)n * 2);
-      if (plan.codec.kind == PQ_FP16) halves_to_floats(halves, n, values);
+      if (kind == PQ_FP16) halves_to_floats(halves, n, values);
       else bfloats_to_floats(halves, n, values);
     }
     for (int64_t i = 0; i < n; ++i) {
       const float x = values[i] * weight;
       destination[i] = destination[i] + x;
     }
+  }
+
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, float, float weight,
+                              float* destination) {
+    const int kind = plan.codec.kind, width = kind == PQ_NONE ? 4 : 2;
+    int64_t i = 0;
+    for (; i + kPiece <= n; i += kPiece) add(kind, in + i * width, kPiece, weight, destination + i);
+    add(kind, in + i * width, n - i, weight, destination + i);
     return PQ_OK;
   }
 };
