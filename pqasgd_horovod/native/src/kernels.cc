@@ -201,7 +201,7 @@ struct Uniform {
     int64_t i = 0;
     for (; i + W <= n; i += W) {
       const vf x = to_float(load_bytes(codes + i) - s);
-      store(destination + i, load<vf>(destination + i) + x * gw);
+      add_to(destination + i, x * gw);
     }
     for (; i < n; ++i) {
       const float x = (float)((int32_t)codes[i] - s) * gw;
@@ -461,7 +461,7 @@ struct Eden {
     int64_t i = 0;
     for (; i + W <= n; i += W) {
       const vf x = from_bits(bits(load<vf>(u + i)) ^ signs.mask(i / 16, (int)(i % 16) / W));
-      store(destination + i, load<vf>(destination + i) + x * gw);
+      add_to(destination + i, x * gw);
     }
     if (i < n) {
       alignas(64) float last[W];
@@ -563,8 +563,9 @@ PQ_INLINE int32_t decode_one(const Plan& plan, const uint8_t* payload, uint64_t 
     std::memcpy(&scale, payload + 4 * block, 4);
     if (!(scale >= 0.0f && scale < INFINITY)) return PQ_BAD_SCALE;
   }
-  return Codec::decode_block(plan, payload + plan.scales_nbytes + block * plan.block_nbytes, n, key, (uint32_t)block, scale,
-                             weight, destination);
+  const uint8_t* const codes = payload + plan.scales_nbytes + block * plan.block_nbytes;
+  prefetch(codes + plan.block_nbytes, plan.block_nbytes);
+  return Codec::decode_block(plan, codes, n, key, (uint32_t)block, scale, weight, destination);
 }
 
 template <class Codec>

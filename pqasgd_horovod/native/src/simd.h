@@ -260,6 +260,16 @@ PQ_INLINE uint16_t float_to_bfloat(float f) {
   return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+// Asks for memory that is read soon, so that it comes while arithmetic goes on. It may lie past the caller's.
+PQ_INLINE void prefetch(const void* p, int64_t nbytes) {
+  for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+// destination += x, and the numbers about a block ahead are asked for.
+PQ_INLINE void add_to(float* destination, vf x) {
+  prefetch(destination + 1024, 1);
+  store(destination, load<vf>(destination) + x);
+}
+
 // memcpy past the caches, for what is larger than they are: the destination is not read first.
 PQ_INLINE void stream_copy(float* to, const float* from, int64_t n) {
 #if defined(__AVX2__)
