@@ -65,12 +65,13 @@ class GradientAverager:
         self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
         self.steps = 0
 
-    def prepare(self, tensors: Sequence[TensorView]) -> None:
+    def prepare(self, tensors: Sequence[TensorView], num_elsewhere: int = 0) -> None:
         """Lay out the gradients and agree on that; collective.
 
-        Raises MismatchError on every rank if the ranks differ.
+        ``num_elsewhere`` more elements are averaged by other means; full communication would average them too. Raises
+        MismatchError on every rank if the ranks differ.
         """
-        self._num_elements = sum(tensor.numel for tensor in tensors)
+        self._num_elements = sum(tensor.numel for tensor in tensors) + num_elsewhere
         if self._carrier is None:
             return
         description = {

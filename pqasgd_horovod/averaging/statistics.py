@@ -41,6 +41,8 @@ class CommunicationStatistics:
     exchange_seconds: float = 0.0
     """Time the training thread spent in averages."""
     _elements: int = 0
+    _gathered_sent: int = 0
+    _gathered_received: int = 0
 
     def count_step(self, num_elements: int) -> None:
         """Count a step after which stock Horovod would have averaged ``num_elements`` gradients."""
@@ -52,11 +54,18 @@ class CommunicationStatistics:
         self.num_elements = num_elements
         self._elements += steps * num_elements
 
+    def count_allgather(self, own: int, total: int) -> None:
+        """Count an allgather of ``total`` bytes beside the exchange, ``own`` of them this rank's."""
+        self._gathered_sent += (self.world_size - 1) * own
+        self._gathered_received += total - own
+
     def as_dict(self, bytes_sent: int, bytes_received: int) -> dict[str, Any]:
-        """Return the totals.
+        """Return the totals, with the bytes that the exchange has sent and received.
 
         ``compression_ratio`` is uncompressed bytes over bytes sent: 1 if both are 0, inf before the first average.
         """
+        bytes_sent += self._gathered_sent
+        bytes_received += self._gathered_received
         uncompressed = ring_allreduce_nbytes(self._elements, self.world_size)
         nothing_sent = float("inf") if uncompressed else 1.0
         return {

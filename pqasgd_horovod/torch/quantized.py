@@ -14,7 +14,7 @@ from horovod.torch.mpi_ops import sparse_allreduce_async
 from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import GradientAverager
-from .tensors import GradientMemory
+from .tensors import GatherHandle, GradientMemory, counting
 from .wrapping import CommonMethods, Settings, parameters_of
 
 
@@ -76,7 +76,7 @@ class GradientMethods(CommonMethods):
         elif self._handles.get(parameter) is None:
             self._handles[parameter] = self._launch_sparse(parameter)
 
-    def _launch_sparse(self, parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor]:
+    def _launch_sparse(self, parameter: torch.nn.Parameter) -> GatherHandle:
         """Send a sparse gradient as Horovod does; one that is missing here is sent without elements."""
         gradient = parameter.grad
         if gradient is None:
@@ -89,10 +89,8 @@ class GradientMethods(CommonMethods):
         elif not gradient.is_sparse:
             gradient = gradient.to_sparse(1)
         name = f"{self._settings.name}.{self._sparse[parameter]}"
-        handle: Callable[[], torch.Tensor] = sparse_allreduce_async(
-            gradient, name=name, op=self.op, process_set=self.process_set
-        )
-        return handle
+        handle = sparse_allreduce_async(gradient, name=name, op=self.op, process_set=self.process_set)
+        return counting(handle, gradient, self._averager.statistics)
 
     def _is_current(self) -> bool:
         """Return whether the layout has every trainable parameter, as it is in memory; looked up once in a step."""
@@ -120,7 +118,7 @@ class GradientMethods(CommonMethods):
                 sparse[parameter] = name
             elif parameter in self._gradients or parameter.requires_grad:
                 gradients[parameter] = GradientMemory(name, parameter)
-        self._averager.prepare(list(gradients.values()))
+        self._averager.prepare(list(gradients.values()), sum(parameter.numel() for parameter in sparse))
         self._gradients, self._sparse = gradients, sparse
         self._add_hooks()
 

@@ -11,15 +11,23 @@ from horovod.torch.optimizer import _DistributedAdasumOptimizer, _DistributedOpt
 
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..errors import ArgumentError
+from .tensors import GatherHandle, counting
 from .wrapping import CommonMethods, Settings, build
 
 
 class StockMethods(_DistributedOptimizer):
-    """Horovod's own optimizer, which also counts; its messages are what the ring formula says."""
+    """Horovod's own optimizer, which also counts: the ring formula, or the allgathers of a sparse gradient."""
 
     def _start(self) -> None:
         self._statistics = CommunicationStatistics(self.process_set.size() if self.process_set.included() else 1)
         self._bytes = 0
+        self._gathered: set[torch.nn.Parameter] = set()
+
+    def _sparse_allreduce_grad_async(self, p: torch.nn.Parameter, name: str) -> tuple[GatherHandle, Any]:
+        assert p.grad is not None
+        handle, ctx = _DistributedOptimizer._sparse_allreduce_grad_async(self, p, name)
+        self._gathered.add(p)
+        return counting(handle, p.grad, self._statistics), ctx
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize unless told to skip it, then let the user's optimizer step; exactly Horovod's."""
@@ -27,8 +35,10 @@ class StockMethods(_DistributedOptimizer):
         num_elements = sum(p.numel() for p in self._requires_update)
         self._statistics.count_step(num_elements)
         self._statistics.rounds += 1
-        nbytes = sum(p.numel() * (self._itemsize or p.element_size()) for p in self._requires_update)
+        reduced = self._requires_update - self._gathered
+        nbytes = sum(p.numel() * (self._itemsize or p.element_size()) for p in reduced)
         self._bytes += ring_allreduce_nbytes(nbytes, self._statistics.world_size, itemsize=1)
+        self._gathered.clear()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -52,7 +62,7 @@ class StockMethods(_DistributedOptimizer):
         """Do nothing: every step averages."""
 
     def communication_stats(self) -> dict[str, Any]:
-        """Return running totals, with the bytes of a ring allreduce, since Horovod counts none."""
+        """Return running totals, with the bytes of a ring allreduce, or of allgathers, since Horovod counts none."""
         return self._statistics.as_dict(self._bytes, self._bytes)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

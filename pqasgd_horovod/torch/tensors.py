@@ -11,7 +11,11 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import native
+from ..averaging.statistics import CommunicationStatistics
 from ..errors import ArgumentError
+
+GatherHandle = Callable[[], torch.Tensor]
+"""Horovod's handle of a sparse gradient on its way: call it to wait for the mean."""
 
 DTYPES = {
     torch.float32: native.DTYPE_F32,
@@ -135,6 +139,22 @@ class GradientMemory:
             self.parameter.grad = mean.to_sparse(gradient.sparse_dim())
         elif gradient is not None or self.parameter.requires_grad:
             self.parameter.grad = mean
+
+
+def _sparse_nbytes(gradient: torch.Tensor) -> int:
+    return gradient._values().nbytes + gradient._indices().nbytes
+
+
+def counting(handle: GatherHandle, gradient: torch.Tensor, statistics: CommunicationStatistics) -> GatherHandle:
+    """Return a handle that also counts the allgathers of values and indices, to which this rank gave ``gradient``'s."""
+    own = _sparse_nbytes(gradient)
+
+    def wait() -> torch.Tensor:
+        mean = handle()  # what all ranks sent, one after the other
+        statistics.count_allgather(own, _sparse_nbytes(mean))
+        return mean
+
+    return wait
 
 
 def _form(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:

@@ -128,7 +128,8 @@ class CommonMethods(_DistributedOptimizer):
         ``steps``, ``rounds`` (averages), ``world_size``, ``num_elements`` (parameters that are exchanged),
         ``bytes_sent``, ``bytes_received``, ``uncompressed_bytes`` (what a float32 ring allreduce of all gradients would
         have sent for the same steps), ``compression_ratio`` (uncompressed over sent) and ``exchange_seconds`` (spent
-        waiting and applying). Control traffic and gradients that Horovod sends as sparse are not counted.
+        waiting and applying). A gradient that Horovod sends as sparse counts with its values and indices, sent to each
+        other rank, and as a dense one in ``uncompressed_bytes``. Control traffic is not counted.
         """
         result: dict[str, Any] = self._averager.communication_stats()
         return result

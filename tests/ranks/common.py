@@ -74,6 +74,29 @@ def everybody(value: Any) -> list[Any]:
     return hvd.allgather_object(value, name="test.everybody")
 
 
+# Horovod makes the sparse mean without saying whether to check it, which torch warns of.
+horovods_sparse_path = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+
+
+class WithSparseGradient(torch.nn.Module):
+    """An embedding of 50 words, of which rank r uses r + 1 in each step, and a linear layer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words = torch.nn.Embedding(50, 40, sparse=True, dtype=dtype)
+        self.out = torch.nn.Linear(40, 40)
+
+    def train_one_step(self, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        self.out(self.words(torch.arange(hvd.rank() + 1)).float()).square().mean().backward()
+        optimizer.step()
+
+    def gathered_nbytes(self, rank: int) -> int:
+        """What a rank gives to the allgathers of a step: rows of numbers, and an index of 8 bytes for each."""
+        return (rank + 1) * (40 * self.words.weight.element_size() + 8)
+
+
 def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     """The same bits under the same names."""
     assert one.keys() == other.keys()

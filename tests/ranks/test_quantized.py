@@ -8,15 +8,18 @@ import torch
 
 import pqasgd_horovod.torch as hvd
 from pqasgd_horovod import codecs
+from pqasgd_horovod.averaging.statistics import ring_allreduce_nbytes
 from pqasgd_horovod.errors import ArgumentError, DesynchronizedError, NonFiniteError
 from pqasgd_horovod.keys import derive_key
 from tests.ranks.common import (
+    WithSparseGradient,
     assert_equal,
     assert_raises_everywhere,
     assert_replicas_equal,
     batch,
     everybody,
     floats,
+    horovods_sparse_path,
     loss_of,
     make_model,
     several_ranks,
@@ -218,10 +221,6 @@ def test_added_frozen_and_unfrozen_parameters():
     assert torch.equal(frozen, model.fc1.weight)
 
 
-# Horovod makes the sparse mean without saying whether to check it, which torch warns of.
-horovods_sparse_path = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
-
-
 @horovods_sparse_path
 @pytest.mark.parametrize("sparse_as_dense", [False, True])
 def test_sparse_gradients(sparse_as_dense):
@@ -299,6 +298,37 @@ def test_a_sparse_gradient_without_loss_is_the_mean():
     for rank in range(hvd.size()):
         expected[rank % 6] += 1 / hvd.size()
     torch.testing.assert_close(model.weight.grad.to_dense(), expected)
+
+
+@horovods_sparse_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bytes_of_sparse_gradients_are_those_of_an_allgather(dtype):
+    model = WithSparseGradient(dtype)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = wrap(model, inner, compression=MAXSCALE, exchange="allgather")
+    for _ in range(3):
+        model.train_one_step(optimizer)
+    stats = optimizer.communication_stats()
+    coded = sum(channel.exchange.predicted_bytes_per_round() for channel in optimizer._averager._channels)
+    own, total = model.gathered_nbytes(hvd.rank()), sum(map(model.gathered_nbytes, range(hvd.size())))
+    assert stats["bytes_sent"] == 3 * (coded + (hvd.size() - 1) * own)
+    assert stats["bytes_received"] == 3 * (coded + total - own)
+    assert stats["uncompressed_bytes"] == ring_allreduce_nbytes(3 * (50 * 40 + 40 * 40 + 40), hvd.size())
+
+
+@horovods_sparse_path
+def test_a_rank_without_sparse_gradient_sends_nothing_of_it():
+    model = torch.nn.Embedding(50, 40, sparse=True)
+    optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), compression=MAXSCALE)
+    for step in range(2):
+        optimizer.zero_grad()
+        if step == 0 or hvd.rank() == 0:  # later the others have no gradient at all
+            model(torch.tensor([3, 4, 5])).sum().backward()
+        optimizer.step()
+    stats = optimizer.communication_stats()
+    nbytes = 3 * (40 * 4 + 8)
+    assert stats["bytes_sent"] == (2 if hvd.rank() == 0 else 1) * (hvd.size() - 1) * nbytes
+    assert stats["bytes_received"] == (hvd.size() - 1 + (hvd.rank() > 0)) * nbytes
 
 
 def test_tied_channels_last_and_double_parameters():

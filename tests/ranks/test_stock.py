@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import pqasgd_horovod.torch as hvd
+from pqasgd_horovod.averaging.statistics import ring_allreduce_nbytes
 from pqasgd_horovod.errors import ArgumentError
 from tests.ranks.common import (
+    WithSparseGradient,
     assert_equal,
     assert_replicas_equal,
     everybody,
     floats,
+    horovods_sparse_path,
     loss_of,
     make_model,
     sgd,
@@ -75,6 +78,29 @@ def test_bytes_are_those_of_what_travels(dtype, compression, nbytes):
     train(model, optimizer, range(1))
     num_elements = sum(p.numel() for p in model.parameters())
     assert optimizer.communication_stats()["bytes_sent"] == 2 * (hvd.size() - 1) * nbytes * num_elements // hvd.size()
+
+
+@horovods_sparse_path
+@pytest.mark.parametrize(
+    ("sparse_as_dense", "compression", "nbytes"), [(False, "none", 4), (True, "none", 4), (True, "fp16", 2)]
+)
+def test_bytes_of_sparse_gradients_are_those_of_an_allgather(sparse_as_dense, compression, nbytes):
+    model = WithSparseGradient()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"compression": getattr(hvd.Compression, compression), "sparse_as_dense": sparse_as_dense}
+    optimizer = wrap(model, inner, **options)
+    for step in range(4):
+        model.words.sparse = step < 3  # at last it is dense, and reduced
+        model.train_one_step(optimizer)
+    stats = optimizer.communication_stats()
+    sparse, dense = 50 * 40, 40 * 40 + 40
+    own, total = model.gathered_nbytes(hvd.rank()), sum(map(model.gathered_nbytes, range(hvd.size())))
+    gathers = 0 if sparse_as_dense else 3
+    reduced = gathers * ring_allreduce_nbytes(dense, hvd.size(), nbytes)
+    reduced += (4 - gathers) * ring_allreduce_nbytes(dense + sparse, hvd.size(), nbytes)
+    assert stats["bytes_sent"] == reduced + gathers * (hvd.size() - 1) * own
+    assert stats["bytes_received"] == reduced + gathers * (total - own)
+    assert stats["uncompressed_bytes"] == ring_allreduce_nbytes(4 * (dense + sparse), hvd.size())
 
 
 def test_horovods_own_compressors_are_understood():
