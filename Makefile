@@ -23,11 +23,12 @@ test: setup ## run all tests (PYTEST_ARGS="-k eden" for some)
 # horovodrun imports TensorFlow to see whether it is there, and TensorFlow talks.
 test-2 test-4: export TF_CPP_MIN_LOG_LEVEL := 3
 test-2 test-4: export TF_ENABLE_ONEDNN_OPTS := 0
-test-2: setup ## run tests/ranks on 2 ranks under horovodrun
-test-4: setup ## run tests/ranks on 4 ranks under horovodrun
-RANK_TESTS := pytest tests/ranks -x -q -p no:cacheprovider -o timeout_method=thread
+test-2: setup ## run tests/ranks and tests/ranks_tensorflow on 2 ranks under horovodrun
+test-4: setup ## run tests/ranks and tests/ranks_tensorflow on 4 ranks under horovodrun
+RANK_TESTS := pytest -x -q -p no:cacheprovider -o timeout_method=thread
 test-2 test-4: test-%:
-	@$(BIN)/horovodrun --gloo -np $* $(BIN)/python -m $(RANK_TESTS) $(PYTEST_ARGS)
+	@$(BIN)/horovodrun --gloo -np $* $(BIN)/python -m $(RANK_TESTS) tests/ranks $(PYTEST_ARGS)
+	@$(BIN)/horovodrun --gloo -np $* $(BIN)/python -m $(RANK_TESTS) tests/ranks_tensorflow $(PYTEST_ARGS)
 
 bench: export TF_CPP_MIN_LOG_LEVEL := 3
 bench: export TF_ENABLE_ONEDNN_OPTS := 0

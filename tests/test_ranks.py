@@ -1,4 +1,4 @@
-"""The tests in tests/ranks, on several ranks under each launcher."""
+"""The tests in tests/ranks and tests/ranks_tensorflow, on several ranks under each launcher."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ LAUNCHERS = {
 
 @pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 @pytest.mark.parametrize(("launcher", "size"), [("gloo", 2), ("gloo", 4), ("mpi", 2)])
-def test_all_ranks_pass(launcher, size):
-    tests = [sys.executable, "-m", "pytest", "tests/ranks", "-x", "-q", "-p", "no:cacheprovider"]
+@pytest.mark.parametrize("folder", ["ranks", "ranks_tensorflow"])
+def test_all_ranks_pass(folder, launcher, size):
+    tests = [sys.executable, "-m", "pytest", f"tests/{folder}", "-x", "-q", "-p", "no:cacheprovider"]
     # What this process set up for its own one rank is not for theirs.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
     process = subprocess.Popen(

@@ -1,0 +1,24 @@
+"""These tests run on as many ranks as a launcher starts (``make test-2``, ``make test-4``), or on one without."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import keras
+import tensorflow as tf
+
+import pqasgd_horovod.tensorflow as hvd
+
+hvd.init()
+tf.config.threading.set_intra_op_parallelism_threads(1)  # ranks share the cores
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """Begin each test together, with the same random numbers on every rank."""
+    keras.utils.set_random_seed(0)
+    hvd.allgather_object(None, name="test.start")
