@@ -68,22 +68,36 @@ class HorovodCarrier:
         self.process_set = process_set
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
+        self._functions: dict[tuple[str, tuple[int, ...]], Any] = {}
 
     def allgather(self, name: str, payload: Bytes) -> HorovodHandle:
         """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""
-        return self.launch(name, lambda: allgather(tf.constant(payload), name, self.process_set))
+        return self.launch(name, lambda tensor: allgather(tensor, name, self.process_set), tf.constant(payload))
 
     def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> HorovodHandle:
         """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""
-        return self.launch(name, lambda: alltoall(tf.constant(payload), splits, name, self.process_set))
 
-    def launch(self, name: str, collective: Callable[[], tf.Tensor]) -> HorovodHandle:
-        """Start a collective that nobody but its name tells from others; the result is what it returns, as an array."""
+        def collective(tensor: tf.Tensor) -> tf.Tensor:
+            return alltoall(tensor, splits, name, self.process_set)
+
+        return self.launch(name, collective, tf.constant(payload), *splits)
+
+    def launch(
+        self, name: str, collective: Callable[[tf.Tensor], tf.Tensor], vector: tf.Tensor, *options: int
+    ) -> HorovodHandle:
+        """Start a collective that nobody but its name tells from others; the result is what it returns, as an array.
+
+        ``options`` are what it knows besides the vector: it is traced once for each.
+        """
         # An eager op has no name of its own, a node of a graph has.
-        function = tf.function(collective, autograph=False)
+        key = (name, options)
+        if key not in self._functions:
+            signature = [tf.TensorSpec([None], vector.dtype)]
+            self._functions[key] = tf.function(collective, autograph=False, input_signature=signature)
+        function = self._functions[key]
 
         def run() -> Bytes:
-            received: Bytes = np.asarray(function())
+            received: Bytes = np.asarray(function(vector))
             return received
 
         return HorovodHandle(run, name)

@@ -13,14 +13,16 @@ import tensorflow as tf
 
 from ..averaging import ExchangeConfig
 from ..averaging.channel import plan_channel, split_by_size
+from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError
-from ..exchange.handshake import verify_same
+from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .carrier import HorovodCarrier, allgather
 from .graph import GraphChannel, Problems
-from .traced import Traced, counter
-from .variables import VariableSpec, describe_variables
+from .meeting import Meeting
+from .traced import Traced, after, counter
+from .variables import NO_ERROR, VariableSpec, describe_together, describe_variables
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 
@@ -74,7 +76,11 @@ class GradientAverager(abc.ABC):
 
         Raises ArgumentError if other variables have gradients than in the first call.
         """
-        specs = describe_variables(variables)
+        if self._layout is None:
+            with tf.init_scope():
+                specs = describe_together(variables, self._carrier, f"{self._name}.layout")
+        else:
+            specs = describe_variables(variables)
         if self._settings.sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
@@ -100,6 +106,8 @@ class GradientAverager(abc.ABC):
                 self._build(dense, layout)
             self._layout = layout
         elif layout != self._layout:
+            with tf.init_scope():
+                self._tell_of_change()
             changed = sorted(set(layout) ^ set(self._layout)) or "their order"
             raise ArgumentError(
                 f"the gradients are not those of the first step; what differs: {changed}. Every step has to compute "
@@ -108,13 +116,21 @@ class GradientAverager(abc.ABC):
 
     def _average(self, gradients: list[Gradient]) -> list[Gradient]:
         dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
-        means = iter(self._average_dense(dense) if dense else ())
-        result = [
-            self._average_sparse(i, gradient) if isinstance(gradient, tf.IndexedSlices) else next(means)
-            for i, gradient in enumerate(gradients)
-        ]
-        self._count()
+        with after(self._meet()):
+            means = iter(self._average_dense(dense) if dense else ())
+            result = [
+                self._average_sparse(i, gradient) if isinstance(gradient, tf.IndexedSlices) else next(means)
+                for i, gradient in enumerate(gradients)
+            ]
+            self._count()
         return result
+
+    def _meet(self) -> tf.Operation | None:
+        """Return what makes sure that every rank is about to average the same gradients; Horovod's own are not."""
+        return None
+
+    def _tell_of_change(self) -> None:  # noqa: B027 - Horovod has no way to tell
+        """Let the others know, who may be about to average, that this rank has other gradients."""
 
     def _count(self) -> None:
         self.state.steps.assign_add(1)
@@ -136,7 +152,7 @@ class GradientAverager(abc.ABC):
 
     def _agree(self, layout: list[tuple[str, str]], **rest: Any) -> int:
         assert self._carrier is not None
-        description = {"gradients": dict(layout), "gradient_order": [name for name, _ in layout], **rest}
+        description = {**NO_ERROR, "gradients": dict(layout), "gradient_order": [name for name, _ in layout], **rest}
         return verify_same(self._carrier, description, f"{self._name}.layout")
 
     def communication_stats(self) -> dict[str, Any]:
@@ -177,6 +193,17 @@ class CodedGradients(GradientAverager):
         self._channels: list[tuple[GraphChannel, list[int]]] = []
         if carrier is not None:
             self._problems = Problems(name, config.nonfinite)
+            self._meeting = Meeting(carrier, name)
+
+    def _meet(self) -> tf.Operation:
+        # It depends on no gradient, so that it is over when the first of them is there.
+        steps = self.state.steps.value()
+        return self._meeting.agree(Purpose.AVERAGE, steps, steps)
+
+    def _tell_of_change(self) -> None:
+        if self._carrier is not None:
+            steps = int(self.state.steps)
+            self._meeting.check(self._meeting.announce(Purpose.LAYOUT, steps, steps).wait(HANDSHAKE_TIMEOUT_SECONDS))
 
     def _build(self, dense: Sequence[VariableSpec], layout: list[tuple[str, str]]) -> None:
         if self._carrier is None:

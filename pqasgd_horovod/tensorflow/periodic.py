@@ -10,18 +10,19 @@ import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.channel import group_tensors, plan_channel
-from ..averaging.meeting import Purpose, out_of_step_error
+from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics
 from ..averaging.vector import FlatLayout
-from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
+from ..errors import CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Bytes, Handle
 from ..exchange.handshake import verify_same
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier, allgather
 from .graph import GraphChannel, Problems
 from .library import ops, register_explainer, translate
+from .meeting import Meeting
 from .traced import Traced, after, counter, when
-from .variables import VariableSpec, describe_variables, unwrap
+from .variables import NO_ERROR, VariableSpec, describe_together, unwrap
 
 
 class PeriodicState(tf.Module):
@@ -114,24 +115,19 @@ class PeriodicAverager:
                     if spec.name in buffer_names
                 ]
             )
-        self._meeting = register_explainer(self._explain_meeting)
+        self._meeting = Meeting(self._carrier, self._name)
         self._start = register_explainer(self._explain_start)
         self._consistency = register_explainer(self._explain_consistency)
 
     def _agree_on_layout(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[list[VariableSpec], int]:
         """Return the specs of all variables and the digest of what the ranks agree on."""
         name = f"{self._name}.layout"
-        try:
-            specs = describe_variables([*parameters, *buffers])
-        except ArgumentError as error:
-            if self._carrier is not None:
-                verify_same(self._carrier, {"error": f"ArgumentError: {error}"}, name)
-            raise
+        specs = describe_together([*parameters, *buffers], self._carrier, name)
         if self._carrier is None:
             return specs, 0
         first = len(parameters)
         description = {
-            "error": None,
+            **NO_ERROR,
             "averaging": self.averaging.config(),
             "exchange": self._config.config(),
             "parameters": {spec.name: spec.description for spec in specs[:first]},
@@ -194,14 +190,10 @@ class PeriodicAverager:
         since = self.state.steps_since_average.assign_add(1)
         when(self.averaging.due(since), self._meet_and_average)
 
-    def _record(self) -> tf.Tensor:
-        assert self.state is not None
-        purpose = tf.constant(int(Purpose.AVERAGE), tf.int64)
-        return tf.stack([purpose, self.state.steps.value(), self.state.rounds.value()])
-
     def _meet_and_average(self) -> None:
+        assert self.state is not None
         if self._carrier is not None:
-            with after(self._agree(self._record(), "meeting", self._meeting)):
+            with after(self._meeting.agree(Purpose.AVERAGE, self.state.steps.value(), self.state.rounds.value())):
                 self._average()
         else:
             self._average()
@@ -244,9 +236,7 @@ class PeriodicAverager:
             self._traced(self._average)
             return
         if self._pending is None:
-            record = np.asarray(self._record())
-            name = f"{self._name}.meeting"
-            self._pending = self._carrier.launch(name, lambda: allgather(tf.constant(record), name, self._process_set))
+            self._pending = self._meeting.announce(Purpose.AVERAGE, int(self.state.steps), int(self.state.rounds))
         try:
             received = self._pending.wait(timeout)
         except CollectiveTimeoutError:
@@ -255,16 +245,11 @@ class PeriodicAverager:
                 f"takes every rank, but not every rank called flush() within {timeout} s: call flush() on every rank"
             ) from None
         self._pending = None
-        self._explain_meeting(0, received.view(np.uint8))
+        self._meeting.check(received)
         try:
             self._traced(self._average)
         except tf.errors.OpError as error:
             raise translate(error) from None
-
-    @property
-    def _process_set(self) -> Any:
-        assert self._carrier is not None
-        return self._carrier.process_set
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
@@ -280,12 +265,6 @@ class PeriodicAverager:
         return statistics.as_dict(sent, received)
 
     # ---- what is wrong, in words ----
-
-    def _explain_meeting(self, flags: int, data: Bytes) -> None:
-        records = data.view(np.int64).reshape(-1, 3).tolist()
-        intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds in records]
-        if len(set(intents)) > 1:
-            raise out_of_step_error(f"{self._name}.meeting", intents)
 
     def _explain_start(self, flags: int, data: Bytes) -> None:
         assert self._carrier is not None

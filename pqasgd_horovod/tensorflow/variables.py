@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from .. import native
 from ..errors import ArgumentError
+from ..exchange.carriers import Carrier
+from ..exchange.handshake import verify_same
 
 DTYPES = {
     tf.float32: native.DTYPE_F32,
@@ -68,3 +70,17 @@ def describe_variables(variables: Sequence[Any]) -> list[VariableSpec]:
         description = f"{dtype.name} {own.shape.as_list()}"
         specs.append(VariableSpec(name, DTYPES[dtype], own.shape.num_elements(), description))
     return specs
+
+
+NO_ERROR = {"error": None}
+"""A part of what ranks compare under the name that :func:`describe_together` was given."""
+
+
+def describe_together(variables: Sequence[Any], carrier: Carrier | None, name: str) -> list[VariableSpec]:
+    """Return :func:`describe_variables`; an error that some ranks have is compared with what the others describe."""
+    try:
+        return describe_variables(variables)
+    except ArgumentError as error:
+        if carrier is not None:
+            verify_same(carrier, {"error": f"ArgumentError: {error}"}, name)
+        raise

@@ -1,0 +1,45 @@
+"""Where the ranks tell each other what they are about to do: :mod:`pqasgd_horovod.averaging.meeting` in a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ..averaging.meeting import Purpose, out_of_step_error
+from ..exchange.carriers import Bytes
+from .carrier import HorovodCarrier, HorovodHandle, allgather
+from .library import ops, register_explainer
+
+
+class Meeting:
+    """The meeting point of one optimizer."""
+
+    def __init__(self, carrier: HorovodCarrier, name: str) -> None:
+        self._carrier = carrier
+        self._name = f"{name}.meeting"
+        self._explainer = register_explainer(self._explain)
+
+    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor) -> tf.Operation:
+        """Return the op that raises DesynchronizedError on every rank unless all are about to do the same."""
+        record = tf.stack([tf.constant(int(purpose), tf.int64), steps, rounds])
+        return ops.pqasgd_agree(own=record, gathered=self._gather(record), explainer=self._explainer)
+
+    def announce(self, purpose: Purpose, steps: int, rounds: int) -> HorovodHandle:
+        """Say, outside of any graph, what this rank is about to do; :meth:`check` takes what the handle brings."""
+        record = np.array([int(purpose), steps, rounds], np.int64)
+        return self._carrier.launch(self._name, self._gather, tf.constant(record))
+
+    def check(self, received: Bytes) -> None:
+        """Raise DesynchronizedError unless all ranks are about to do the same."""
+        self._explain(0, received.view(np.uint8))
+
+    def _gather(self, record: Any) -> tf.Tensor:
+        return allgather(record, self._name, self._carrier.process_set)
+
+    def _explain(self, flags: int, data: Bytes) -> None:
+        records = data.view(np.int64).reshape(-1, 3).tolist()
+        intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds in records]
+        if len(set(intents)) > 1:
+            raise out_of_step_error(self._name, intents)
