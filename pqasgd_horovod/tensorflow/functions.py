@@ -17,7 +17,7 @@ from ..codecs.base import Codec, check_key
 from ..errors import ArgumentError, DesynchronizedError
 from ..exchange.base import NonFinitePolicy
 from ..exchange.carriers import Bytes
-from ..exchange.handshake import verify_same
+from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier, allgather
 from .compression import Compression, codec_of
@@ -212,6 +212,9 @@ def compressed_allreduce(
         raise translate(error) from None
 
 
+_NEW = -1  # no digest
+
+
 class _Allreduce:
     """All calls of one name with one configuration."""
 
@@ -221,6 +224,8 @@ class _Allreduce:
         self.traced = Traced()
         self._name, self._carrier = name, carrier
         self._description = {"tensor": kind, "op": str(op), "exchange": config.config()}
+        self._meeting = register_explainer(self._explain)
+        self._announce()
         digest = verify_same(carrier, self._description, name)
         plan = plan_channel(FlatLayout([spec]), config, compressed=True, name=name, index=0)
         self._problems = Problems(name, config.nonfinite)
@@ -228,22 +233,32 @@ class _Allreduce:
         self._calls = counter("calls")
         self._factor = float(carrier.size) if op == horovod.Sum else 1.0
         self._digest = digest & 2**63 - 1
-        self._meeting = register_explainer(self._explain)
+
+    def _announce(self) -> None:
+        """Tell of a new tensor under the name where others may be about to exchange one that they know."""
+        handle = self._carrier.launch(f"{self._name}.meeting", self._gather, tf.constant([_NEW, 0], tf.int64))
+        self._explain(0, handle.wait(HANDSHAKE_TIMEOUT_SECONDS).view(np.uint8))
+
+    def _gather(self, record: tf.Tensor) -> tf.Tensor:
+        return allgather(record, f"{self._name}.meeting", self._carrier.process_set)
 
     def run(self, tensor: tf.Tensor) -> tf.Tensor:
         """Exchange one tensor."""
         calls = self._calls.value()
         record = tf.stack([tf.constant(self._digest, tf.int64), calls])
-        gathered = allgather(record, f"{self._name}.meeting", self._carrier.process_set)
-        with after(ops.pqasgd_agree(own=record, gathered=gathered, explainer=self._meeting)):
+        with after(ops.pqasgd_agree(own=record, gathered=self._gather(record), explainer=self._meeting)):
+            counted = self._calls.assign_add(1)
             flags = self._channel.exchange([tensor], calls, calls)
-        with after(self._problems.verdict(flags), self._calls.assign_add(1)):
+        with after(self._problems.verdict(flags), counted):
             return self._channel.means([tensor], self._factor)[0]
 
     def _explain(self, flags: int, data: Bytes) -> None:
         records = data.view(np.int64).reshape(-1, 2).tolist()
+        if all(record == records[0] for record in records):
+            return
         listing = format_by_rank(
-            (rank, f"call {calls} of {digest:016x}") for rank, (digest, calls) in enumerate(records)
+            (rank, "a new tensor" if digest == _NEW else f"call {calls} of {digest:016x}")
+            for rank, (digest, calls) in enumerate(records)
         )
         raise DesynchronizedError(
             f"{self._name}: the ranks do not make the same calls of compressed_allreduce: {listing}. Give each call a "
