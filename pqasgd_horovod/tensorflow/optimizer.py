@@ -142,9 +142,8 @@ class DistributedMethods(_Inner):
         self.flush()
         carrier = self._pqasgd_membership.value.carrier
         if carrier is not None and getattr(self, "use_ema", False):
-            for i, average in enumerate(self._model_variables_moving_average):
-                name = f"{self._pqasgd_membership.value.name}.ema.{i}"
-                average.assign(_plain_mean(unwrap(average), name, carrier))
+            averages = list(map(unwrap, self._model_variables_moving_average))
+            _assign_plain_means(averages, f"{self._pqasgd_membership.value.name}.ema", carrier)
         super().finalize_variable_values(var_list)
 
     # ---- what a model file holds ----
@@ -281,11 +280,14 @@ def scaled(gradient: Any, factor: float) -> Any:
     return gradient * factor
 
 
-def _plain_mean(tensor: Any, name: str, carrier: HorovodCarrier) -> tf.Tensor:
-    function = tf.function(
-        lambda: tf.reduce_mean(allgather(tensor.value()[None], name, carrier.process_set), axis=0), autograph=False
-    )
-    return function()
+def _assign_plain_means(variables: Sequence[tf.Variable], name: str, carrier: HorovodCarrier) -> None:
+    @tf.function(autograph=False)
+    def assign() -> None:
+        for i, variable in enumerate(variables):
+            gathered = allgather(variable.value()[None], f"{name}.{i}", carrier.process_set)
+            variable.assign(tf.reduce_mean(gathered, axis=0))
+
+    assign()
 
 
 def make_class(inner_class: type[keras.optimizers.Optimizer]) -> Any:
