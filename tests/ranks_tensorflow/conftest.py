@@ -19,6 +19,7 @@ tf.config.threading.set_intra_op_parallelism_threads(1)  # ranks share the cores
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Begin each test together, with the same random numbers on every rank."""
+    """Begin each test together, with the same random numbers, and the same names of layers, on every rank."""
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
     hvd.allgather_object(None, name="test.start")

@@ -126,7 +126,7 @@ def flat(arrays, members):
 @several_ranks
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
 def test_the_core_and_this_front_end_average_alike(exchange):
-    """What is checked here by threads and arrays is what PyTorch's front end steps, too: the same seed, the same bits."""
+    """The averager of PyTorch's front end, on arrays and threads, gives the same bits from the same seed."""
     options = {"second_codec": codecs.eden(bits=6), "method": exchange, "seed": 3}
     config = ExchangeConfig(codecs.eden(bits=3), **options)
 
