@@ -161,35 +161,36 @@ class DistributedMethods(_Inner):
         inner = keras.saving.deserialize_keras_object(settings.pop("optimizer"), custom_objects=custom_objects)
         return _from_settings(inner, settings)
 
-    def save_own_variables(self, store: Any) -> None:
-        """Add counters and anchors to what Keras saves."""
-        super().save_own_variables(store)
+    def _saved(self) -> dict[str, tf.Variable]:
+        """Return what is saved besides Keras' own variables, by its names in a model file."""
         state = getattr(self, "_pqasgd_state", None)
-        if state is not None:
-            for name, variable in state.named().items():
-                store[f"pqasgd.{name}"] = variable.numpy()
+        named = {} if state is None else dict(state.named())
+        for i, accumulated in enumerate(getattr(self, "_pqasgd_sums", ())):
+            named[f"sum.{i}"] = accumulated
+        if hasattr(self, "_pqasgd_passes"):
+            named["passes"] = self._pqasgd_passes
+        return {f"pqasgd.{name}": variable for name, variable in named.items()}
+
+    def save_own_variables(self, store: Any) -> None:
+        """Add counters, anchors and accumulated gradients to what Keras saves."""
+        super().save_own_variables(store)
+        for key, variable in self._saved().items():
+            store[key] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Take counters and anchors out of what Keras has saved."""
-        saved = {key: store[key] for key in store.keys() if not key.startswith("pqasgd.")}  # noqa: SIM118
-        super().load_own_variables(saved)
-        state = getattr(self, "_pqasgd_state", None)
-        named = {} if state is None else state.named()
-        for name, variable in named.items():
-            key = f"pqasgd.{name}"
-            if key not in store.keys():  # noqa: SIM118
-                if any(other.startswith("pqasgd.") for other in store.keys()):  # noqa: SIM118
-                    raise ArgumentError(
-                        f"the saved optimizer has no {key!r}: it was saved in a world of another size, or with other "
-                        "settings. Build the optimizer as it was, or load the weights alone"
-                    )
-                return  # of a plain optimizer: a new period starts at the next step
-            if store[key].shape != tuple(variable.shape):
-                raise ArgumentError(
-                    f"the saved optimizer has {key!r} of shape {store[key].shape}, this one of "
-                    f"{tuple(variable.shape)}: it was saved with other settings, or for another model"
-                )
-            variable.assign(store[key])
+        """Take counters, anchors and accumulated gradients out of what Keras has saved.
+
+        Raises ArgumentError, and changes nothing, if they were saved with other settings or for another model. In a
+        file of a plain optimizer there are none: a new period starts at the next step.
+        """
+        keras_own = {key: store[key] for key in store.keys() if not key.startswith("pqasgd.")}  # noqa: SIM118
+        ours = {key: store[key] for key in store.keys() if key.startswith("pqasgd.")}  # noqa: SIM118
+        expected = self._saved() if self.built and ours else {}
+        if expected:
+            _check_saved(ours, expected)
+        super().load_own_variables(keras_own)
+        for key, variable in expected.items():
+            variable.assign(ours[key])
 
     @classmethod
     def _instantiate(cls, inner_config: dict[str, Any]) -> Any:
@@ -264,6 +265,20 @@ class DistributedMethods(_Inner):
                 if keras.backend.is_float_dtype(variable.dtype) and not any(variable is other for other in found):
                     found.append(variable)
         return found
+
+
+def _check_saved(saved: dict[str, Any], expected: dict[str, tf.Variable]) -> None:
+    shapes = [{key: list(value.shape) for key, value in values.items()} for values in (saved, expected)]
+    differences = [
+        f"{key} has shape {shapes[0].get(key, 'absent')} in the file and {shapes[1].get(key, 'absent')} here"
+        for key in sorted({*saved, *expected})
+        if shapes[0].get(key) != shapes[1].get(key)
+    ]
+    if differences:
+        raise ArgumentError(
+            f"the saved optimizer is not like this one: {'; '.join(differences)}. It was saved in a world of another "
+            "size, with other settings or for another model: build the optimizer as it was, or load the weights alone"
+        )
 
 
 class _Hidden:
