@@ -1,0 +1,185 @@
+"""Saving and resuming, in the middle of a period too; every rank its own file, as momentum is local."""
+
+from __future__ import annotations
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import pqasgd_horovod.tensorflow as hvd
+from pqasgd_horovod.errors import ArgumentError
+from pqasgd_horovod.tensorflow.keras import callbacks
+from tests.ranks_tensorflow.common import (
+    EDEN2,
+    EDEN4,
+    apply,
+    assert_equal,
+    assert_raises_everywhere,
+    assert_replicas_equal,
+    compiled,
+    differ,
+    everybody,
+    fit,
+    make_model,
+    make_variables,
+    several_ranks,
+    train,
+    values,
+    weights,
+    wrap,
+)
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("inner", "options", "saved_after"),
+    [
+        (sgd, {"period": 4, "compression": EDEN2}, 4),
+        (sgd, {"period": 4, "compression": EDEN2}, 6),
+        (keras.optimizers.Adam, {"period": 4, "compression": EDEN2, "exchange": "two_phase"}, 5),
+        (sgd, {"period": 1, "compression": hvd.Compression.maxscale(bits=2)}, 3),
+        (lambda: keras.optimizers.LossScaleOptimizer(sgd()), {"period": 4, "compression": EDEN2}, 6),
+        (sgd, {"backward_passes_per_step": 2, "compression": EDEN2}, 3),
+    ],
+    ids=["after-average", "mid-period", "adam-mid-period", "coded-gradients", "loss-scale", "mid-accumulation"],
+)
+def test_a_model_file_resumes_bit_exactly(inner, options, saved_after, tmp_path):
+    straight = compiled(wrap(inner(), averaging=None, **options), make_model(norm=True))
+    train(straight, range(saved_after))
+    if hvd.size() > 1 and saved_after % options.get("period", 1):
+        assert differ(weights(straight))
+    straight.save(tmp_path / "model.keras")
+    train(straight, range(saved_after, 11))
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    assert resumed.optimizer is not straight.optimizer
+    train(resumed, range(saved_after, 11))
+    assert_equal(weights(resumed), weights(straight))
+    assert_equal(values(resumed.optimizer.variables), values(straight.optimizer.variables))
+    for optimizer in (straight.optimizer, resumed.optimizer):
+        optimizer.flush()
+    assert_equal(weights(resumed), weights(straight))
+    state = [each.optimizer._pqasgd_state.named() for each in (resumed, straight)]
+    assert_equal(values(state[0].values()), values(state[1].values()))
+
+
+def test_the_counter_matters_for_resuming():
+    """Without the counter the noise repeats: the check above would notice."""
+    arrays = []
+    for skipped in (0, 1):
+        variables = make_variables()
+        optimizer = wrap(compression=hvd.Compression.maxscale(bits=2))
+        optimizer._pqasgd_state.steps.assign(skipped)
+        apply(optimizer, variables, [0])
+        arrays.append(values(variables)[0])
+    assert np.array_equal(*arrays) == (hvd.size() == 1)
+
+
+@pytest.mark.parametrize(("period", "saved_after"), [(1, 3), (4, 6)])
+def test_a_checkpoint_of_tensorflow_resumes_bit_exactly(period, saved_after, tmp_path):
+    def make():
+        variables = make_variables()
+        optimizer = wrap(sgd(), period=period, compression=EDEN2)
+        optimizer.build(variables)
+        return variables, optimizer, tf.train.Checkpoint(optimizer=optimizer, variables=variables)
+
+    straight, optimizer, checkpoint = make()
+    apply(optimizer, straight, range(saved_after))
+    path = checkpoint.write(str(tmp_path / "checkpoint"))
+    apply(optimizer, straight, range(saved_after, 11))
+    resumed, other, checkpoint = make()
+    checkpoint.read(path).assert_consumed()
+    apply(other, resumed, range(saved_after, 11))
+    assert_equal(values(resumed), values(straight))
+    assert int(other._pqasgd_state.steps) == int(optimizer._pqasgd_state.steps) == 11
+    assert other.communication_stats()["steps"] == 11 - saved_after
+
+
+def test_fit_saves_an_average_with_flush_before(tmp_path):
+    class Save(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.save(tmp_path / "model.keras")
+
+    model = compiled(wrap(period=4, compression=EDEN2))
+    fit(model, 6, callbacks=[callbacks.FlushCallback(), Save()])
+    saved = keras.models.load_model(tmp_path / "model.keras")
+    assert_replicas_equal(saved)
+    assert_equal(weights(saved), weights(model))
+    assert [int(v) for v in (saved.optimizer._pqasgd_state.steps, saved.optimizer._pqasgd_state.rounds)] == [6, 2]
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_a_file_of_a_plain_optimizer_starts_a_new_period(period):
+    plain = compiled(sgd())
+    train(plain, range(2), rank=0)
+    model = compiled(wrap(sgd(), period=period, compression=EDEN2))
+    model.optimizer.build(model.trainable_variables)
+    model.set_weights(plain.get_weights())
+    model.optimizer.load_own_variables(stored(plain.optimizer))
+    assert_equal(values(model.optimizer.momentums), values(plain.optimizer.momentums))
+    train(model, range(2, 2 + period))
+    assert_replicas_equal(model)
+
+
+def stored(optimizer):
+    """What the optimizer's part of a model file holds."""
+    store = {}
+    optimizer.save_own_variables(store)
+    return {key: np.array(value) for key, value in store.items()}
+
+
+def test_a_file_of_other_settings_or_of_another_world_is_refused_with_the_reason_and_nothing_changes():
+    saved = wrap(sgd(), period=2, compression=EDEN2)
+    variables = make_variables()
+    apply(saved, variables, range(3))
+    file = stored(saved)
+    other_world = {key: value for key, value in file.items() if "anchor" not in key}
+    cases = [
+        ({"period": 1}, file, "pqasgd.rounds has shape [] in the file and absent here"),
+        ({"period": 2, "backward_passes_per_step": 2}, file, "pqasgd.passes has shape absent in the file and [] here"),
+    ]
+    if hvd.size() > 1:
+        cases += [
+            ({"period": 2, "small_tensor_threshold": 100}, file, "pqasgd.anchor.0 has shape [4200] in the file and"),
+            ({"period": 2}, other_world, "pqasgd.anchor.1 has shape absent in the file and [260] here"),
+        ]
+    for options, content, text in cases:
+        other = wrap(sgd(), compression=EDEN2, **options)
+        other.build(make_variables())
+        before = values([*other.variables, *other._saved().values()])
+        with pytest.raises(ArgumentError, match=re.escape(text)):
+            other.load_own_variables(content)
+        assert_equal(values([*other.variables, *other._saved().values()]), before)
+
+
+@several_ranks
+def test_a_file_that_one_rank_alone_has_loaded_is_the_same_error_everywhere():
+    model = compiled(wrap(period=3, compression=EDEN4))
+    train(model, range(3))
+    resumed = compiled(wrap(period=3, compression=EDEN4))
+    resumed.optimizer.build(resumed.trainable_variables)
+    if hvd.rank() == 0:
+        resumed.set_weights(model.get_weights())
+        resumed.optimizer.load_own_variables(stored(model.optimizer))
+    text = assert_raises_everywhere("MismatchError", lambda: train(resumed, [3]))
+    assert "steps" in text
+    assert "restored on every rank" in text
+
+
+@several_ranks
+def test_a_file_that_one_rank_has_loaded_is_broadcast():
+    model = compiled(wrap(period=3, compression=EDEN4))
+    train(model, range(4))
+    resumed = compiled(wrap(period=3, compression=EDEN4))
+    resumed.optimizer.build(resumed.trainable_variables)
+    if hvd.rank() == 0:
+        resumed.set_weights(model.get_weights())
+        resumed.optimizer.load_own_variables(stored(model.optimizer))
+    fit(resumed, 2, first=4, callbacks=[callbacks.BroadcastGlobalVariablesCallback(0)])
+    assert_replicas_equal(resumed)
+    assert set(everybody(int(resumed.optimizer._pqasgd_state.steps))) == {6}
