@@ -141,8 +141,9 @@ class DistributedMethods(_Inner):
         """At the end of ``fit``: average what is left of a period, and the moving averages of parameters, if any."""
         self.flush()
         carrier = self._pqasgd_membership.value.carrier
-        if carrier is not None and getattr(self, "use_ema", False):
-            averages = list(map(unwrap, self._model_variables_moving_average))
+        updater = self.inner_optimizer if _scales_loss(self) else self
+        if carrier is not None and updater.use_ema:
+            averages = list(map(unwrap, updater._model_variables_moving_average))
             _assign_plain_means(averages, f"{self._pqasgd_membership.value.name}.ema", carrier)
         super().finalize_variable_values(var_list)
 
