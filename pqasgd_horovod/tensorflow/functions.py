@@ -23,7 +23,7 @@ from .carrier import HorovodCarrier, allgather
 from .compression import Compression, codec_of
 from .graph import GraphChannel, Problems
 from .library import ops, register_explainer, translate
-from .traced import Traced, after, counter
+from .traced import Traced, after, counter, outside_of_graphs
 from .variables import DTYPES, VariableSpec, name_of, unwrap
 
 
@@ -203,7 +203,7 @@ def compressed_allreduce(
     label = f"pqasgd.allreduce.{'noname' if name is None else f'named.{name}'}"
     identity = (label, tuple(process_set.ranks), tensor.dtype, tuple(tensor.shape), config, op)
     if identity not in _allreduces:
-        with tf.init_scope():
+        with outside_of_graphs():
             _allreduces[identity] = _Allreduce(tensor, carrier, config, op, label)
     allreduce = _allreduces[identity]
     try:

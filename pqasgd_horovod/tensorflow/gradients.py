@@ -21,7 +21,7 @@ from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .carrier import HorovodCarrier, allgather
 from .graph import GraphChannel, Problems
 from .meeting import Meeting
-from .traced import Traced, after, counter
+from .traced import Traced, after, counter, outside_of_graphs
 from .variables import NO_ERROR, VariableSpec, describe_together, describe_variables
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
@@ -51,6 +51,15 @@ class GradientSettings:
     device_sparse: str = ""
 
 
+def layout_of(specs: Sequence[VariableSpec], gradients: Sequence[Gradient]) -> list[tuple[str, str]]:
+    """Return what has to be the same on every rank: names, types, shapes, and which gradients are sparse or absent."""
+    kinds = [
+        "absent" if gradient is None else "sparse" if isinstance(gradient, tf.IndexedSlices) else "dense"
+        for gradient in gradients
+    ]
+    return [(spec.name, f"{spec.description} {kind}") for spec, kind in zip(specs, kinds, strict=True)]
+
+
 class GradientAverager(abc.ABC):
     """Replaces gradients by their mean, or sum, over the ranks.
 
@@ -60,7 +69,7 @@ class GradientAverager(abc.ABC):
     """
 
     def __init__(self, carrier: HorovodCarrier | None, settings: GradientSettings, *, name: str) -> None:
-        with tf.init_scope():
+        with outside_of_graphs():
             self.state = GradientState()
             self._total_steps = counter("total_steps")
             self._sparse_sent, self._sparse_received = counter("sparse_sent"), counter("sparse_received")
@@ -77,7 +86,7 @@ class GradientAverager(abc.ABC):
         Raises ArgumentError if other variables have gradients than in the first call.
         """
         if self._layout is None:
-            with tf.init_scope():
+            with outside_of_graphs():
                 specs = describe_together(variables, self._carrier, f"{self._name}.layout")
         else:
             specs = describe_variables(variables)
@@ -95,18 +104,17 @@ class GradientAverager(abc.ABC):
         return result
 
     def _check_layout(self, specs: Sequence[VariableSpec], gradients: Sequence[Gradient]) -> None:
-        kinds = ["sparse" if isinstance(gradient, tf.IndexedSlices) else "dense" for gradient in gradients]
-        layout = [(spec.name, f"{spec.description} {kind}") for spec, kind in zip(specs, kinds, strict=True)]
+        layout = layout_of(specs, gradients)
         if self._layout is None:
             if not layout:
                 raise ArgumentError("gradients are all None: there is nothing to average")
-            with tf.init_scope():
-                dense = [spec for spec, kind in zip(specs, kinds, strict=True) if kind == "dense"]
+            with outside_of_graphs():
+                dense = [spec for spec, g in zip(specs, gradients, strict=True) if not isinstance(g, tf.IndexedSlices)]
                 self._num_elements = sum(spec.numel for spec in specs)
                 self._build(dense, layout)
             self._layout = layout
         elif layout != self._layout:
-            with tf.init_scope():
+            with outside_of_graphs():
                 self._tell_of_change()
             changed = sorted(set(layout) ^ set(self._layout)) or "their order"
             raise ArgumentError(

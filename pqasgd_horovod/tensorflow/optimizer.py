@@ -28,7 +28,7 @@ from .carrier import HorovodCarrier, allgather
 from .compression import CodecCompressor, Compression, codec_of
 from .gradients import CodedGradients, GradientAverager, GradientSettings, StockGradients
 from .periodic import PeriodicAverager
-from .traced import counter, when
+from .traced import counter, outside_of_graphs, when
 from .variables import name_of, unwrap
 
 logger = logging.getLogger("pqasgd_horovod")
@@ -64,7 +64,7 @@ class DistributedMethods(_Inner):
         super().build(variables)
         variables = list(variables)
         settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
-        with tf.init_scope():
+        with outside_of_graphs():
             if settings["backward_passes_per_step"] > 1:
                 self._pqasgd_sums = [
                     tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in map(unwrap, variables)

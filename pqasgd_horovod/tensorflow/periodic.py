@@ -21,7 +21,7 @@ from .carrier import HorovodCarrier, allgather
 from .graph import GraphChannel, Problems
 from .library import ops, register_explainer, translate
 from .meeting import Meeting
-from .traced import Traced, after, counter, when
+from .traced import Traced, after, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_together, unwrap
 
 
@@ -82,7 +82,7 @@ class PeriodicAverager:
 
         Raises ArgumentError for a variable that cannot be averaged, and MismatchError on every rank if they differ.
         """
-        with tf.init_scope():
+        with outside_of_graphs():
             self._build(parameters, buffers)
 
     def _build(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> None:

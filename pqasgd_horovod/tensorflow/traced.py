@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops.variables import default_variable_creator_v2
 
 
 class Traced:
@@ -21,6 +23,16 @@ class Traced:
         if function not in self._functions:
             self._functions[function] = tf.function(function, autograph=False)
         return self._functions[function](*arguments)
+
+
+@contextlib.contextmanager
+def outside_of_graphs() -> Iterator[None]:
+    """Run what is here eagerly, once, though a graph is being traced; variables that are made belong to no function.
+
+    A ``tf.function`` that takes note of variables traces itself twice, and allows no others in any later trace.
+    """
+    with tf.init_scope(), tf.variable_creator_scope(lambda _, **options: default_variable_creator_v2(None, **options)):
+        yield
 
 
 def counter(name: str) -> tf.Variable:
