@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -15,9 +16,10 @@ from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of
-from .gradients import CodedGradients, GradientAverager, GradientSettings, StockGradients
+from .gradients import CodedGradients, GradientAverager, GradientSettings, StockGradients, layout_of
 from .optimizer import check_op, scaled
-from .variables import name_of, unwrap
+from .traced import outside_of_graphs
+from .variables import describe_variables, name_of, unwrap
 
 _averagers: dict[tuple[Any, ...], GradientAverager] = {}
 _compressors: dict[tuple[Any, ...], Any] = {}
@@ -52,7 +54,8 @@ class _DistributedTape:
             self._tape.gradient(target, [unwrap(source) for source in flat], output_gradients, **options)
         )
         shared = [i for i, source in enumerate(flat) if not any(unwrap(source) is local for local in self._local)]
-        averager = _averager_of(tuple(name_of(flat[i]) for i in shared), self._settings)
+        layout = layout_of(describe_variables([flat[i] for i in shared]), [gradients[i] for i in shared])
+        averager = _averager_of(layout, self._settings)
         means = averager.average([gradients[i] for i in shared], [flat[i] for i in shared])
         if self._settings["scale_local_gradients"]:
             size = self._settings["process_set"].size()
@@ -70,12 +73,19 @@ class _DistributedTape:
 
 
 def _identity(settings: dict[str, Any]) -> tuple[Any, ...]:
-    return (tuple(settings["process_set"].ranks), settings["config"], settings["gradients"])
+    process_set = tuple(settings["process_set"].ranks)
+    gradients: GradientSettings = settings["gradients"]
+    groups = gradients.groups
+    if isinstance(groups, tuple):  # variables cannot be compared, their names can
+        gradients = dataclasses.replace(gradients, groups=tuple(tuple(map(name_of, group)) for group in groups))
+    compressor = settings["compressor"]
+    kind = compressor if isinstance(compressor, type) else type(compressor)
+    return (process_set, settings["config"], gradients, kind)
 
 
-def _averager_of(names: tuple[str, ...], settings: dict[str, Any]) -> GradientAverager:
-    """Return what averages the gradients of these variables: made once, though a tape is made in every step."""
-    identity = (names, *_identity(settings))
+def _averager_of(layout: list[tuple[str, str]], settings: dict[str, Any]) -> GradientAverager:
+    """Return what averages such gradients: made once, though a tape is made in every step."""
+    identity = (tuple(layout), *_identity(settings))
     compressor = _compressors.setdefault(identity, settings["compressor"])
     if compressor != settings["compressor"]:
         raise ArgumentError(
@@ -83,26 +93,28 @@ def _averager_of(names: tuple[str, ...], settings: dict[str, Any]) -> GradientAv
             "your own has to be made once, outside of the traced function"
         )
     if identity not in _averagers:
-        with tf.init_scope():
+        with outside_of_graphs():
             membership = Membership(horovod, settings["process_set"], HorovodCarrier)
             with construct_together(membership):
                 carrier: Any = membership.carrier
                 config: ExchangeConfig = settings["config"]
+                averager: GradientAverager
                 if settings["stock"]:
                     itemsize = 2 if config.codec.id == "fp16" else None
-                    _averagers[identity] = StockGradients(
+                    averager = StockGradients(
                         carrier, settings["gradients"], settings["compressor"], itemsize, name=membership.name
                     )
                 else:
-                    _averagers[identity] = CodedGradients(carrier, settings["gradients"], config, name=membership.name)
+                    averager = CodedGradients(carrier, settings["gradients"], config, name=membership.name)
                 membership.describe(
                     "DistributedGradientTape",
                     PeriodicAveraging(period=1),
                     config,
                     op=settings["gradients"].op,
                     check_consistency=False,
-                    sources=list(names),
+                    sources=dict(layout),
                 )
+            _averagers[identity] = averager
     return _averagers[identity]
 
 
