@@ -1,0 +1,270 @@
+"""Loops of one's own: ``tf.function``, plain variables, and ``DistributedGradientTape``."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import pqasgd_horovod.tensorflow as hvd
+from pqasgd_horovod import codecs
+from pqasgd_horovod.averaging import ExchangeConfig
+from pqasgd_horovod.errors import ArgumentError
+from pqasgd_horovod.keys import derive_key
+from tests.averaging.arrays import decoded_mean
+from tests.ranks_tensorflow.common import (
+    EDEN2,
+    EDEN4,
+    SHAPES,
+    apply,
+    assert_equal,
+    assert_replicas_equal,
+    differ,
+    everybody,
+    gradients_of,
+    make_model,
+    make_variables,
+    several_ranks,
+    start,
+    values,
+    wrap,
+)
+
+
+def parts(step):
+    return list(map(tf.constant, gradients_of(step)))
+
+
+@pytest.mark.parametrize("options", [{"period": 3}, {"period": 3, "exchange": "two_phase"}, {}], ids=str)
+def test_eager_and_traced_steps_give_the_same_bits_and_nothing_is_traced_again(options):
+    eager, traced = make_variables(), make_variables()
+    for variables in (eager, traced):
+        optimizer = wrap(keras.optimizers.Adam(0.1), compression=EDEN2, seed=5, bucket_cap_mb=0.01, **options)
+        if variables is eager:
+            apply(optimizer, variables, range(8))
+        else:
+            optimizer.build(variables)
+            step = tf.function(optimizer.apply)
+            for number in range(8):
+                step(parts(number))
+            assert step.experimental_get_tracing_count() == 1
+        optimizer.flush()
+        assert optimizer.communication_stats()["rounds"] == (3 if options else 8)
+    assert_equal(values(eager), values(traced))
+    assert_replicas_equal(traced)
+
+
+def test_many_steps_in_one_graph():
+    """A loop in TensorFlow, averages in the middle of it."""
+    inside, outside = make_variables(), make_variables()
+    optimizer = wrap(period=3, compression=EDEN2)
+    optimizer.build(inside)
+
+    @tf.function
+    def loop(count):
+        for _ in tf.range(count):
+            optimizer.apply([tf.ones_like(v) * float(1 + hvd.rank()) for v in inside])
+
+    loop(tf.constant(7))
+    other = wrap(period=3, compression=EDEN2)
+    constant = [tf.fill(shape, 1.0 + hvd.rank()) for shape in SHAPES]
+    apply(other, outside, range(7), lambda _: constant)
+    assert optimizer.communication_stats()["rounds"] == 2
+    assert_equal(values(inside), values(outside))
+
+
+def gradients_by_tape(tape, variables, step, sources=None):
+    """Sums of products with given gradients, so that the gradients are those, exactly."""
+    with tape:
+        targets = [tf.reduce_sum(v * g) for v, g in zip(map(value_of, variables), parts(step), strict=True)]
+        target = tf.add_n(targets)
+    return tape.gradient(target, variables if sources is None else sources)
+
+
+def value_of(variable):
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def exact(step, op):
+    """The mean over ranks as Horovod takes it: a sum in float32, times 1/n. Another order of the ranks is allowed."""
+    gradients = [gradients_of(step, rank) for rank in range(hvd.size())]
+    return [np.sum(each, axis=0) / (hvd.size() if op == hvd.Average else 1) for each in zip(*gradients, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"op": hvd.Sum},
+        {"gradient_predivide_factor": 2.0},
+        {"num_groups": 2},
+        {"compression": hvd.Compression.fp16},
+        {"compression": hvd.Compression.bf16, "op": hvd.Sum},
+    ],
+    ids=str,
+)
+def test_a_tape_without_loss_gives_the_mean_by_hand(options):
+    for variables in (make_variables(), [keras.Variable(value) for value in start()]):
+        gradients = gradients_by_tape(hvd.DistributedGradientTape(tf.GradientTape(), **options), variables, 0)
+        # Sums of numbers below 4, each rounded to float32; fp16 and bf16 keep 11 and 8 bits.
+        kept = {"fp16": 11, "bf16": 8}[options["compression"].codec.id] if "compression" in options else 22
+        for ours, theirs in zip(gradients, exact(0, options.get("op", hvd.Average)), strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=4 * hvd.size() * 2.0**-kept)
+        assert_replicas_equal(gradients)
+
+
+def test_groups_of_variables():
+    variables = make_variables()
+    for options in ({"groups": [variables[:2]]}, {"groups": 3}):
+        tape = hvd.DistributedGradientTape(tf.GradientTape(), **options)
+        for ours, theirs in zip(gradients_by_tape(tape, variables, 0), exact(0, hvd.Average), strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=hvd.size() * 2.0**-21)
+        replica = make_variables()
+        options = {"groups": [replica[:2]]} if isinstance(options["groups"], list) else options
+        apply(wrap(**options), replica, range(2))
+        assert_replicas_equal(replica)
+
+
+@several_ranks
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Sum], ids=["mean", "sum"])
+def test_a_coded_tape_gives_the_decoded_mean_by_the_specification(op):
+    variables = make_variables()
+    options = {"compression": EDEN2, "op": op, "seed": 11 + (op == hvd.Sum), "exchange": "allgather"}
+    large = [i for i, shape in enumerate(SHAPES) if np.prod(shape) >= 1024]
+    config = ExchangeConfig(codecs.eden(bits=2))
+    for step in range(3):
+        gradients = gradients_by_tape(hvd.DistributedGradientTape(tf.GradientTape(), **options), variables, step)
+        flat = [np.concatenate([gradients_of(step, rank)[i].ravel() for i in large]) for rank in range(hvd.size())]
+        keys = [derive_key(options["seed"], rank, step, 0, 0) for rank in range(hvd.size())]
+        mean = decoded_mean(flat, None, config, keys) * np.float32(hvd.size() if op == hvd.Sum else 1)
+        np.testing.assert_array_equal(np.concatenate([gradients[i].numpy().ravel() for i in large]), mean)
+        assert_replicas_equal(gradients)
+
+
+def test_a_tape_in_a_function_is_traced_once():
+    model = make_model()
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def step(inputs):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(inputs) ** 2)
+        tape = hvd.DistributedGradientTape(tape, compression=EDEN4)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return loss
+
+    for number in range(6):
+        step(tf.constant(np.random.default_rng([number, hvd.rank()]).standard_normal((8, 30)), tf.float32))
+    assert step.experimental_get_tracing_count() == 1
+    assert_replicas_equal(model)
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=EDEN4)
+    assert callable(tape.communication_stats)
+
+
+@pytest.mark.parametrize("compression", [hvd.Compression.none, EDEN4], ids=str)
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_sparse_gradients(compression, dense):
+    table = keras.Variable(np.zeros((50, 30), np.float32), name=f"table.{dense}.{compression.codec.id}")
+    other = keras.Variable(np.ones((40, 30), np.float32), name=f"other.{dense}.{compression.codec.id}")
+    rows = [1 + hvd.rank(), 7, 7]
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=compression, sparse_as_dense=dense)
+    with tape:
+        looked_up = tf.gather(table.value, rows)
+        target = tf.reduce_sum(looked_up) * (1.0 + hvd.rank()) + tf.reduce_sum(other.value) * float(hvd.rank())
+    gradient, whole = tape.gradient(target, [table, other])
+    assert isinstance(gradient, tf.IndexedSlices) != dense
+    expected = np.zeros((50, 30), np.float32)
+    for rank in range(hvd.size()):
+        for row in (1 + rank, 7, 7):
+            expected[row] += (1.0 + rank) / hvd.size()
+    gradient = tf.convert_to_tensor(gradient).numpy()
+    if dense and compression is EDEN4 and hvd.size() > 1:
+        assert np.linalg.norm(gradient - expected) < 0.2 * np.linalg.norm(expected)  # 4 bits: q = 0.0096
+    else:
+        np.testing.assert_allclose(gradient, expected, rtol=2.0**-22)
+    assert not differ([gradient, whole.numpy()])
+
+
+def test_sparse_gradients_in_an_optimizer():
+    table = keras.Variable(np.zeros((50, 30), np.float32), name="table")
+    optimizer = wrap(keras.optimizers.SGD(1.0), compression=EDEN4)
+    slices = tf.IndexedSlices(tf.ones([2, 30]), tf.constant([hvd.rank(), 9]), tf.constant([50, 30]))
+    optimizer.apply([slices], [table])
+    expected = np.zeros((50, 30), np.float32)
+    for rank in range(hvd.size()):
+        expected[[rank, 9]] -= np.float32(1 / hvd.size())
+    np.testing.assert_allclose(table.numpy(), expected, rtol=2.0**-22)
+    stats = optimizer.communication_stats()
+    own = 2 * 30 * 4 + 2 * 4
+    assert stats["bytes_sent"] == stats["bytes_received"] == (hvd.size() - 1) * own
+
+
+def test_a_persistent_tape():
+    variables = make_variables()
+    tape = hvd.DistributedGradientTape(tf.GradientTape(persistent=True), compression=EDEN4)
+    with tape:
+        one = tf.add_n([tf.reduce_sum(v) for v in variables]) * (1.0 + hvd.rank())
+        two = one * 2.0
+    first, second = tape.gradient(one, variables), tape.gradient(two, variables[0])
+    assert isinstance(second, tf.Tensor)
+    assert_replicas_equal([*first, second])
+    expected = (hvd.size() + 1) / 2
+    # Constant numbers lie on one level of the code after the rotation or near it.
+    assert float(tf.reduce_mean(second)) == pytest.approx(2 * expected, rel=0.05)
+    assert tape.watched_variables()
+
+
+def test_a_local_source():
+    variables = make_variables()
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=EDEN4)
+    tape.register_local_source(variables[1])
+    gradients = gradients_by_tape(tape, variables, 0)
+    np.testing.assert_array_equal(gradients[1].numpy(), gradients_of(0)[1] * np.float32(1 / hvd.size()))
+    assert not differ(values(gradients[:1] + gradients[2:]))
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=EDEN4, scale_local_gradients=False)
+    tape.register_local_source(variables[1])
+    np.testing.assert_array_equal(gradients_by_tape(tape, variables, 0)[1].numpy(), gradients_of(0)[1])
+
+
+def test_two_lists_of_variables_in_one_program():
+    """All of them have the same names, as variables have that were given none."""
+    one, two, three = ([tf.Variable(tf.ones(shape)) for shape in shapes] for shapes in ([2000, 3], [1500, 3], [2000]))
+    for _ in range(2):
+        for variables in (one, two, three):
+            tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=EDEN4)
+            with tape:
+                target = tf.add_n([tf.reduce_sum(v * v) for v in variables]) * (1.0 + hvd.rank())
+            for variable, gradient in zip(variables, tape.gradient(target, variables), strict=True):
+                variable.assign_sub(0.1 * gradient)
+    assert_replicas_equal([*one, *two, *three])
+
+
+def test_sources_keep_their_structure_and_none_stays_none():
+    variables = make_variables()
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=EDEN4)
+    with tape:
+        target = tf.reduce_sum(variables[0])
+    found = tape.gradient(target, {"a": variables[0], "b": [variables[1]]})
+    assert found["a"].shape == SHAPES[0]
+    assert found["b"] == [None]
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=EDEN4)
+    with tape:
+        target = tf.constant(1.0)
+    with pytest.raises(ArgumentError, match="gradients are all None"):
+        tape.gradient(target, variables[2:])
+
+
+def test_the_optimizer_of_the_tensorflow_module_takes_the_same_options():
+    variables = make_variables()
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(0.5), compression=EDEN2, check_consistency=True,
+        averaging=hvd.PeriodicAveraging(period=2, buffers="local"),
+    )  # fmt: skip
+    twin, other = make_variables(), wrap(period=2, compression=EDEN2)
+    apply(optimizer, variables, range(4))
+    apply(other, twin, range(4))
+    assert_equal(values(variables), values(twin))
+    assert len(set(everybody(int(optimizer.iterations)))) == 1
