@@ -97,13 +97,17 @@ def _key(key: int | tf.Tensor) -> tf.Tensor:
     return key if tf.is_tensor(key) else tf.constant(check_key(key), tf.uint64)
 
 
+# Horovod moves none of these: the same bits as another type are as good.
+_CARRIED_AS = {tf.bfloat16: tf.int16, tf.uint32: tf.int32, tf.uint64: tf.int64}
+
+
 def broadcast_variables(
     variables: Any, root_rank: int, process_set: Any = horovod.global_process_set, inplace: bool = False
 ) -> None:
     """Copy variables, of Keras 3 or of TensorFlow, from one rank to all; collective.
 
     Args:
-        variables: a list; the same names, types and shapes on every rank. States of random generators (uint32) are left
+        variables: a list; the same names, types and shapes on every rank. States of Keras' random generators are left
             alone: ranks are to draw different dropout masks.
         root_rank: the rank whose values everybody gets.
         process_set: the ranks that take part.
@@ -115,7 +119,7 @@ def broadcast_variables(
     >>> hvd.init()
     >>> hvd.broadcast_variables([tf.Variable(1.0)], root_rank=0)
     """
-    chosen = [variable for variable in variables if tf.as_dtype(unwrap(variable).dtype) != tf.uint32]
+    chosen = [variable for variable in variables if not name_of(variable).endswith("seed_generator_state")]
     carrier = HorovodCarrier(process_set)
     if carrier.size == 1 or not chosen:
         return
@@ -127,14 +131,13 @@ def broadcast_variables(
     def copy() -> None:
         for i, variable in enumerate(map(unwrap, chosen)):
             value = variable.value()
-            # Horovod moves no bfloat16 and no bool: their bytes are as good.
-            carried = tf.cast(value, tf.uint8) if value.dtype == tf.bool else value
-            carried = tf.bitcast(carried, tf.int16) if value.dtype == tf.bfloat16 else carried
+            carrying = _CARRIED_AS.get(value.dtype, value.dtype)
+            carried = tf.cast(value, tf.uint8) if value.dtype == tf.bool else tf.bitcast(value, carrying)
             received = mpi_ops.broadcast(
                 carried, root_rank, name=f"{name}.{i}", ignore_name_scope=True, process_set=process_set
             )
-            received = tf.bitcast(received, tf.bfloat16) if value.dtype == tf.bfloat16 else received
-            variable.assign(tf.cast(received, value.dtype))
+            bits = tf.cast(received, tf.bool) if value.dtype == tf.bool else tf.bitcast(received, value.dtype)
+            variable.assign(bits)
 
     copy()
 
