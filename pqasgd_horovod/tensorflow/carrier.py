@@ -92,8 +92,9 @@ class HorovodCarrier:
         # An eager op has no name of its own, a node of a graph has.
         key = (name, options)
         if key not in self._functions:
-            signature = [tf.TensorSpec([None], vector.dtype)]
-            self._functions[key] = tf.function(collective, autograph=False, input_signature=signature)
+            # A concrete one: TensorFlow warns of a function that is traced for name after name.
+            signature = tf.TensorSpec([None], vector.dtype)
+            self._functions[key] = tf.function(collective, autograph=False).get_concrete_function(signature)
         function = self._functions[key]
 
         def run() -> Bytes:
