@@ -114,12 +114,13 @@ def test_allreduce_of_what_it_does_not_take():
 def test_broadcast_of_all_kinds_of_variables():
     root = hvd.size() - 1
     own = float(hvd.rank() + 1)
-    kinds = [tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.int32, tf.int64, tf.uint8, tf.bool]
+    kinds = [tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.int32, tf.int64, tf.uint8, tf.uint32, tf.bool]
     ours = [tf.Variable(tf.cast(tf.fill((2, 3), own - 1), kind), name=kind.name) for kind in kinds]
     theirs = [keras.Variable(np.full(4, own), dtype=kind) for kind in ("float32", "bfloat16", "int32", "bool")]
-    seed = tf.Variable(tf.fill([2], tf.cast(hvd.rank(), tf.uint32)), name="seed")
+    generator = keras.random.SeedGenerator(hvd.rank())
+    seed = generator.state.numpy().tolist()
     scalar = tf.Variable(own, name="scalar")
-    hvd.broadcast_variables([*ours, *theirs, seed, scalar], root_rank=root)
+    hvd.broadcast_variables([*ours, *theirs, generator.state, scalar], root_rank=root)
     for variable, kind in zip(ours, kinds, strict=True):
         assert variable.dtype == kind
         np.testing.assert_array_equal(
@@ -128,7 +129,8 @@ def test_broadcast_of_all_kinds_of_variables():
         )
     assert_replicas_equal([*ours, *theirs])
     assert float(scalar) == root + 1
-    assert seed.numpy().tolist() == [hvd.rank()] * 2
+    assert generator.state.numpy().tolist() == seed
+    assert len(set(everybody(tuple(seed)))) == hvd.size()
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=str)
