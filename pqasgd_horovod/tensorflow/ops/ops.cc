@@ -80,6 +80,15 @@ Status check(int32_t status, const char* what) {
   }
 }
 
+template <class T>
+Status scalar_from(OpKernelContext* context, const char* name, T* value) {
+  const Tensor* tensor = nullptr;
+  TF_RETURN_IF_ERROR(context->input(name, &tensor));
+  if (tensor->NumElements() != 1) return InvalidArgument(name, " has ", tensor->NumElements(), " elements; it must be a scalar");
+  *value = tensor->flat<T>()(0);
+  return OkStatus();
+}
+
 void* data_of(const Tensor& tensor) { return const_cast<char*>(tensor.tensor_data().data()); }
 
 // Tensors as one flat vector, minus a part of an anchor if there is one.
@@ -141,13 +150,11 @@ class BucketOp : public OpKernel {
  protected:
   Status begin(OpKernelContext* context, pq_bucket* bucket) const {
     *bucket = bucket_;
-    const Tensor *step, *round;
-    TF_RETURN_IF_ERROR(context->input("step", &step));
-    TF_RETURN_IF_ERROR(context->input("round", &round));
-    if (step->NumElements() != 1 || round->NumElements() != 1)
-      return InvalidArgument("step and round must be scalars");
-    bucket->step = (uint64_t)step->flat<int64_t>()(0);
-    bucket->round = (uint64_t)round->flat<int64_t>()(0);
+    int64_t step = 0, round = 0;
+    TF_RETURN_IF_ERROR(scalar_from(context, "step", &step));
+    TF_RETURN_IF_ERROR(scalar_from(context, "round", &round));
+    bucket->step = (uint64_t)step;
+    bucket->round = (uint64_t)round;
     return OkStatus();
   }
 
@@ -571,13 +578,15 @@ class EncodeOp : public OpKernel {
   void Compute(OpKernelContext* context) override {
     const Tensor& values = context->input(0);
     Source source;
+    uint64 key = 0;
     OP_REQUIRES_OK(context, source.add(values));
+    OP_REQUIRES_OK(context, scalar_from(context, "key", &key));
     const int64_t nbytes = pq_payload_nbytes(&codec_, values.NumElements());
     OP_REQUIRES_OK(context, check(nbytes < 0 ? PQ_BAD_ARGUMENT : PQ_OK, "encode"));
     Tensor* payload = nullptr;
     OP_REQUIRES_OK(context, context->allocate_output(0, {nbytes}, &payload));
-    const int32_t status = pq_encode(&codec_, source.get(), 0, values.NumElements(), context->input(1).flat<uint64>()(0),
-                                     payload->flat<uint8>().data(), nbytes);
+    const int32_t status =
+        pq_encode(&codec_, source.get(), 0, values.NumElements(), key, payload->flat<uint8>().data(), nbytes);
     OP_REQUIRES_OK(context, check(status, "encode"));
     OP_REQUIRES(context, status != PQ_NONFINITE,
                 InvalidArgument("values hold NaN, Inf or a number beyond the codec's range, which it cannot encode: look for a "
@@ -600,9 +609,12 @@ class DecodeAddBase : public OpKernel {
  protected:
   Status add(OpKernelContext* context, Tensor* destination) const {
     const Tensor& payload = context->input(1);
-    return check(pq_decode_add(&codec_, payload.flat<uint8>().data(), payload.NumElements(), destination->NumElements(),
-                               context->input(2).flat<uint64>()(0), context->input(3).flat<float>()(0),
-                               destination->flat<float>().data()),
+    uint64 key = 0;
+    float weight = 0;
+    TF_RETURN_IF_ERROR(scalar_from(context, "key", &key));
+    TF_RETURN_IF_ERROR(scalar_from(context, "weight", &weight));
+    return check(pq_decode_add(&codec_, payload.flat<uint8>().data(), payload.NumElements(), destination->NumElements(), key,
+                               weight, destination->flat<float>().data()),
                  "decode");
   }
   pq_codec codec_{};
