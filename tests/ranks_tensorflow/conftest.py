@@ -7,14 +7,13 @@ import pytest
 os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # ranks share the cores
 
 import keras
-import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
 
 hvd.init()
-tf.config.threading.set_intra_op_parallelism_threads(1)  # ranks share the cores
 
 
 @pytest.fixture(autouse=True)
