@@ -31,15 +31,14 @@ class Membership:
     def __init__(self, horovod: Any, process_set: Any, make_carrier: Callable[[Any], Carrier]) -> None:
         if not horovod.is_initialized():
             raise ArgumentError("Horovod is not initialised: call hvd.init() before hvd.DistributedOptimizer")
-        included = process_set.included()
-        if included is None:
+        if process_set.process_set_id is None:
             raise ArgumentError(
                 f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
             )
         self.name = ""
         self.carrier: Carrier | None = None
         self.description: dict[str, Any] = {}
-        if included:
+        if process_set.included():
             ranks = tuple(process_set.ranks)
             self.name = f"pqasgd.optimizer.{_constructed[ranks]}"
             _constructed[ranks] += 1

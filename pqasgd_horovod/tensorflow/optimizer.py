@@ -15,6 +15,7 @@ from typing import Any
 import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
+from horovod.tensorflow import mpi_ops
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
@@ -321,12 +322,27 @@ def _from_settings(optimizer: Any, settings: dict[str, Any]) -> Any:
     known = dict(settings)
     codec, second, averaging = known.pop("codec"), known.pop("second_codec"), dict(known.pop("averaging"))
     averaging.pop("id")
+    known["process_set"] = _process_set_of(known["process_set"])
     return distribute(
         optimizer,
         compression=CodecCompressor.from_config(codec),
         second_compression=None if second is None else CodecCompressor.from_config(second),
         averaging=PeriodicAveraging(**averaging),
         **known,
+    )
+
+
+def _process_set_of(ranks: Sequence[int] | None) -> Any:
+    if ranks is None:
+        return horovod.global_process_set
+    for number, members in mpi_ops._basics._get_process_set_ids_and_ranks().items():
+        if list(members) == list(ranks):
+            process_set = horovod.ProcessSet(ranks)
+            process_set.process_set_id = number
+            return process_set
+    raise ArgumentError(
+        f"the optimizer was saved with process_set of ranks {list(ranks)}, which is not registered: pass it to "
+        "hvd.init(process_sets=[...]), or add it with hvd.add_process_set, before the model is loaded"
     )
 
 
@@ -445,6 +461,9 @@ def distribute(
             "scale_local_gradients": scale_local_gradients,
             "device_dense": device_dense,
             "device_sparse": device_sparse,
+            # Lists of variables mean nothing to another model: which of them Horovod fuses is forgotten.
+            "num_groups": groups if isinstance(groups, int) and groups else num_groups,
+            "process_set": None if process_set is horovod.global_process_set else list(process_set.ranks),
         }
         wrapped._distribute(settings, membership, averager, model)
         membership.describe(
