@@ -58,7 +58,8 @@ def test_allreduce_eager_and_traced(compression, exchange):
     if hvd.size() == 1 or compression == hvd.Compression.none:
         np.testing.assert_allclose(mean, exact, rtol=0, atol=4 * hvd.size() * 2.0**-24)
     else:
-        assert np.linalg.norm(mean - exact) < 2 * np.linalg.norm(exact)
+        # Twice the noise of one rank's numbers at two bits or three levels, q = 1.6, is below this.
+        assert np.linalg.norm(mean - exact) < 2 * np.linalg.norm(numbers())
         # Each call draws noise of its own, and the casts draw none.
         assert np.array_equal(mean, second) == (compression.codec.id in ("fp16", "bf16"))
 
@@ -198,6 +199,9 @@ def test_sets_of_ranks_train_apart():
                     value -= np.float32(0.5) * gradient
             assert_equal(values(variables), expected)
         assert periodic.communication_stats()["world_size"] == len(mine.ranks)
+        loaded = type(periodic).from_config(periodic.get_config())
+        assert loaded._pqasgd_membership.value.description == periodic._pqasgd_membership.value.description
+        assert loaded.get_config()["process_set"] == list(mine.ranks)
     finally:
         for subset in sets:
             hvd.remove_process_set(subset)
