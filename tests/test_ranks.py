@@ -27,7 +27,7 @@ LAUNCHERS = {
         ("gloo", 4, ["ranks"]),
         ("mpi", 2, ["ranks"]),
         ("gloo", 2, ["ranks_tensorflow"]),
-        # Graphs take long to trace: what depends on the number of ranks, and on who carries bytes; make test-4 runs all.
+        # Graphs take long to trace. Here is what depends on the number of ranks, or on who carries bytes.
         ("gloo", 4, ["ranks_tensorflow/test_periodic.py", "ranks_tensorflow/test_functions.py"]),
         ("mpi", 2, ["ranks_tensorflow/test_replicas.py", "ranks_tensorflow/test_functions.py"]),
     ],
