@@ -1,1 +1,4 @@
-"""The parts of the trainer `scripts/train.py`: data, models, ranks, checkpoints and the log."""
+"""The parts of the trainers.
+
+Here: what needs no framework, and imports none. In `torch` and `tensorflow`: the models, and what else is theirs.
+"""

@@ -1,10 +1,10 @@
-"""The trainer's command line."""
+"""The command line of every trainer."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,9 @@ DATASETS = {
     "cifar10": Defaults(optimizer="sgd", epochs=30, batch_size=64, weight_decay=5e-4),
     "text": Defaults(optimizer="adamw", epochs=10, batch_size=16, weight_decay=0.01),
 }
+SOURCES = {"cifar10": "the folder cifar-10-batches-py", "text": "a text file"}
+"""What --data names."""
+
 LEARNING_RATES = {"sgd": 0.1, "adamw": 2e-3}
 DEFAULT_BITS = 4
 DEFAULT_PERIOD = 8
@@ -38,13 +41,21 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def parse_arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's settings, defaults filled in; wrong ones end the program with a message."""
+def parse_arguments(
+    description: str | None, argv: list[str] | None = None, datasets: Sequence[str] = tuple(DATASETS)
+) -> argparse.Namespace:
+    """Return the command line's settings, defaults filled in; wrong ones end the program with a message.
+
+    `datasets` are those that the program has a model for.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data and model")
-    data.add_argument("--dataset", choices=DATASETS, default="digits", help="(%(default)s)")
-    data.add_argument("--data", type=Path, metavar="PATH", help="the folder cifar-10-batches-py, or the text file")
-    data.add_argument("--context", type=positive(int), default=128, help="characters the text model sees (%(default)s)")
+    data.add_argument("--dataset", choices=datasets, default="digits", help="(%(default)s)")
+    sources = " or ".join(wanted for dataset, wanted in SOURCES.items() if dataset in datasets)
+    data.add_argument("--data", type=Path, metavar="PATH", help=sources)
+    if "text" in datasets:
+        help_text = "characters the text model sees (%(default)s)"
+        data.add_argument("--context", type=positive(int), default=128, help=help_text)
 
     training = parser.add_argument_group("training; defaults depend on the dataset")
     training.add_argument("--optimizer", choices=LEARNING_RATES, help="SGD with momentum 0.9, or AdamW")
@@ -64,7 +75,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     sending.add_argument(
         "--period", type=positive(int), help=f"steps between averages; 1: gradients at each step ({DEFAULT_PERIOD})"
     )
-    sending.add_argument("--stock", action="store_true", help="plain horovod.torch; same as --compression stock")
+    sending.add_argument("--stock", action="store_true", help="plain Horovod; same as --compression stock")
 
     files = parser.add_argument_group("evaluation and files")
     files.add_argument(
@@ -87,6 +98,11 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
     _fill_in_communication(args, parser)
     _check_files(args, parser)
     return args
+
+
+def settings_of(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
+    """Return what makes the run the run it is."""
+    return {name: getattr(args, name) for name in SETTINGS if name in args} | {"num_ranks": num_ranks}
 
 
 def _fill_in_training(args: argparse.Namespace) -> None:
@@ -115,8 +131,7 @@ def _check_files(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if args.dataset == "digits" and args.data is not None:
         parser.error("--data has no meaning with --dataset digits, which come with scikit-learn")
     if args.dataset != "digits" and args.data is None:
-        wanted = "the folder cifar-10-batches-py" if args.dataset == "cifar10" else "a text file"
-        parser.error(f"--dataset {args.dataset} needs --data: {wanted}")
+        parser.error(f"--dataset {args.dataset} needs --data: {SOURCES[args.dataset]}")
     for option, value in (("--resume", args.resume), ("--stop-after", args.stop_after)):
         if value and args.checkpoint is None:
             parser.error(f"{option} needs --checkpoint FILE")

@@ -1,43 +1,57 @@
-"""Tasks to train on: scikit-learn's digits, CIFAR-10 from its standard folder, the characters of any text file."""
+"""Data to train on, as NumPy arrays: digits, CIFAR-10 from its standard folder, any text file's characters."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, TensorDataset
+from numpy.typing import NDArray
 
-from training.models import CharacterTransformer, CifarNet, DigitsNet
-
-Prepare = Callable[[torch.Tensor, bool], torch.Tensor]
+Array = NDArray[Any]
+Prepare = Callable[[Array, "np.random.Generator | None"], Array]
 
 
 class DataError(Exception):
     """The data is not there, or is not what its format says."""
 
 
+class Examples(NamedTuple):
+    """Inputs, and the class number of each; of text, the class number of each character."""
+
+    inputs: Array
+    targets: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A dataset, and the model that learns it.
+    """A dataset.
 
-    `prepare(inputs, training)` makes of a batch what the model takes. Targets are class numbers: one for each image,
-    or one for each character of a window.
+    `prepare(inputs, generator)` makes of a batch what the model takes; with a generator, at random, for training.
     """
 
-    train: Dataset[Any]
-    test: Dataset[Any]
-    make_model: Callable[[], torch.nn.Module]
-    prepare: Prepare = lambda inputs, training: inputs
+    train: Examples
+    test: Examples
+    num_classes: int
+    prepare: Prepare = lambda inputs, generator: inputs
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Numbers of training and of test examples."""
-        return len(self.train), len(self.test)  # type: ignore[arg-type]
+        return len(self.train.inputs), len(self.test.inputs)
+
+
+def load_task(args: argparse.Namespace) -> Task:
+    """Return the dataset that the command line names."""
+    if args.dataset == "cifar10":
+        return load_cifar10(args.data)
+    if args.dataset == "text":
+        return load_text(args.data, args.context)
+    return load_digits()
 
 
 def load_digits() -> Task:
@@ -48,14 +62,14 @@ def load_digits() -> Task:
     images, labels = load(return_X_y=True)
     # The same third is held out in every run: seeds and configurations are compared on the same images.
     parts = train_test_split((images / 16).astype(np.float32), labels, test_size=1 / 3, stratify=labels, random_state=0)
-    train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)
-    return Task(TensorDataset(train_images, train_labels), TensorDataset(test_images, test_labels), DigitsNet)
+    train_images, test_images, train_labels, test_labels = parts
+    return Task(Examples(train_images, train_labels), Examples(test_images, test_labels), num_classes=10)
 
 
 CIFAR_FOLDER = "cifar-10-batches-py"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR_MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-CIFAR_STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+CIFAR_MEAN = np.array([0.4914, 0.4822, 0.4465], np.float32).reshape(3, 1, 1)
+CIFAR_STD = np.array([0.2470, 0.2435, 0.2616], np.float32).reshape(3, 1, 1)
 
 
 def load_cifar10(data: Path) -> Task:
@@ -70,26 +84,27 @@ def load_cifar10(data: Path) -> Task:
             f"folder {CIFAR_FOLDER}"
         )
     images, labels = zip(*(_read_cifar_batch(path) for path in batches), strict=True)
-    train = TensorDataset(torch.cat(images), torch.cat(labels))
-    return Task(train, TensorDataset(*_read_cifar_batch(folder / "test_batch")), CifarNet, prepare_cifar10)
+    train = Examples(np.concatenate(images), np.concatenate(labels))
+    return Task(train, Examples(*_read_cifar_batch(folder / "test_batch")), num_classes=10, prepare=prepare_cifar10)
 
 
-def prepare_cifar10(images: torch.Tensor, training: bool) -> torch.Tensor:
-    """Standardize (N, 3, 32, 32) uint8 images; for training also shift and mirror each at random."""
-    if training:
-        images = _shift_and_mirror(images)
-    return (images.float() / 255 - CIFAR_MEAN) / CIFAR_STD
+def prepare_cifar10(images: Array, generator: np.random.Generator | None) -> Array:
+    """Standardize (N, 3, 32, 32) uint8 images; with a generator also shift and mirror each at random."""
+    if generator is not None:
+        images = _shift_and_mirror(images, generator)
+    return (images.astype(np.float32) / 255 - CIFAR_MEAN) / CIFAR_STD
 
 
-def _shift_and_mirror(images: torch.Tensor, pixels: int = 4) -> torch.Tensor:
+def _shift_and_mirror(images: Array, generator: np.random.Generator, pixels: int = 4) -> Array:
     count, channels, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (pixels,) * 4)
-    rows = torch.arange(height) + torch.randint(0, 2 * pixels + 1, (count, 1))
-    columns = torch.arange(width) + torch.randint(0, 2 * pixels + 1, (count, 1))
-    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
-    image = torch.arange(count)[:, None, None, None]
-    channel = torch.arange(channels)[None, :, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    padded = np.pad(images, ((0, 0), (0, 0), (pixels, pixels), (pixels, pixels)))
+    rows = np.arange(height) + generator.integers(0, 2 * pixels + 1, (count, 1))
+    columns = np.arange(width) + generator.integers(0, 2 * pixels + 1, (count, 1))
+    columns = np.where(generator.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+    image = np.arange(count)[:, None, None, None]
+    channel = np.arange(channels)[None, :, None, None]
+    shifted: Array = padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    return shifted
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -115,17 +130,17 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_cifar_batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_cifar_batch(path: Path) -> tuple[Array, Array]:
     try:
         with path.open("rb") as file:
             batch = _ArrayUnpickler(file).load()
-        images = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32)
-        labels = np.asarray(batch[b"labels"], np.int64)
+        images = np.array(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.array(batch[b"labels"], np.int64)
         if len(images) != len(labels) or (len(labels) and not 0 <= labels.min() <= labels.max() < 10):
             raise ValueError(f"{len(images)} images do not fit its {len(labels)} labels of 0..9")
     except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"--data: {path} is no batch of CIFAR-10: {error!r}") from error
-    return torch.tensor(images), torch.tensor(labels)
+    return images, labels
 
 
 def load_text(path: Path, context: int) -> Task:
@@ -137,18 +152,18 @@ def load_text(path: Path, context: int) -> Task:
     except UnicodeDecodeError as error:
         raise DataError(f"--data: {path} is no UTF-8 text: {error}") from error
     vocabulary = {character: i for i, character in enumerate(sorted(set(text)))}
-    characters = torch.tensor([vocabulary[character] for character in text])
+    characters = np.array([vocabulary[character] for character in text], np.int64)
     num_train = len(text) * 9 // 10
     train, test = (_windows(part, context) for part in (characters[:num_train], characters[num_train:]))
-    if not len(train) or not len(test):
+    if not len(train.inputs) or not len(test.inputs):
         raise DataError(
             f"--data: {path} has {len(text)} characters; a context of {context} needs at least {10 * context + 1}"
         )
-    return Task(train, test, lambda: CharacterTransformer(len(vocabulary), context))
+    return Task(train, test, len(vocabulary))
 
 
-def _windows(characters: torch.Tensor, context: int) -> TensorDataset:
+def _windows(characters: Array, context: int) -> Examples:
     count = max(0, (len(characters) - 1) // context)
-    inputs = characters[: count * context].view(count, context)
-    targets = characters[1 : count * context + 1].view(count, context) if count else inputs
-    return TensorDataset(inputs, targets)
+    inputs = characters[: count * context].reshape(count, context)
+    targets = characters[1 : count * context + 1].reshape(count, context) if count else inputs
+    return Examples(inputs, targets)

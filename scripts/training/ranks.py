@@ -1,13 +1,31 @@
-"""What the ranks of a job do together, besides training."""
+"""What the ranks of a job do together, besides training; `hvd` is Horovod's module of whichever framework."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
+from training.arguments import CASTS, QUANTIZERS
 
 T = TypeVar("T")
+
+
+def threads_per_rank(hvd: Any, args: argparse.Namespace) -> int:
+    """Return how many threads this rank is to compute with: the cores are for all ranks of a machine."""
+    return args.threads or max(1, len(os.sched_getaffinity(0)) // hvd.local_size())
+
+
+def compression_of(hvd: Any, args: argparse.Namespace) -> Any:
+    """Return what the command line means by --compression and --bits."""
+    if args.stock:
+        return hvd.Compression.none
+    compression = getattr(hvd.Compression, args.compression)
+    if args.compression in QUANTIZERS:
+        return compression(bits=args.bits)
+    return compression if args.compression in CASTS else compression()
 
 
 def on_all_ranks(hvd: Any, action: Callable[[], T], *errors: type[Exception]) -> T:
@@ -25,7 +43,7 @@ def on_all_ranks(hvd: Any, action: Callable[[], T], *errors: type[Exception]) ->
     failed = {rank: text for rank, text in enumerate(messages) if text is not None}
     if failed:
         where = "" if len(failed) == len(messages) else f" (on ranks {', '.join(map(str, failed))} only)"
-        raise SystemExit(f"train.py: error: {next(iter(failed.values()))}{where}")
+        raise SystemExit(f"{program()}: error: {next(iter(failed.values()))}{where}")
     return result
 
 
@@ -34,15 +52,12 @@ def require_same(hvd: Any, what: str, value: Any) -> None:
     values = hvd.allgather_object(value, name="train.same")
     if any(other != values[0] for other in values):
         listed = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
-        raise SystemExit(f"train.py: error: the ranks have different {what}: {listed}")
+        raise SystemExit(f"{program()}: error: the ranks have different {what}: {listed}")
 
 
-def average_buffers(hvd: Any, model: torch.nn.Module) -> None:
-    """Replace BatchNorm's statistics, which each rank gathers on its own data, by their mean over the ranks."""
-    saved = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point():
-            buffer.copy_(hvd.allreduce(buffer, name=f"buffer.{name}"))
+def program() -> str:
+    """Return the name that messages begin with, as argparse has it."""
+    return os.path.basename(sys.argv[0])
 
 
 def ring_allreduce_nbytes(num_elements: int, num_ranks: int) -> int:

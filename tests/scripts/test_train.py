@@ -100,12 +100,12 @@ def test_digits_are_split_the_same_way_every_time():
 
     first, second = load_digits(), load_digits()
     assert first.sizes == (1198, 599)
-    assert_array_equal(first.test[:][0], second.test[:][0])
-    assert first.train[:][0].max() == 1
+    assert_array_equal(first.test.inputs, second.test.inputs)
+    assert first.train.inputs.max() == 1
 
 
 def test_models_have_a_million_parameters():
-    from training.models import CharacterTransformer, CifarNet, DigitsNet
+    from training.torch.models import CharacterTransformer, CifarNet, DigitsNet
 
     for model in (DigitsNet(), CifarNet(), CharacterTransformer(vocabulary_size=65, context=128)):
         sizes = [parameter.numel() for parameter in model.parameters()]
@@ -115,7 +115,7 @@ def test_models_have_a_million_parameters():
 
 
 def test_transformer_does_not_look_ahead():
-    from training.models import CharacterTransformer
+    from training.torch.models import CharacterTransformer
 
     model = CharacterTransformer(vocabulary_size=7, context=12).eval()
     characters = torch.randint(7, (1, 12))
@@ -137,7 +137,7 @@ def test_cifar10_is_read_from_its_standard_folder(tmp_path, named):
     assert task.sizes == (200, 40)
     with (folder / "test_batch").open("rb") as file:
         batch = pickle.load(file)
-    images, labels = task.test[:]
+    images, labels = task.test
     assert_array_equal(images.reshape(40, 3072), batch[b"data"])
     assert labels.tolist() == batch[b"labels"]
 
@@ -145,18 +145,18 @@ def test_cifar10_is_read_from_its_standard_folder(tmp_path, named):
 def test_cifar10_training_images_are_shifted_and_mirrored():
     from training.data import CIFAR_MEAN, CIFAR_STD, prepare_cifar10
 
-    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
-    plain = prepare_cifar10(images, False)
-    torch.testing.assert_close(plain * CIFAR_STD + CIFAR_MEAN, images / 255, rtol=0, atol=1e-6)
-    torch.manual_seed(0)
-    augmented = prepare_cifar10(images, True)
-    padded = torch.nn.functional.pad(images, (4,) * 4)
-    padded = (padded.float() / 255 - CIFAR_MEAN) / CIFAR_STD
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (64, 3, 32, 32), np.uint8)
+    plain = prepare_cifar10(images, None)
+    np.testing.assert_allclose(plain * CIFAR_STD + CIFAR_MEAN, images / 255, rtol=0, atol=1e-6)
+    augmented = prepare_cifar10(images, rng)
+    padded = np.pad(images, ((0, 0), (0, 0), (4, 4), (4, 4)))
+    padded = (padded.astype(np.float32) / 255 - CIFAR_MEAN) / CIFAR_STD
     mirrored = 0
     for image, source in zip(augmented, padded, strict=True):
-        windows = source.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).reshape(81, 3, 32, 32)
-        straight = bool((windows == image).all(dim=(1, 2, 3)).any())
-        flipped = bool((windows.flip(3) == image).all(dim=(1, 2, 3)).any())
+        windows = np.lib.stride_tricks.sliding_window_view(source, (32, 32), axis=(1, 2)).transpose(1, 2, 0, 3, 4)
+        straight = bool((windows == image).all(axis=(2, 3, 4)).any())
+        flipped = bool((windows[..., ::-1] == image).all(axis=(2, 3, 4)).any())
         assert straight != flipped
         mirrored += flipped
     assert 16 < mirrored < 48
@@ -206,7 +206,7 @@ def test_text_targets_are_the_next_characters(tmp_path):
 
     text = write_text(tmp_path / "text.txt").read_text(encoding="utf-8")
     task = load_text(tmp_path / "text.txt", context=16)
-    inputs, targets = task.train[:]
+    inputs, targets = task.train
     assert len(inputs) == (len(text) * 9 // 10 - 1) // 16
     assert_array_equal(inputs.flatten()[1:], targets.flatten()[:-1])
     vocabulary = sorted(set(text))
@@ -245,13 +245,13 @@ def test_shortest_text_is_taken(tmp_path):
 
 
 def test_learning_rate_rises_and_falls():
-    import train as program
+    from training.schedule import warmup_cosine
 
-    factor = program.warmup_cosine(warmup_steps=4, total_steps=20)
+    factor = warmup_cosine(warmup_steps=4, total_steps=20)
     assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
     assert factor(12) == pytest.approx(0.5)
     assert 0 < factor(19) < 0.02
-    assert program.warmup_cosine(warmup_steps=0, total_steps=1)(0) == 1
+    assert warmup_cosine(warmup_steps=0, total_steps=1)(0) == 1
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path):
@@ -273,19 +273,20 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path):
 
 def test_wrong_checkpoints_are_refused(tmp_path):
     from training import checkpoint
+    from training.torch.files import load
 
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(checkpoint.CheckpointError, match=r"is no file; leave out --resume"):
-        checkpoint.read(path, {})
+        checkpoint.read(path, {}, load)
     for content in (b"", b"no checkpoint", pickle.dumps(Evil(), protocol=2)):
         path.write_bytes(content)
-        with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint of train\.py"):
-            checkpoint.read(path, {})
+        with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint of this program"):
+            checkpoint.read(path, {}, load)
     torch.save({"common": {"settings": {"bits": 4, "num_ranks": 2}}}, path)
     with pytest.raises(
         checkpoint.CheckpointError, match=r"bits was 4 and is 2; num_ranks was 2 and is 3; resume it with the settings"
     ):
-        checkpoint.read(path, {"bits": 2, "num_ranks": 3})
+        checkpoint.read(path, {"bits": 2, "num_ranks": 3}, load)
 
 
 # Whole runs.

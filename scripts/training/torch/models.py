@@ -7,6 +7,17 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from training.data import Task
+
+
+def make_model(task: Task, dataset: str) -> nn.Module:
+    """Return the model that learns a dataset."""
+    if dataset == "cifar10":
+        return CifarNet()
+    if dataset == "text":
+        return CharacterTransformer(task.num_classes, context=task.train.inputs.shape[1])
+    return DigitsNet()
+
 
 class DigitsNet(nn.Sequential):
     """A perceptron with two hidden layers for 8x8 images: (N, 64) -> (N, 10)."""
