@@ -200,7 +200,7 @@ class PeriodicAverager:
 
     def _average(self) -> None:
         assert self.state is not None
-        began = tf.timestamp()
+        began = ops.pqasgd_clock()
         with after(began):
             step, round_ = self.state.steps.value(), self.state.rounds.value()
             flags = [
@@ -220,7 +220,7 @@ class PeriodicAverager:
             anchors = [anchor.value() for anchor, _ in self._anchors()]
             self._agree(ops.pqasgd_digest(tensors=anchors), "consistency", self._consistency)
         with after(done):
-            self._seconds.assign_add(tf.timestamp() - began)
+            self._seconds.assign_add(ops.pqasgd_clock() - began)
 
     # ---- eagerly ----
 

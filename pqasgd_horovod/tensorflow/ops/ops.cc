@@ -2,6 +2,7 @@
 // write where it costs no copy. The graph that they make is in ../graph.py.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -670,6 +671,20 @@ class DecodeAddVariableOp : public DecodeAddBase {
   }
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdDecodeAddVariable").Device(DEVICE_CPU), DecodeAddVariableOp);
+
+// TensorFlow's own clock, Timestamp, is an error where ops are to be deterministic; nothing that is trained depends on this.
+REGISTER_OP("PqasgdClock").Output("seconds: double").SetIsStateful().SetShapeFn(shape_inference::ScalarShape);
+
+class ClockOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* context) override {
+    Tensor* seconds = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &seconds));
+    seconds->scalar<double>()() = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdClock").Device(DEVICE_CPU), ClockOp);
 
 }  // namespace
 
