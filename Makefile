@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo test test-2 test-4 bench lint sanitize clean clean-all
+.PHONY: help setup demo demo-tf test test-2 test-4 bench lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -16,6 +16,9 @@ setup: ## make the environment in .venv; all targets below do it by themselves
 
 demo: setup ## train on real data with stock Horovod and with PQASGD on two ranks, and compare
 	@$(BIN)/python scripts/demo.py
+
+demo-tf: setup ## the same with TensorFlow: Keras' model.fit
+	@$(BIN)/python scripts/demo.py --framework keras
 
 test: setup ## run all tests (PYTEST_ARGS="-k eden" for some)
 	@$(BIN)/pytest --durations=10 $(PYTEST_ARGS)

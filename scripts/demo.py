@@ -2,7 +2,8 @@
 """Compare PQASGD with stock Horovod: accuracy, bytes and time of the same training on two ranks of this machine.
 
 Four configurations, three seeds each; every run is a job of its own, `mpirun -np 2 python scripts/train.py`,
-on scikit-learn's digits. Leaves in build/demo: report.json, demo.png, and what each run wrote.
+on scikit-learn's digits. Leaves in build/demo: report.json, demo.png, and what each run wrote. With --framework keras
+it is scripts/train_keras.py, and build/demo-tf.
 """
 
 from __future__ import annotations
@@ -56,6 +57,29 @@ CONFIGURATIONS = (
 )
 
 
+class Framework(NamedTuple):
+    """What trains."""
+
+    title: str
+    script: str
+    folder: str
+    environment: dict[str, str]
+    remark: str
+
+
+FRAMEWORKS = {
+    "torch": Framework("PyTorch", "train.py", "demo", {}, ""),
+    "keras": Framework(
+        "Keras 3",
+        "train_keras.py",
+        "demo-tf",
+        {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"},  # otherwise it talks while it is imported
+        "Stock is our optimizer with Compression.none and period=1, which is Horovod's own allreduce: Horovod's own "
+        "Keras wrapper communicates nothing under Keras 3. Seconds include the tracing of graphs. ",
+    ),
+}
+
+
 class RunError(Exception):
     """A run did not end well."""
 
@@ -85,25 +109,30 @@ class Run(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     """Train, print the table, draw the picture and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="torch", help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each configuration (%(default)s)")
     parser.add_argument("--epochs", type=int, default=16, help="of each run (%(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "demo", help="folder (build/demo)")
+    folders = " or ".join(f"build/{framework.folder}" for framework in FRAMEWORKS.values())
+    parser.add_argument("--output", type=Path, help=f"folder ({folders})")
     args = parser.parse_args(argv)
     if min(args.seeds, args.epochs) < 1:
         parser.error("--seeds and --epochs must be at least 1")
 
+    framework = FRAMEWORKS[args.framework]
+    output = args.output or ROOT / "build" / framework.folder
     console = Console(width=max(Console().width, 110), highlight=False)
-    args.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     num_runs = len(CONFIGURATIONS) * args.seeds
     console.print(
-        f"Training {num_runs} times on {NUM_RANKS} ranks, {args.epochs} epochs of scikit-learn's digits each."
+        f"Training {num_runs} times with {framework.title} on {NUM_RANKS} ranks, {args.epochs} epochs of "
+        "scikit-learn's digits each."
     )
     started = time.perf_counter()
     runs: list[Run] = []
     # Seed by seed, so that a machine that gets slower or faster meanwhile does so for all configurations.
     for seed in range(args.seeds):
         for configuration in CONFIGURATIONS:
-            run = train(configuration, seed, args.epochs, args.output)
+            run = train(framework, configuration, seed, args.epochs, output)
             runs.append(run)
             console.print(
                 f"{len(runs):3}/{num_runs}  {configuration.name:18}  seed {seed}  "
@@ -113,14 +142,14 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - started
 
     summary = [summarize([run for run in runs if run.configuration is each]) for each in CONFIGURATIONS]
-    console.print(make_table(summary))
+    console.print(make_table(framework, summary))
     num_images = runs[0].start["test_examples"]
     console.print(
         f"Accuracy: mean (lowest - highest) of {args.seeds} seeds on the same {num_images} held-out images; one is "
         f"{100 / num_images:.2f} points. "
         "Bytes: as the optimizer counts them; for stock Horovod, which does not count, by the formula of a ring "
         "allreduce, 2 (n - 1) / n * 4 per parameter and step. Seconds: mean time of the training loop; both ranks "
-        "share this machine, where bytes cost little."
+        f"share this machine, where bytes cost little. {framework.remark}".rstrip()
     )
     report = {
         "runs": [run.row for run in runs],
@@ -129,12 +158,12 @@ def main(argv: list[str] | None = None) -> None:
         "num_cores": len(os.sched_getaffinity(0)),
         "total_seconds": round(seconds, 1),
     }
-    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    draw(runs, args.output / "demo.png")
-    console.print(f"Took {seconds:.0f} s. Picture: {args.output / 'demo.png'}  Report: {args.output / 'report.json'}")
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    draw(runs, output / "demo.png")
+    console.print(f"Took {seconds:.0f} s. Picture: {output / 'demo.png'}  Report: {output / 'report.json'}")
 
 
-def train(configuration: Configuration, seed: int, epochs: int, folder: Path) -> Run:
+def train(framework: Framework, configuration: Configuration, seed: int, epochs: int, folder: Path) -> Run:
     """Return a finished run; raise RunError, with the end of its output, if it fails."""
     log = folder / f"{configuration.slug}-seed{seed}.jsonl"
     output = log.with_suffix(".txt")
@@ -144,14 +173,20 @@ def train(configuration: Configuration, seed: int, epochs: int, folder: Path) ->
     if launcher is None:
         raise RunError("mpirun is not there: run `make setup`, or install Open MPI into this environment")
     command = [launcher, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(NUM_RANKS)]
-    command += [sys.executable, str(ROOT / "scripts" / "train.py")]
+    command += [sys.executable, str(ROOT / "scripts" / framework.script)]
     command += [*shlex.split(configuration.arguments), "--seed", str(seed), "--epochs", str(epochs)]
     # Every configuration is evaluated after the same steps, which end a period of each.
     command += ["--eval-every", "16", "--quiet", "--log-file", str(log)]
     with output.open("w", encoding="utf-8") as file:
         file.write(shlex.join(command) + "\n")
         file.flush()
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=os.environ | framework.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             code = process.wait(RUN_TIMEOUT_SECONDS)
         except BaseException as error:
@@ -188,9 +223,11 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def make_table(summary: list[dict[str, Any]]) -> Table:
+def make_table(framework: Framework, summary: list[dict[str, Any]]) -> Table:
     """Return the table: the first row is what the others are compared with."""
-    table = Table(title="Digits, two ranks, the same hyper-parameters in every row", title_justify="left")
+    table = Table(
+        title=f"Digits, {framework.title}, two ranks, the same hyper-parameters in every row", title_justify="left"
+    )
     table.add_column("configuration")
     for heading in ("test accuracy %", "against stock", "bytes sent per rank", "ratio", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
