@@ -5,6 +5,12 @@ PYTEST_ARGS ?=
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
+# Or else every process compiles thousands of modules anew, which is half of the time that TensorFlow takes to start.
+ifdef PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
+endif
+
 .PHONY: help setup demo demo-tf test test-2 test-4 bench lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 

@@ -1,4 +1,4 @@
-"""Starts `scripts/train.py` as users do."""
+"""Starts the trainers as users do."""
 
 from __future__ import annotations
 

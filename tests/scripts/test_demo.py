@@ -45,12 +45,29 @@ def test_short_demo_compares_real_runs(tmp_path, capsys, monkeypatch):
         assert part in output
 
 
+def test_short_demo_with_keras(tmp_path, capsys, monkeypatch):
+    import demo
+
+    monkeypatch.setattr(demo, "CONFIGURATIONS", (demo.CONFIGURATIONS[2],))
+    demo.main(["--framework", "keras", "--seeds", "1", "--epochs", "2", "--output", str(tmp_path)])
+
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert (run["name"], run["steps"]) == ("4 bits, period 8", 36)
+    assert run["compression_ratio"] == pytest.approx(63.5 * 36 / 40, rel=0.01)
+    assert run["final_test_accuracy"] > 0.5
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "train_keras.py" in (tmp_path / "4-bits-period-8-seed0.txt").read_text()
+    output = " ".join(capsys.readouterr().out.split())
+    assert "Digits, Keras 3, two ranks" in output
+    assert "Horovod's own Keras wrapper communicates nothing under Keras 3" in output
+
+
 def test_failed_run_shows_its_end(tmp_path):
     import demo
 
     configuration = demo.CONFIGURATIONS[0]._replace(arguments="--no-such-option")
     with pytest.raises(demo.RunError) as error_info:
-        demo.train(configuration, seed=0, epochs=1, folder=tmp_path)
+        demo.train(demo.FRAMEWORKS["torch"], configuration, seed=0, epochs=1, folder=tmp_path)
     message = str(error_info.value)
     assert message.startswith("stock Horovod fp32, seed 0 failed with exit code 2")
     assert "unrecognized arguments: --no-such-option" in (tmp_path / "stock-Horovod-fp32-seed0.txt").read_text()

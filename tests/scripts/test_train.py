@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import shlex
+import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +93,15 @@ def test_wrong_arguments_are_refused(command_line, message, capsys):
         parse_arguments(None, command_line.split())
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_shared_parts_import_no_framework():
+    modules = sorted(f"training.{path.stem}" for path in (SCRIPTS / "training").glob("*.py") if path.stem != "__init__")
+    assert len(modules) > 5
+    frameworks = "{'horovod', 'keras', 'tensorflow', 'torch'}"
+    program = f"import sys, {', '.join(modules)}; print({frameworks} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 # Data.
@@ -241,7 +253,35 @@ def test_shortest_text_is_taken(tmp_path):
     assert load_text(tmp_path / "text.txt", context=16).sizes == (8, 1)
 
 
-# Schedule, log, checkpoint.
+# Batches, schedule, log, checkpoint.
+
+
+def test_batches_of_an_epoch_are_shared_out_and_follow_from_the_step():
+    from training.batches import batches_after
+    from training.data import Examples, Task
+
+    examples = Examples(np.arange(23), np.arange(23) * 10)
+    # As if augmented: what a batch becomes has to follow from the step too.
+    task = Task(examples, examples, num_classes=10, prepare=lambda inputs, rng: inputs + 100 * rng.integers(1000))
+    args = argparse.Namespace(batch_size=3, seed=1)
+    ranks = [list(islice(batches_after(0, task, args, rank, 2), 9)) for rank in (0, 1)]
+    targets = np.array([[batch for _, batch in batches] for batches in ranks])
+    for epoch in range(3):  # of three steps
+        seen = targets[:, 3 * epoch : 3 * epoch + 3].ravel()
+        assert len(set(seen)) == 18
+        assert set(seen) <= set(examples.targets)
+    assert not np.array_equal(targets[:, :3], targets[:, 3:6])
+    for step in (1, 3, 5):
+        assert_array_equal(list(islice(batches_after(step, task, args, 1, 2), 9 - step)), ranks[1][step:])
+
+
+def test_batches_need_enough_examples():
+    from training.batches import count_steps
+    from training.data import DataError, load_digits
+
+    assert count_steps(load_digits(), argparse.Namespace(batch_size=599), num_ranks=2) == 1
+    with pytest.raises(DataError, match="--batch-size is 600, but each of 2 ranks has only 599 examples"):
+        count_steps(load_digits(), argparse.Namespace(batch_size=600), num_ranks=2)
 
 
 def test_learning_rate_rises_and_falls():
@@ -340,7 +380,7 @@ def test_cifar10_is_trained(tmp_path):
 
 def assert_identical(actual, expected):
     assert type(actual) is type(expected)
-    if isinstance(actual, torch.Tensor):
+    if isinstance(actual, (torch.Tensor, np.ndarray)):
         assert_array_equal(actual, expected)
     elif isinstance(actual, dict):
         assert list(actual) == list(expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -28,11 +29,14 @@ def write(content: Content, path: Path) -> None:
 
 
 def load(path: Path) -> Content:
-    """Read it back: arrays and plain values, nothing that could run code."""
-    with np.load(path, allow_pickle=False) as file:
+    """Read it back: arrays and plain values, nothing that could run code; raise ValueError if that is not in it."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
 
-        def fill(value: dict[str, Any]) -> Any:
-            return file[f"{_PLACE}_{value[_PLACE]}"] if set(value) == {_PLACE} else value
+            def fill(value: dict[str, Any]) -> Any:
+                return file[f"{_PLACE}_{value[_PLACE]}"] if set(value) == {_PLACE} else value
 
-        content: Content = json.loads(str(file["content"]), object_hook=fill)
+            content: Content = json.loads(str(file["content"]), object_hook=fill)
+    except BadZipFile as error:
+        raise ValueError(str(error)) from error
     return content
