@@ -23,7 +23,7 @@ from .carrier import HorovodCarrier, allgather
 from .compression import Compression, codec_of
 from .graph import GraphChannel, Problems
 from .library import ops, register_explainer, translate
-from .traced import Traced, after, counter, outside_of_graphs
+from .traced import Traced, after, counter, outside_of_graphs, run_once
 from .variables import DTYPES, VariableSpec, name_of, unwrap
 
 
@@ -127,7 +127,6 @@ def broadcast_variables(
     kinds = [f"{name_of(v)}: {tf.as_dtype(unwrap(v).dtype).name} {list(unwrap(v).shape)}" for v in chosen]
     verify_same(carrier, {"root_rank": root_rank, "variables": kinds}, name)
 
-    @tf.function(autograph=False)
     def copy() -> None:
         for i, variable in enumerate(map(unwrap, chosen)):
             value = variable.value()
@@ -139,7 +138,7 @@ def broadcast_variables(
             bits = tf.cast(received, tf.bool) if value.dtype == tf.bool else tf.bitcast(received, value.dtype)
             variable.assign(bits)
 
-    copy()
+    run_once(copy)
 
 
 _allreduces: dict[tuple[Any, ...], _Allreduce] = {}

@@ -29,7 +29,7 @@ from .carrier import HorovodCarrier, allgather
 from .compression import CodecCompressor, Compression, codec_of
 from .gradients import CodedGradients, GradientAverager, GradientSettings, StockGradients
 from .periodic import PeriodicAverager
-from .traced import counter, outside_of_graphs, when
+from .traced import counter, outside_of_graphs, run_once, when
 from .variables import name_of, unwrap
 
 logger = logging.getLogger("pqasgd_horovod")
@@ -298,13 +298,12 @@ def scaled(gradient: Any, factor: float) -> Any:
 
 
 def _assign_plain_means(variables: Sequence[tf.Variable], name: str, carrier: HorovodCarrier) -> None:
-    @tf.function(autograph=False)
     def assign() -> None:
         for i, variable in enumerate(variables):
             gathered = allgather(variable.value()[None], f"{name}.{i}", carrier.process_set)
             variable.assign(tf.reduce_mean(gathered, axis=0))
 
-    assign()
+    run_once(assign)
 
 
 def make_class(inner_class: type[keras.optimizers.Optimizer]) -> Any:

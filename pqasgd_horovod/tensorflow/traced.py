@@ -35,6 +35,15 @@ def outside_of_graphs() -> Iterator[None]:
         yield
 
 
+def run_once(function: Callable[[], Any]) -> Any:
+    """Return ``function()``, run as a graph that is not kept.
+
+    A concrete function: of many functions that are each called once TensorFlow warns, as if they were one that is
+    traced again and again.
+    """
+    return tf.function(function, autograph=False).get_concrete_function()()
+
+
 def counter(name: str) -> tf.Variable:
     """Return a variable that counts, on the CPU."""
     with tf.device("CPU:0"):
