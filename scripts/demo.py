@@ -172,7 +172,9 @@ def train(framework: Framework, configuration: Configuration, seed: int, epochs:
     launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if launcher is None:
         raise RunError("mpirun is not there: run `make setup`, or install Open MPI into this environment")
-    command = [launcher, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(NUM_RANKS)]
+    command = [launcher, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    # Or else the MPI thread of a rank that waits takes the core that the other one computes on.
+    command += ["--mca", "mpi_yield_when_idle", "1", "-np", str(NUM_RANKS)]
     command += [sys.executable, str(ROOT / "scripts" / framework.script)]
     command += [*shlex.split(configuration.arguments), "--seed", str(seed), "--epochs", str(epochs)]
     # Every configuration is evaluated after the same steps, which end a period of each.

@@ -18,9 +18,12 @@ BIN = Path(sys.executable).parent
 TIMEOUT_SECONDS = 200
 LAUNCHERS = {
     "horovodrun": [str(BIN / "horovodrun"), "--gloo", "-np", "2"],
-    "mpirun": [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-np", "2"],
+    "mpirun": [
+        str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none",
+        "--mca", "mpi_yield_when_idle", "1", "-np", "2",
+    ],
     "python": [],
-}
+}  # fmt: skip
 
 
 def launch_train(*arguments: Any, launcher: str = "horovodrun") -> subprocess.CompletedProcess[str]:
