@@ -83,6 +83,7 @@ def test_digits_are_learned_by_fit(folder, first_job):
     assert [record["step"] for record in records if record["event"] == "eval"] == [8, 16, 24, 32, 40, 48, 56, 64, 72]
     assert end["final_test_accuracy"] > 0.9
     assert f"test accuracy {end['final_test_accuracy']:.2%}" in first_job
+    assert "retracing" not in first_job  # TensorFlow's warning
     assert end["uncompressed_bytes"] == 72 * 4 * DIGITS_PARAMETERS
     assert 110 < end["compression_ratio"] <= 128
     sent = [record["bytes_sent"] for record in records if record["event"] == "step"]
