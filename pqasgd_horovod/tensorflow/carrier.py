@@ -13,7 +13,6 @@ from horovod.tensorflow import mpi_ops
 
 from ..errors import ArgumentError, CollectiveTimeoutError
 from ..exchange.carriers import Bytes
-from .traced import run_once
 
 
 class HorovodHandle:
