@@ -176,5 +176,26 @@ def test_types_that_are_not_taken():
     with pytest.raises((tf.errors.InvalidArgumentError, TypeError)):
         hvd.encode(tf.ones(3, tf.int32), codecs.none())
     payload = hvd.encode(tf.ones(3), codecs.none())
-    with pytest.raises(tf.errors.InvalidArgumentError, match="destination is not float32"):
-        hvd.decode_add(payload, tf.Variable(tf.ones(3, tf.float64)), codecs.none())
+    with pytest.raises((tf.errors.InvalidArgumentError, TypeError)):
+        hvd.decode_add(payload, tf.ones(3, tf.int32), codecs.none())
+
+
+@pytest.mark.parametrize("dtype", [tf.float64, tf.float16, tf.bfloat16], ids=lambda dtype: dtype.name)
+def test_what_is_decoded_is_added_to_any_float_type(dtype):
+    codec, values = codecs.maxscale(bits=4), np.random.default_rng(3).standard_normal(1000).astype(np.float32)
+    start = tf.cast(tf.constant(np.random.default_rng(4).standard_normal(1000)), dtype)
+    payload = hvd.encode(tf.constant(values), codec, key=5)
+    if dtype == tf.float64:
+        decoded = np.zeros(1000, np.float32)
+        codec.reference_decode_add(payload.numpy(), decoded, 5, weight=0.5)
+        wanted = tf.constant(start.numpy() + decoded)
+    else:  # in float32, and rounded once
+        total = tf.cast(start, tf.float32).numpy()
+        codec.reference_decode_add(payload.numpy(), total, 5, weight=0.5)
+        wanted = tf.cast(total, dtype)
+    added = hvd.decode_add(payload, start, codec, key=5, weight=0.5)
+    assert added.dtype == dtype
+    assert added.numpy().tobytes() == wanted.numpy().tobytes()
+    variable = tf.Variable(start)
+    assert hvd.decode_add(payload, variable, codec, key=5, weight=0.5) is None
+    assert variable.numpy().tobytes() == wanted.numpy().tobytes()
