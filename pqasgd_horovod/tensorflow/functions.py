@@ -65,7 +65,7 @@ def decode_add(
     Returns:
         The sum, or None if ``destination`` is a variable.
 
-    Raises tf.errors.DataLossError if the payload is truncated or corrupted.
+    Raises ArgumentError for another type, tf.errors.DataLossError if the payload is truncated or corrupted.
 
     >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
     >>> from pqasgd_horovod import codecs
@@ -75,6 +75,10 @@ def decode_add(
     array([2., 3.], dtype=float32)
     """
     own = unwrap(destination)
+    if own.dtype not in DTYPES:
+        raise ArgumentError(
+            f"destination has dtype {own.dtype.name}; it must be {', '.join(dtype.name for dtype in DTYPES)}"
+        )
     options = {"payload": payload, "key": _key(key), "weight": weight, "codec": list(codec.native_spec)}
     is_variable = isinstance(own, tf.Variable)
     if own.dtype == tf.float32:
