@@ -2,8 +2,21 @@
 
 from .config import ExchangeConfig
 from .gradients import GradientAverager
+from .outer import Nesterov, Replace, SlowMo
 from .periodic import PeriodicAverager
-from .schedule import PeriodicAveraging
+from .schedule import GrowingPeriod, PostLocal
+from .strategy import PeriodicAveraging
 from .vector import TensorView
 
-__all__ = ["ExchangeConfig", "GradientAverager", "PeriodicAverager", "PeriodicAveraging", "TensorView"]
+__all__ = [
+    "ExchangeConfig",
+    "GradientAverager",
+    "GrowingPeriod",
+    "Nesterov",
+    "PeriodicAverager",
+    "PeriodicAveraging",
+    "PostLocal",
+    "Replace",
+    "SlowMo",
+    "TensorView",
+]

@@ -19,6 +19,7 @@ from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 from ..exchange.layout import cut_buckets, shard_alignment
 from .config import ExchangeConfig
+from .outer import Coefficients
 from .vector import AnchorArray, FlatLayout, FlatVector, TensorSpec, anchor_dtype
 
 Spec = TypeVar("Spec", bound=TensorSpec)
@@ -80,6 +81,10 @@ class Channel:
         self.starts = plan.starts
         self.tensors_in = plan.tensors_in
         self.anchor = anchor
+        self.outer_elements = 0
+        """How many elements, from the first one, an outer optimizer moves."""
+        self.momentum: NDArray[np.float32] = np.zeros(0, np.float32)
+        """The outer optimizer's, of ``outer_elements``."""
         # With a float32 anchor what arrives is the next anchor, anchor + mean, and the two arrays change places: one
         # walk over memory less, and an error leaves the anchor as it was.
         self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
@@ -117,8 +122,9 @@ class Channel:
 
     def begin(self, source: native.Source, step: int, round: int) -> None:
         """Encode every bucket of :meth:`source` and launch its exchange."""
+        anchor = None if self.outer_elements else self._float_anchor
         for bucket, (start, stop) in enumerate(itertools.pairwise(self.starts)):
-            base = None if self._float_anchor is None else self._float_anchor[start:stop]
+            base = None if anchor is None else anchor[start:stop]
             self.exchange.begin(bucket, source, start, step=step, round=round, base=base)
             self.exchange.advance()
 
@@ -129,10 +135,18 @@ class Channel:
         self.exchange.begin(bucket, self.vector.source(part=tensors), start, step=step, round=round)
         self.exchange.advance()
 
-    def apply(self, target: native.Source) -> None:
+    def hold_momentum(self, num_elements: int) -> None:
+        """Let an outer optimizer move the first ``num_elements``; what arrives is then the mean, not the anchor."""
+        self.outer_elements = num_elements
+        self.momentum = np.zeros(num_elements, np.float32)
+
+    def apply(self, target: native.Source, outer: Coefficients | None = None) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean."""
         anchor = self._float_anchor
-        if anchor is None:
+        if self.outer_elements:
+            assert outer is not None
+            native.outer(*outer, self.momentum, self._arriving[: self.outer_elements])
+        if anchor is None or self.outer_elements:
             native.apply(self._arriving, 0, target)
         else:
             native.apply(self._arriving, 0, target.without_anchor())

@@ -12,7 +12,7 @@ from ..errors import ArgumentError, PqasgdError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 from .config import ExchangeConfig
-from .schedule import PeriodicAveraging
+from .strategy import PeriodicAveraging
 
 _constructed: collections.Counter[tuple[int, ...]] = collections.Counter()
 

@@ -16,9 +16,9 @@ from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, plan_channel, split_by_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
-from .schedule import PeriodicAveraging
 from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
+from .strategy import PeriodicAveraging
 from .vector import FlatVector, TensorView
 
 
@@ -169,6 +169,8 @@ class GradientAverager:
             "rounds": self.steps,
             "config": self.config(),
             "anchor": {},
+            "momentum": {},
+            "pace": {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:

@@ -12,9 +12,10 @@ from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
-from .schedule import PeriodicAveraging
+from .pace import Pace, check_learning_rates
 from .state import STATE_VERSION, check_state, saved_config
 from .statistics import CommunicationStatistics
+from .strategy import PeriodicAveraging
 from .vector import AnchorArray, FlatVector, TensorView
 
 
@@ -44,12 +45,16 @@ class PeriodicAverager:
         self._prepared = False
         self._buffer_names: frozenset[str] = frozenset()
         self._restored: dict[str, AnchorArray] = {}
+        self._restored_momentum: dict[str, AnchorArray] = {}
+        self._pace = Pace(averaging)
+        self._learning_rate = 0.0
         self._meeting = Meeting(self._carrier, name) if self._carrier is not None else None
         self._num_parameters = 0
         self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
         self.steps = 0
         self.rounds = 0
         self.steps_since_average = 0
+        """Steps since the last average."""
 
     @property
     def prepared(self) -> bool:
@@ -65,10 +70,11 @@ class PeriodicAverager:
         """
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:
-            self._restored = {}
+            self._restored, self._restored_momentum = {}, {}
             self._prepared = True
             return
         anchors = {**self._anchors(), **self._restored}
+        momentum = {**self._momentum(), **self._restored_momentum}
         buffer_names = frozenset(tensor.name for tensor in buffers)
         layout: list[tuple[FlatVector, AnchorArray, bool]] = []
         digests: dict[str, str] = {}
@@ -98,8 +104,18 @@ class PeriodicAverager:
             ]
         )
         self._buffer_names = buffer_names
-        self._restored = {}
+        if self._pace.coefficients(0.0) is not None:
+            for channel in self._channels:
+                self._hold_momentum(channel, momentum)
+        self._restored, self._restored_momentum = {}, {}
         self._prepared = True
+
+    def _hold_momentum(self, channel: Channel, momentum: Mapping[str, AnchorArray]) -> None:
+        """Give the parameters of a channel, which come before its buffers, their place in the outer optimizer."""
+        parameters = [i for i, name in enumerate(channel.vector.names) if name not in self._buffer_names]
+        channel.hold_momentum(channel.vector.offsets[len(parameters)])
+        for i in parameters:
+            channel.momentum[channel.vector.span(i)] = momentum.get(channel.vector.names[i], 0.0)
 
     def _agree(
         self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], digests: Mapping[str, str]
@@ -121,6 +137,7 @@ class PeriodicAverager:
             "steps": self.steps,
             "rounds": self.rounds,
             "steps_since_average": self.steps_since_average,
+            "pace": self._pace.state_dict(),
         }
         try:
             verify_same(self._carrier, {**counters, "parameters": digests}, f"{self._name}.start")
@@ -132,36 +149,44 @@ class PeriodicAverager:
             ) from None
         return digest
 
-    def count_step(self) -> None:
+    def count_step(self, learning_rate: float = 0.0) -> None:
         """Count a local step, taken or skipped, and average if the schedule says so; collective then.
 
-        Raises NonFiniteError or DesynchronizedError on every rank, with parameters and anchor untouched; the next step
-        then tries again.
+        ``learning_rate`` is that of the step; schedules and outer optimizers may depend on it. Raises NonFiniteError or
+        DesynchronizedError on every rank, with parameters and anchor untouched; the next step then tries again.
         """
         self.steps += 1
         self.steps_since_average += 1
+        self._learning_rate = learning_rate
         self.statistics.count_step(self._num_parameters)
-        if self._averaging.due(self.steps_since_average):
+        if self.steps_since_average >= self._pace.period:
             self.average()
 
     def average(self) -> None:
         """Average now: anchor += mean of the decoded changes, parameters = anchor; collective."""
-        if self._meeting is not None:
-            self._meeting.announce(Purpose.AVERAGE, self.steps, self.rounds)
-        self._average(self._meeting)
+        self._announce(Purpose.AVERAGE)
+        self._average(None)
 
-    def _average(self, meeting: Meeting | None) -> None:
+    def _announce(self, purpose: Purpose) -> None:
+        if self._meeting is not None:
+            self._meeting.announce(purpose, self.steps, self.rounds, self._pace.detail(self._learning_rate))
+
+    def _average(self, details: list[int] | None) -> None:
+        """Average; ``details`` is what the ranks have told each other if they have met already."""
         started = time.perf_counter()
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         sources = [(channel, channel.source()) for channel in self._channels]
         for channel, source in sources:
             channel.begin(source, step=self.steps, round=self.rounds)
-        if meeting is not None:
-            meeting.agree()
+        if details is None:
+            details = [] if self._meeting is None else self._meeting.agree()
         self._channels.finish()
+        check_learning_rates(details)
+        outer = self._pace.coefficients(self._learning_rate)
         for channel, source in sources:
-            channel.apply(source)
+            channel.apply(source, outer)
             self._clear_buffer_anchors(channel)
+        self._pace.advance(self.steps, self._learning_rate)
         self.rounds += 1
         self.steps_since_average = 0
         self.statistics.rounds += 1
@@ -183,17 +208,27 @@ class PeriodicAverager:
         """
         if self.steps_since_average == 0:
             return
+        details: list[int] = []
         if self._meeting is not None:
-            self._meeting.announce(Purpose.FLUSH, self.steps, self.rounds)
+            self._announce(Purpose.FLUSH)
             try:
-                self._meeting.agree(timeout)
+                details = self._meeting.agree(timeout)
             except CollectiveTimeoutError:
                 raise CollectiveTimeoutError(
                     f"{self.steps_since_average} steps were made since the last average, and averaging them takes "
                     f"every rank, but not every rank called flush() or state_dict() within {timeout} s: call "
                     "optimizer.flush() on every rank first, then state_dict() where you like"
                 ) from None
-        self._average(None)
+        self._average(details)
+
+    def _momentum(self) -> dict[str, AnchorArray]:
+        return {
+            name: channel.momentum[channel.vector.span(i)]
+            for channel in self._channels
+            if channel.outer_elements
+            for i, name in enumerate(channel.vector.names)
+            if name not in self._buffer_names
+        }
 
     def _anchors(self) -> dict[str, AnchorArray]:
         return {
@@ -222,7 +257,9 @@ class PeriodicAverager:
             "steps": self.steps,
             "rounds": self.rounds,
             "config": self.config(),
-            "anchor": {name: values.copy() for name, values in {**self._anchors(), **self._restored}.items()},
+            "anchor": _copied({**self._anchors(), **self._restored}),
+            "momentum": _copied({**self._momentum(), **self._restored_momentum}),
+            "pace": self._pace.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -232,16 +269,24 @@ class PeriodicAverager:
         state was made with another configuration.
         """
         anchors: dict[str, AnchorArray] = {}
-        if state is not None:
+        momentum: dict[str, AnchorArray] = {}
+        if state is None:
+            self._pace.reset()
+        else:
             check_state(state, self.config())
-            anchors = dict(state["anchor"])
+            anchors, momentum = dict(state["anchor"]), dict(state["momentum"])
+            self._pace.load_state_dict(state["pace"])
         self.steps = 0 if state is None else int(state["steps"])
         self.rounds = 0 if state is None else int(state["rounds"])
         self.steps_since_average = 0
-        self._restored = anchors
+        self._restored, self._restored_momentum = anchors, momentum
         self._channels.replace(())
         self._prepared = False
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
         return self.statistics.as_dict(*self._channels.byte_counts())
+
+
+def _copied(arrays: Mapping[str, AnchorArray]) -> dict[str, AnchorArray]:
+    return {name: values.copy() for name, values in arrays.items()}

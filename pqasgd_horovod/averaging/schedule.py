@@ -1,70 +1,148 @@
-"""When to average: the strategy that ``averaging=`` takes."""
+"""When to average: how many local steps come before the next average.
+
+A schedule is asked right after each average, and once at the beginning. Its answer depends on counters and on numbers
+that the ranks have agreed on, so that all ranks give the same. It is written in operators that plain integers and a
+framework's tensors share, so that a graph can ask too.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
+
+import numpy as np
 
 from ..codecs.base import check_integer
 from ..errors import ArgumentError
 
-BUFFER_POLICIES = ("statistics", "all", "local")
+_LARGEST = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
-class PeriodicAveraging:
-    r"""Average the replicas every ``period`` steps.
+class Schedule(abc.ABC):
+    """The base of schedules."""
 
-    Each step :math:`x_i \leftarrow x_i - g\,\nabla_i` is local; after ``period`` of them
-    :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)` and :math:`x_i \leftarrow a`, with the anchor :math:`a` of the
-    last average. With ``period=1`` the gradients are exchanged instead, as Horovod does.
+    id: ClassVar[str]
 
-    Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized
-    Communication", NeurIPS 2018 (PQASGD).
+    @property
+    def uses_learning_rate(self) -> bool:
+        """True if the inner learning rate enters, which the ranks then agree on."""
+        return False
 
-    Args:
-        period: steps between averages, at least 1. Larger: fewer bytes, and replicas that drift further apart.
-        buffers: what becomes of floating-point buffers at an average. ``"statistics"``: the running statistics of
-            normalization layers are averaged; ``"all"``: every floating-point buffer is; ``"local"``: none is. They
-            travel as float32, uncompressed.
+    @abc.abstractmethod
+    def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
+        """Return the number of steps to the next average.
 
-    Raises ArgumentError for other values.
-
-    >>> PeriodicAveraging(period=8).due(steps_since_average=8)
-    True
-    """
-
-    id: ClassVar[str] = "periodic"
-
-    period: int = 8
-    buffers: str = "statistics"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "period", check_integer("period", self.period, 1, 2**31))
-        if self.buffers not in BUFFER_POLICIES:
-            raise ArgumentError(
-                f"buffers is {self.buffers!r}; it must be one of {', '.join(map(repr, BUFFER_POLICIES))}"
-            )
-
-    def due(self, steps_since_average: int) -> bool:
-        """Return whether it is time to average after so many local steps."""
-        return steps_since_average >= self.period
+        Args:
+            steps: steps made so far.
+            has_dropped: whether the learning rate has ever been below an earlier one.
+            xp: the module that has ``where`` and ``minimum`` for them, NumPy or a framework.
+        """
 
     def config(self) -> dict[str, Any]:
         """Return the configuration as a dict that JSON can hold."""
         return {"id": self.id, **dataclasses.asdict(self)}
 
 
-def resolve_averaging(period: int | None, averaging: PeriodicAveraging | None) -> PeriodicAveraging:
-    """Return the strategy that the arguments ``period`` and ``averaging`` of an optimizer stand for."""
-    if averaging is None:
-        return PeriodicAveraging(period=1 if period is None else period)
-    if not isinstance(averaging, PeriodicAveraging):
-        raise ArgumentError(
-            f"averaging is {averaging!r}; it must be a strategy such as hvd.PeriodicAveraging(period=8)"
-        )
-    if period is not None and period != averaging.period:
-        raise ArgumentError(
-            f"period is {period} and averaging is {averaging}; give one of them, or the same period in both"
-        )
-    return averaging
+@dataclasses.dataclass(frozen=True)
+class FixedPeriod(Schedule):
+    """Average every ``period`` steps, at least 1: ``period=8`` is short for ``FixedPeriod(8)``.
+
+    >>> FixedPeriod(8).next_period(steps=80, has_dropped=False)
+    8
+    """
+
+    id = "fixed"
+
+    period: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "period", check_integer("period", self.period, 1, _LARGEST))
+
+    def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
+        """Always the same."""
+        return self.period
+
+
+@dataclasses.dataclass(frozen=True)
+class PostLocal(Schedule):
+    """Average after every step at first, then every ``period`` steps: post-local SGD.
+
+    Args:
+        period: steps between averages later on, at least 1.
+        first_steps: how many steps are averaged one by one; None: until the learning rate first drops.
+
+    Raises ArgumentError for other values.
+
+    Source: Lin, Stich, Patel, Jaggi, "Don't use large mini-batches, use local SGD", ICLR 2020, section 4.
+
+    >>> schedule = PostLocal(period=8, first_steps=100)
+    >>> [int(schedule.next_period(steps, has_dropped=False)) for steps in (0, 99, 100)]
+    [1, 1, 8]
+    """
+
+    id = "post_local"
+
+    period: int = 8
+    first_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "period", check_integer("period", self.period, 1, _LARGEST))
+        if self.first_steps is not None:
+            object.__setattr__(self, "first_steps", check_integer("first_steps", self.first_steps, 0, _LARGEST))
+
+    @property
+    def uses_learning_rate(self) -> bool:
+        """True if the learning rate says when."""
+        return self.first_steps is None
+
+    def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
+        """1, then ``period``."""
+        return xp.where(has_dropped if self.first_steps is None else steps >= self.first_steps, self.period, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowingPeriod(Schedule):
+    """Average often at first and seldom later: the period doubles every ``every`` steps, from ``first`` to ``last``.
+
+    Raises ArgumentError unless ``first``, ``last`` and ``every`` are at least 1, and ``last`` is not below ``first``.
+
+    >>> schedule = GrowingPeriod(first=1, last=16, every=100)
+    >>> [int(schedule.next_period(steps, has_dropped=False)) for steps in (0, 100, 299, 400, 10_000)]
+    [1, 2, 4, 16, 16]
+    """
+
+    id = "growing"
+
+    first: int = 1
+    last: int = 16
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last", "every"):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, _LARGEST))
+        if self.last < self.first:
+            raise ArgumentError(f"last is {self.last}; it must be at least first, {self.first}")
+
+    def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
+        """Double as often as it is time to."""
+        return xp.minimum(self.first * 2 ** xp.minimum(steps // self.every, 31), self.last)
+
+
+SCHEDULES: Mapping[str, type[Schedule]] = {cls.id: cls for cls in (FixedPeriod, PostLocal, GrowingPeriod)}
+"""Schedules by id."""
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
+    """Return the schedule that a ``config()`` describes.
+
+    >>> schedule_from_config(PostLocal(period=4).config())
+    PostLocal(period=4, first_steps=None)
+    """
+    arguments = dict(config)
+    cls = SCHEDULES.get(arguments.pop("id", None))
+    if cls is None:
+        raise ArgumentError(f"period is {config!r}; its id must be one of {', '.join(SCHEDULES)}")
+    return cls(**arguments)

@@ -7,10 +7,12 @@ from typing import Any
 
 from ..errors import ArgumentError
 from .config import ExchangeConfig
-from .schedule import PeriodicAveraging
+from .strategy import PeriodicAveraging
 
 STATE_VERSION = 1
-_FIELDS = ("version", "steps", "rounds", "config", "anchor")
+_FIELDS = ("version", "steps", "rounds", "config", "anchor", "momentum", "pace")
+ARRAYS = ("anchor", "momentum")
+"""What of a state is arrays, by parameter name."""
 
 
 def saved_config(averaging: PeriodicAveraging, exchange: ExchangeConfig) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def _load() -> ctypes.CDLL:
         "pq_apply": (i32, [pointer, i64, i64, pointer]),
         "pq_gather": (i32, [pointer, i64, i64, pointer, i32]),
         "pq_capture": (i32, [pointer, i64, i64]),
+        "pq_outer": (i32, [ctypes.c_float, ctypes.c_float, ctypes.c_float, i64, pointer, pointer]),
         "pq_derive_key": (u64, [u64, u32, u64, u32, u32]),
         "pq_allgather_pack": (i32, [pointer, pointer, pointer, i64, pointer, i64]),
         "pq_allgather_land": (i32, [pointer, pointer, pointer, i64, pointer, pointer]),
@@ -344,6 +345,17 @@ def gather(source: Source, start: int, destination: NDArray[Any]) -> None:
         source._as_argument, start, destination.size, destination.ctypes.data, _NUMPY_DTYPES[destination.dtype]
     )
     check_status(status, "gather")
+
+
+def outer(decay: float, a: float, b: float, momentum: NDArray[np.float32], delta: NDArray[np.float32]) -> None:
+    """Set ``momentum`` to ``decay * momentum + delta``, then ``delta`` to ``a * momentum + b * delta``, elementwise.
+
+    In float32, each operation rounded; see :mod:`pqasgd_horovod.averaging.outer`.
+    """
+    if momentum.size != delta.size:
+        raise ArgumentError(f"momentum has {momentum.size} elements, delta has {delta.size}; they must have as many")
+    status = _library.pq_outer(decay, a, b, delta.size, _floats("momentum", momentum), _floats("delta", delta))
+    check_status(status, "outer")
 
 
 def capture(source: Source) -> None:

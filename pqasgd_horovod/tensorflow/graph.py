@@ -63,13 +63,23 @@ class GraphChannel:
         digest: from the handshake.
         problems: where to take note of what is wrong.
         anchor: the float32 or float64 variable of ``plan.layout.num_elements`` that changes are taken from, if any.
+        momentum: the float32 variable of an outer optimizer, if any: it moves as many elements from the first one.
     """
 
     def __init__(
-        self, plan: ChannelPlan, carrier: HorovodCarrier, digest: int, problems: Problems, anchor: tf.Variable | None
+        self,
+        plan: ChannelPlan,
+        carrier: HorovodCarrier,
+        digest: int,
+        problems: Problems,
+        anchor: tf.Variable | None,
+        momentum: tf.Variable | None = None,
     ) -> None:
         self.plan = plan
         self.anchor = anchor
+        self._momentum = momentum
+        # With a float32 anchor what arrives is the next anchor, unless an outer optimizer is to see the mean.
+        self._arrives_added = anchor is not None and anchor.dtype == tf.float32 and momentum is None
         self._carrier = carrier
         self._digest = digest
         self._problems = problems
@@ -131,7 +141,7 @@ class GraphChannel:
         else:
             received = allgather(messages, f"{name}.p1", carrier.process_set)
             payloads = [plan.codec.payload_nbytes(num_elements)] * carrier.size
-        base = [self.anchor.value()] if self.anchor is not None and self.anchor.dtype == tf.float32 else []
+        base = [self.anchor.value()] if self.anchor is not None and self._arrives_added else []
         return ops.pqasgd_land(
             step=step,
             round=round,
@@ -163,12 +173,15 @@ class GraphChannel:
         )
         self._problems.note(explain(flags, received, expected, range(self._carrier.size), payload_nbytes))
 
-    def commit(self, variables: Sequence[tf.Variable]) -> None:
-        """Let what has arrived be the anchor, and the variables; after the verdict."""
+    def commit(self, variables: Sequence[tf.Variable], coefficients: tf.Tensor | None = None) -> None:
+        """Let what has arrived be the anchor, or move it, and let the variables be the anchor; after the verdict."""
+        if self._momentum is not None:
+            ops.pqasgd_outer(arriving=self._arriving.handle, momentum=self._momentum.handle, coefficients=coefficients)
         ops.pqasgd_commit(
             arriving=self._arriving.handle,
             anchors=[] if self.anchor is None else [self.anchor.handle],
             variables=[variable.handle for variable in variables],
+            add=self.anchor is not None and not self._arrives_added,
         )
 
     def means(self, tensors: Sequence[tf.Tensor], factor: float) -> list[tf.Tensor]:

@@ -20,7 +20,8 @@ from horovod.tensorflow import mpi_ops
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
-from ..averaging.schedule import resolve_averaging
+from ..averaging.schedule import Schedule
+from ..averaging.strategy import resolve_averaging
 from ..codecs.base import check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
@@ -126,8 +127,9 @@ class DistributedMethods(_Inner):
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):
             averager.before_step()
+            learning_rate = tf.cast(self.learning_rate, tf.float64)  # of this step: apply() counts it
             super().apply(grads, variables)
-            averager.count_step()
+            averager.count_step(learning_rate)
             return
         shared = [i for i, variable in enumerate(variables) if not self._is_local(variable)]
         means = averager.average([grads[i] for i in shared], [variables[i] for i in shared])
@@ -319,14 +321,13 @@ make_class(keras.optimizers.SGD)
 
 def _from_settings(optimizer: Any, settings: dict[str, Any]) -> Any:
     known = dict(settings)
-    codec, second, averaging = known.pop("codec"), known.pop("second_codec"), dict(known.pop("averaging"))
-    averaging.pop("id")
+    codec, second, averaging = known.pop("codec"), known.pop("second_codec"), known.pop("averaging")
     known["process_set"] = _process_set_of(known["process_set"])
     return distribute(
         optimizer,
         compression=CodecCompressor.from_config(codec),
         second_compression=None if second is None else CodecCompressor.from_config(second),
-        averaging=PeriodicAveraging(**averaging),
+        averaging=PeriodicAveraging.from_config(averaging),
         **known,
     )
 
@@ -361,7 +362,7 @@ def check_op(op: Any, averaging: PeriodicAveraging, stock: bool, gradient_prediv
         raise ArgumentError(
             f"gradient_predivide_factor is {gradient_predivide_factor} with op={op}; it needs op=hvd.Average"
         )
-    if averaging.period > 1 and op != horovod.Average:
+    if not averaging.exchanges_gradients and op != horovod.Average:
         raise ArgumentError(
             f"op is {op} with period={averaging.period}; replicas can only be averaged: use op=hvd.Average"
         )
@@ -392,7 +393,7 @@ def distribute(
     groups: Any = None,
     process_set: Any = horovod.global_process_set,
     scale_local_gradients: bool = True,
-    period: int | None = None,
+    period: int | Schedule | None = None,
     averaging: PeriodicAveraging | None = None,
     second_compression: Any = None,
     exchange: str = "auto",
@@ -411,7 +412,7 @@ def distribute(
         strategy = resolve_averaging(period, averaging)
         codec = codec_of(compression)
         second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
-        stock = strategy.period == 1 and (codec is None or codec.commutes_with_sum)
+        stock = strategy.exchanges_gradients and (codec is None or codec.commutes_with_sum)
         if not stock and (codec is None or (second_compression is not None and second_codec is None)):
             raise ArgumentError(
                 f"compression is {compression!r} with period={strategy.period}; a compressor of your own works with "
@@ -430,7 +431,7 @@ def distribute(
         if keras.config.dtype_policy().name == "mixed_float16" and not _scales_loss(optimizer):
             # As compile() would, but around the exchange: all ranks then skip the same steps.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        if _scales_loss(optimizer) and strategy.period == 1 and not stock:
+        if _scales_loss(optimizer) and strategy.exchanges_gradients and not stock:
             # An overflow is what a loss scale looks for, not an error.
             config = ExchangeConfig(**{**vars(config), "nonfinite": "propagate"})
         gradients = GradientSettings(
@@ -487,7 +488,7 @@ def make_averager(
 ) -> PeriodicAverager | GradientAverager:
     """Return what averages: replicas, coded gradients, or gradients as Horovod does."""
     carrier: Any = membership.carrier
-    if averaging.period > 1:
+    if not averaging.exchanges_gradients:
         return PeriodicAverager(carrier, averaging, config, name=membership.name, check_consistency=check_consistency)
     if not stock:
         return CodedGradients(carrier, gradients, config, name=membership.name)

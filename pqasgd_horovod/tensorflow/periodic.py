@@ -28,8 +28,15 @@ from .variables import NO_ERROR, VariableSpec, describe_together, unwrap
 class PeriodicState(tf.Module):
     """What of a replica is saved: counters and anchors. ``tf.train.Checkpoint`` finds it in the optimizer."""
 
-    def __init__(self, dtypes_and_sizes: Sequence[tuple[tf.DType, int]]) -> None:
+    def __init__(
+        self, first_period: int, dtypes_and_sizes: Sequence[tuple[tf.DType, int]], momentum_sizes: Sequence[int]
+    ) -> None:
         super().__init__(name="pqasgd")
+        self.period = counter("period")
+        self.period.assign(first_period)
+        self.learning_rate = tf.Variable(-1.0, dtype=tf.float64, trainable=False)  # at the last average
+        self.has_dropped = counter("has_dropped")
+        self.momentum = [tf.Variable(tf.zeros([size]), trainable=False) for size in momentum_sizes]
         self.steps = counter("steps")
         self.rounds = counter("rounds")
         self.steps_since_average = counter("steps_since_average")
@@ -41,9 +48,10 @@ class PeriodicState(tf.Module):
 
     def named(self) -> dict[str, tf.Variable]:
         """Return the variables by the names under which a model file holds them."""
-        names = ("steps", "rounds", "steps_since_average", "anchored")
+        names = ("steps", "rounds", "steps_since_average", "anchored", "period", "learning_rate", "has_dropped")
+        momentum = {f"momentum.{i}": momentum for i, momentum in enumerate(self.momentum)}
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
-        return {**{name: getattr(self, name) for name in names}, **anchors}
+        return {**{name: getattr(self, name) for name in names}, **anchors, **momentum}
 
 
 class PeriodicAverager:

@@ -6,7 +6,12 @@ Nothing of Horovod is changed. Names that Horovod has too (``Compression``, ``Di
 
 from horovod.torch import *  # noqa: F403
 
+from ..averaging import GrowingPeriod as GrowingPeriod
+from ..averaging import Nesterov as Nesterov
 from ..averaging import PeriodicAveraging as PeriodicAveraging
+from ..averaging import PostLocal as PostLocal
+from ..averaging import Replace as Replace
+from ..averaging import SlowMo as SlowMo
 from .carrier import HorovodCarrier as HorovodCarrier
 from .compression import CodecCompressor as CodecCompressor
 from .compression import Compression as Compression

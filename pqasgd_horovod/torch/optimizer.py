@@ -13,7 +13,8 @@ from horovod.torch.optimizer import _DistributedOptimizer
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
-from ..averaging.schedule import resolve_averaging
+from ..averaging.schedule import Schedule
+from ..averaging.strategy import resolve_averaging
 from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
@@ -41,7 +42,7 @@ def DistributedOptimizer(
     sparse_as_dense: bool = False,
     process_set: Any = horovod.global_process_set,
     *,
-    period: int | None = None,
+    period: int | Schedule | None = None,
     averaging: PeriodicAveraging | None = None,
     second_compression: Any = None,
     exchange: str = "auto",
@@ -77,7 +78,8 @@ def DistributedOptimizer(
         sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise they take Horovod's own sparse path,
             uncompressed (with ``period>1`` gradients are not sent at all).
         process_set: the ranks that train together.
-        period: steps between averages, default 1. Short for ``averaging=PeriodicAveraging(period=...)``.
+        period: steps between averages, default 1, or a schedule. Short for
+            ``averaging=PeriodicAveraging(period=...)``.
         averaging: the strategy: :class:`PeriodicAveraging`.
         second_compression: codec of the mean in the two-phase exchange, by default ``compression``. More bits there
             mean less noise.
@@ -137,7 +139,7 @@ def DistributedOptimizer(
             raise ArgumentError(
                 f"gradient_predivide_factor is {gradient_predivide_factor} with op={op}; it needs op=hvd.Average"
             )
-        stock = averaging.period == 1 and (codec is None or codec.commutes_with_sum)
+        stock = averaging.exchanges_gradients and (codec is None or codec.commutes_with_sum)
         if not stock:
             codec = _require_codec(compression, "compression", averaging)
             _check_op(op, averaging, optimizer)
@@ -152,11 +154,11 @@ def DistributedOptimizer(
         )
         model = model if model is not None else find_model(named_parameters)
         settings = Settings(averaging, config, model, check_consistency, flush_timeout, op, process_set, membership)
-        if averaging.period > 1 and averaging.buffers != "local" and model is None and horovod.rank() == 0:
+        if not averaging.exchanges_gradients and averaging.buffers != "local" and model is None and horovod.rank() == 0:
             logger.warning(
                 "named_parameters is not the generator model.named_parameters(), so the model's buffers are not known "
                 "and BatchNorm statistics are not averaged: pass model=model, or "
-                "averaging=PeriodicAveraging(period=%d, buffers='local') if that is meant",
+                "averaging=PeriodicAveraging(period=%s, buffers='local') if that is meant",
                 averaging.period,
             )
         arguments = (
@@ -173,7 +175,7 @@ def DistributedOptimizer(
             itemsize = 2 if codec is not None and codec.id == "fp16" else None
             wrapped = build_stock(optimizer, itemsize, op, arguments, settings)
         else:
-            methods = GradientMethods if averaging.period == 1 else PeriodicMethods
+            methods = GradientMethods if averaging.exchanges_gradients else PeriodicMethods
             wrapped = build(
                 optimizer, _DistributedOptimizer, CommonMethods, methods, arguments=arguments, settings=settings
             )
@@ -200,7 +202,7 @@ def _require_codec(compression: Any, argument: str, averaging: PeriodicAveraging
 
 def _check_op(op: Any, averaging: PeriodicAveraging, optimizer: torch.optim.Optimizer) -> None:
     if op == horovod.Average:
-        if averaging.period == 1 and isinstance(optimizer, torch.optim.LBFGS):
+        if averaging.exchanges_gradients and isinstance(optimizer, torch.optim.LBFGS):
             raise ArgumentError(
                 "optimizer is LBFGS with period=1 and a lossy codec; it decides by the local loss how often to compute "
                 "gradients, which would differ between ranks: use period>1 or Compression.none"
@@ -211,7 +213,7 @@ def _check_op(op: Any, averaging: PeriodicAveraging, optimizer: torch.optim.Opti
             "op is Adasum; it combines gradients pairwise by their angles, which coded means cannot do: use "
             "op=hvd.Average"
         )
-    if averaging.period > 1:
+    if not averaging.exchanges_gradients:
         raise ArgumentError(
             f"op is {op} with period={averaging.period}; replicas can only be averaged: use op=hvd.Average"
         )

@@ -62,7 +62,7 @@ class PeriodicMethods(CommonMethods):
         self._prepare()
         loss = self._local_step(closure)
         self._synchronized = False
-        self._averager.count_step()
+        self._averager.count_step(float(self.param_groups[0].get("lr", 0.0)))
         return loss
 
     def _local_step(self, closure: Callable[[], Any] | None) -> Any:

@@ -18,7 +18,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.construction import Membership
-from ..averaging.state import check_state
+from ..averaging.state import ARRAYS, check_state
 from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
 from .tensors import describe
@@ -91,25 +91,32 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Paramet
 
 def export_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return an averager's state with tensors in place of arrays, as checkpoints hold it."""
-    return {**state, "anchor": {name: torch.from_numpy(values) for name, values in state["anchor"].items()}}
+    return {
+        **state,
+        **{key: {name: torch.from_numpy(values) for name, values in state[key].items()} for key in ARRAYS},
+    }
 
 
 def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return a checkpoint's state with arrays; raise ArgumentError unless its anchor fits ``parameters``."""
-    anchors: dict[str, np.ndarray] = {}
-    for name, values in state.get("anchor", {}).items():
-        if name not in parameters:
-            raise ArgumentError(
-                f"the saved anchor has a parameter {name!r}, which this optimizer has not: the checkpoint is of "
-                "another model"
-            )
-        if values.numel() != parameters[name].numel():
-            raise ArgumentError(
-                f"the saved anchor of parameter {name!r} has {values.numel()} elements, the parameter has "
-                f"{parameters[name].numel()}: the checkpoint is of another model"
-            )
-        anchors[name] = values.detach().cpu().numpy().reshape(-1).copy()
-    return {**state, "anchor": anchors}
+    """Return a checkpoint's state with arrays; raise ArgumentError unless they fit ``parameters``."""
+    imported = dict(state)
+    for key in ARRAYS:
+        arrays: dict[str, np.ndarray] = {}
+        for name, values in state.get(key, {}).items():
+            if name not in parameters:
+                raise ArgumentError(
+                    f"the saved {key} has a parameter {name!r}, which this optimizer has not: the checkpoint is of "
+                    "another model"
+                )
+            if values.numel() != parameters[name].numel():
+                raise ArgumentError(
+                    f"the saved {key} of parameter {name!r} has {values.numel()} elements, the parameter has "
+                    f"{parameters[name].numel()}: the checkpoint is of another model"
+                )
+            arrays[name] = values.detach().cpu().numpy().reshape(-1).copy()
+        if key in state:
+            imported[key] = arrays
+    return imported
 
 
 class CommonMethods(_DistributedOptimizer):

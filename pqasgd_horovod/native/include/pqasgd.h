@@ -81,6 +81,9 @@ PQ_EXPORT int32_t pq_gather(const pq_source* source, int64_t start, int64_t coun
 /* anchor[start..] = source[start, start + count) (the anchor itself is not subtracted). */
 PQ_EXPORT int32_t pq_capture(const pq_source* source, int64_t start, int64_t count);
 
+/* An outer step on the mean of changes, elementwise: momentum = decay * momentum + delta; delta = a * momentum + b * delta. */
+PQ_EXPORT int32_t pq_outer(float decay, float a, float b, int64_t count, float* momentum, float* delta);
+
 /* ---- messages: one bucket of an exchange, from numbers to bytes and back ----
  *
  * A message is a header of PQ_HEADER_NBYTES, which exchange/wire.py documents, and a payload. Functions return an error

@@ -236,6 +236,12 @@ int32_t pq_gather(const pq_source* source, int64_t start, int64_t count, void* d
   return PQ_OK;
 }
 
+int32_t pq_outer(float decay, float a, float b, int64_t count, float* momentum, float* delta) {
+  if (count < 0 || (count && (!momentum || !delta))) return PQ_BAD_ARGUMENT;
+  spread(count, 1, [&](int64_t begin, int64_t end) { kernels().outer(decay, a, b, end - begin, momentum + begin, delta + begin); });
+  return PQ_OK;
+}
+
 int32_t pq_capture(const pq_source* source, int64_t start, int64_t count) {
   if (!good_source(source, start, count) || !source->anchor) return PQ_BAD_ARGUMENT;
   spread(count, 1, [&](int64_t begin, int64_t end) { kernels().capture(*source, start + begin, end - begin); });

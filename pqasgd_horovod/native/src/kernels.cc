@@ -700,6 +700,14 @@ void gather_values(const pq_source& source, int64_t start, int64_t count, void* 
   });
 }
 
+void outer(float decay, float a, float b, int64_t count, float* momentum, float* delta) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float d = delta[i], m = decay * momentum[i] + d;
+    momentum[i] = m;
+    delta[i] = a * m + b * d;
+  }
+}
+
 void capture(const pq_source& source, int64_t start, int64_t count) {
   pq_source values = source;
   values.anchor = nullptr;
@@ -720,6 +728,7 @@ extern const Kernels PQ_JOIN(kernels_, PQ_ISA) = {
 #else
     PQ_TEXT(PQ_ISA),
 #endif
-    PQ_ISA::encode, PQ_ISA::decode_add, PQ_ISA::reduce, PQ_ISA::apply, PQ_ISA::gather_values, PQ_ISA::capture};
+    PQ_ISA::encode, PQ_ISA::decode_add, PQ_ISA::reduce, PQ_ISA::apply, PQ_ISA::gather_values, PQ_ISA::outer,
+    PQ_ISA::capture};
 
 }  // namespace pqasgd

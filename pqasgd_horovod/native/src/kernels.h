@@ -35,6 +35,7 @@ struct Kernels {
                     const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end);
   void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target, bool past_caches);
   void (*gather)(const pq_source&, int64_t start, int64_t count, void* destination, int32_t dtype);
+  void (*outer)(float decay, float a, float b, int64_t count, float* momentum, float* delta);
   void (*capture)(const pq_source&, int64_t start, int64_t count);
 };
 

@@ -15,8 +15,14 @@ from horovod.tensorflow.keras import allgather as allgather
 from horovod.tensorflow.keras import allreduce as allreduce
 from horovod.tensorflow.keras import broadcast as broadcast
 
+from ...averaging import GrowingPeriod as GrowingPeriod
+from ...averaging import Nesterov as Nesterov
 from ...averaging import PeriodicAveraging as PeriodicAveraging
+from ...averaging import PostLocal as PostLocal
+from ...averaging import Replace as Replace
+from ...averaging import SlowMo as SlowMo
 from ...averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
+from ...averaging.schedule import Schedule
 from ...exchange import DEFAULT_BUCKET_CAP_BYTES
 from ...exchange.base import NonFinitePolicy
 from .. import optimizer as _optimizer
@@ -45,7 +51,7 @@ def DistributedOptimizer(
     process_set: Any = horovod.global_process_set,
     scale_local_gradients: bool = True,
     *,
-    period: int | None = None,
+    period: int | Schedule | None = None,
     averaging: PeriodicAveraging | None = None,
     second_compression: Any = None,
     exchange: str = "auto",
@@ -81,7 +87,8 @@ def DistributedOptimizer(
         groups: as in Horovod where Horovod averages. Elsewhere gradients are fused in buckets anyway.
         process_set: the ranks that train together.
         scale_local_gradients: divide gradients of local variables, if there are any, by the number of ranks.
-        period: steps between averages, default 1. Short for ``averaging=PeriodicAveraging(period=...)``.
+        period: steps between averages, default 1, or a schedule. Short for
+            ``averaging=PeriodicAveraging(period=...)``.
         averaging: the strategy: :class:`PeriodicAveraging`.
         second_compression: codec of the mean in the two-phase exchange, by default ``compression``. More bits there
             mean less noise.

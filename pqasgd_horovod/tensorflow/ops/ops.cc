@@ -438,7 +438,48 @@ Status writable(OpKernelContext* context, Var* variable, Tensor** tensor) {
   return OkStatus();
 }
 
-// With a float32 anchor what has arrived is the next anchor: the two change places. With a float64 one the mean is added to it.
+// A tensor to be changed in place: a copy where somebody still reads it.
+Status unshared(OpKernelContext* context, Tensor* tensor) {
+  if (tensor->RefCountIsOne()) return OkStatus();
+  Tensor copy;
+  TF_RETURN_IF_ERROR(context->allocate_temp(tensor->dtype(), tensor->shape(), &copy));
+  std::memcpy(data_of(copy), data_of(*tensor), tensor->TotalBytes());
+  *tensor = copy;
+  return OkStatus();
+}
+
+// An outer step on what has arrived, before it is committed; see pq_outer.
+REGISTER_OP("PqasgdOuter")
+    .Input("arriving: resource")
+    .Input("momentum: resource")
+    .Input("coefficients: float")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class OuterOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> arriving, momentum;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &momentum));
+    const Tensor& coefficients = context->input(2);
+    OP_REQUIRES(context, coefficients.NumElements() == 3, InvalidArgument("coefficients must be 3 numbers"));
+    mutex_lock arriving_lock(*arriving->mu());
+    mutex_lock momentum_lock(*momentum->mu());
+    Tensor* own = momentum->tensor();
+    OP_REQUIRES(context, own->NumElements() <= arriving->tensor()->NumElements(),
+                InvalidArgument("momentum has more elements than what has arrived"));
+    OP_REQUIRES_OK(context, unshared(context, own));
+    const auto c = coefficients.flat<float>();
+    OP_REQUIRES_OK(context, check(pq_outer(c(0), c(1), c(2), own->NumElements(), own->flat<float>().data(),
+                                           arriving->tensor()->flat<float>().data()),
+                                  "outer"));
+  }
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdOuter").Device(DEVICE_CPU), OuterOp);
+
+// What has arrived is the next anchor: the two change places; or, if it is to be added, the mean, which the anchor moves by.
 // Then the variables become the anchor; without one they become the mean.
 REGISTER_OP("PqasgdCommit")
     .Input("arriving: resource")
@@ -446,6 +487,7 @@ REGISTER_OP("PqasgdCommit")
     .Input("variables: n * resource")
     .Attr("num_anchors: int >= 0")
     .Attr("n: int >= 1")
+    .Attr("add: bool")
     .SetIsStateful()
     .SetShapeFn(shape_inference::NoOutputs);
 
@@ -453,6 +495,7 @@ class CommitOp : public OpKernel {
  public:
   explicit CommitOp(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("num_anchors", &num_anchors_));
+    OP_REQUIRES_OK(context, context->GetAttr("add", &add_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -466,20 +509,15 @@ class CommitOp : public OpKernel {
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &anchor));
     mutex_lock anchor_lock(*anchor->mu());
     Tensor* old = anchor->tensor();
-    if (old->dtype() == DT_FLOAT) {
-      OP_REQUIRES(context, old->shape() == arriving->tensor()->shape(), InvalidArgument("anchor and arriving differ in shape"));
+    if (!add_) {
+      OP_REQUIRES(context, old->dtype() == DT_FLOAT && old->shape() == arriving->tensor()->shape(), InvalidArgument("anchor and arriving differ in shape"));
       std::swap(*old, *arriving->tensor());
       Tensor* unused;
       OP_REQUIRES_OK(context, writable(context, arriving.get(), &unused));
       OP_REQUIRES_OK(context, write(context, *anchor->tensor(), nullptr));
       return;
     }
-    if (!old->RefCountIsOne()) {
-      Tensor copy;
-      OP_REQUIRES_OK(context, context->allocate_temp(old->dtype(), old->shape(), &copy));
-      std::memcpy(data_of(copy), data_of(*old), old->TotalBytes());
-      *old = copy;
-    }
+    OP_REQUIRES_OK(context, unshared(context, old));
     OP_REQUIRES_OK(context, write(context, *arriving->tensor(), old));
   }
 
@@ -506,6 +544,7 @@ class CommitOp : public OpKernel {
   }
 
   int num_anchors_ = 0;
+  bool add_ = false;
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdCommit").Device(DEVICE_CPU), CommitOp);
 
@@ -661,12 +700,7 @@ class DecodeAddVariableOp : public DecodeAddBase {
     mutex_lock lock(*variable->mu());
     Tensor* tensor = variable->tensor();
     OP_REQUIRES(context, tensor->dtype() == DT_FLOAT, InvalidArgument("destination is not float32"));
-    if (!tensor->RefCountIsOne() && !variable->copy_on_read_mode.load()) {
-      Tensor copy;
-      OP_REQUIRES_OK(context, context->allocate_temp(DT_FLOAT, tensor->shape(), &copy));
-      std::memcpy(data_of(copy), data_of(*tensor), tensor->TotalBytes());
-      *tensor = copy;
-    }
+    OP_REQUIRES_OK(context, unshared(context, tensor));
     OP_REQUIRES_OK(context, add(context, tensor));
   }
 };

@@ -1,0 +1,108 @@
+"""The strategy that ``averaging=`` takes: one choice of schedule, outer optimizer and state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ..errors import ArgumentError
+from .outer import Outer, Replace, outer_from_config
+from .schedule import FixedPeriod, Schedule, schedule_from_config
+
+BUFFER_POLICIES = ("statistics", "all", "local")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeriodicAveraging:
+    r"""Average the replicas from time to time.
+
+    Each step :math:`x_i \leftarrow x_i - g\,\nabla_i` is local; at the end of a period
+    :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)` and :math:`x_i \leftarrow a`, with the anchor :math:`a` of the
+    last average. With ``period=1`` and nothing else the gradients are exchanged instead, as Horovod does.
+
+    Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized
+    Communication", NeurIPS 2018 (PQASGD).
+
+    Args:
+        period: steps between averages, at least 1, or a schedule: :class:`~.schedule.PostLocal`,
+            :class:`~.schedule.GrowingPeriod`. Larger: fewer bytes, and replicas that drift further apart.
+        buffers: what becomes of floating-point buffers at an average. ``"statistics"``: the running statistics of
+            normalization layers are averaged; ``"all"``: every floating-point buffer is; ``"local"``: none is. They
+            travel as float32, uncompressed.
+        outer: what is done with the mean of the changes: :class:`~.outer.Replace`, the paper's, :class:`~.outer.SlowMo`
+            or :class:`~.outer.Nesterov`.
+
+    Raises ArgumentError for other values.
+
+    >>> PeriodicAveraging(period=8).schedule
+    FixedPeriod(period=8)
+    """
+
+    id: ClassVar[str] = "periodic"
+
+    period: int | Schedule = 8
+    buffers: str = "statistics"
+    outer: Outer = dataclasses.field(default_factory=Replace)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.period, Schedule):
+            object.__setattr__(self, "period", FixedPeriod(self.period).period)
+        if self.buffers not in BUFFER_POLICIES:
+            raise ArgumentError(
+                f"buffers is {self.buffers!r}; it must be one of {', '.join(map(repr, BUFFER_POLICIES))}"
+            )
+        if not isinstance(self.outer, Outer):
+            raise ArgumentError(f"outer is {self.outer!r}; it must be an outer optimizer, such as hvd.SlowMo(beta=0.5)")
+
+    @property
+    def schedule(self) -> Schedule:
+        """When to average."""
+        return self.period if isinstance(self.period, Schedule) else FixedPeriod(self.period)
+
+    @property
+    def exchanges_gradients(self) -> bool:
+        """True if gradients are averaged in every step, and not replicas from time to time."""
+        return self.schedule == FixedPeriod(1) and self.outer == Replace()
+
+    @property
+    def uses_learning_rate(self) -> bool:
+        """True if the inner learning rate enters, which the ranks then agree on."""
+        return self.schedule.uses_learning_rate or self.outer.uses_learning_rate
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration as a dict that JSON can hold."""
+        return {
+            "id": self.id,
+            "period": self.period.config() if isinstance(self.period, Schedule) else self.period,
+            "buffers": self.buffers,
+            "outer": self.outer.config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PeriodicAveraging:
+        """Return the strategy that a ``config()`` describes.
+
+        >>> strategy = PeriodicAveraging(period=4, buffers="all")
+        >>> PeriodicAveraging.from_config(strategy.config()).config() == strategy.config()
+        True
+        """
+        period = config["period"]
+        if isinstance(period, Mapping):
+            period = schedule_from_config(period)
+        return cls(period, config["buffers"], outer_from_config(config["outer"]))
+
+
+def resolve_averaging(period: int | Schedule | None, averaging: PeriodicAveraging | None) -> PeriodicAveraging:
+    """Return the strategy that the arguments ``period`` and ``averaging`` of an optimizer stand for."""
+    if averaging is None:
+        return PeriodicAveraging(period=1 if period is None else period)
+    if not isinstance(averaging, PeriodicAveraging):
+        raise ArgumentError(
+            f"averaging is {averaging!r}; it must be a strategy such as hvd.PeriodicAveraging(period=8)"
+        )
+    if period is not None and period != averaging.period:
+        raise ArgumentError(
+            f"period is {period} and averaging is {averaging}; give one of them, or the same period in both"
+        )
+    return averaging
