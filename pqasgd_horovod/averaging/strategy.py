@@ -31,7 +31,7 @@ class PeriodicAveraging:
             normalization layers are averaged; ``"all"``: every floating-point buffer is; ``"local"``: none is. They
             travel as float32, uncompressed.
         outer: what is done with the mean of the changes: :class:`~.outer.Replace`, the paper's, :class:`~.outer.SlowMo`
-            or :class:`~.outer.Nesterov`.
+            or :class:`~.outer.Nesterov`. A rank that trains alone steps without it.
 
     Raises ArgumentError for other values.
 

@@ -19,6 +19,7 @@ from .common import (
     floats,
     loss_of,
     make_model,
+    several_ranks,
     sgd,
     train,
     two_ranks,
@@ -55,6 +56,7 @@ def test_a_growing_period():
     assert train_until_average(optimizer, model, range(12)) == [1, 2, 3, 5, 7, 11]
 
 
+@several_ranks  # a rank alone steps without an outer optimizer
 @pytest.mark.parametrize("outer", [hvd.SlowMo(0.5, 0.7), hvd.Nesterov(0.7, 0.9)], ids=str)
 def test_the_outer_optimizer_sees_the_mean_of_all_ranks(outer):
     model = make_model(norm=False)
