@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from ..averaging.meeting import Purpose, out_of_step_error
+from ..averaging.pace import check_learning_rates
 from ..exchange.carriers import Bytes
 from .carrier import HorovodCarrier, HorovodHandle, allgather
 from .library import ops, register_explainer
@@ -21,14 +22,17 @@ class Meeting:
         self._name = f"{name}.meeting"
         self._explainer = register_explainer(self._explain)
 
-    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor) -> tf.Operation:
-        """Return the op that raises DesynchronizedError on every rank unless all are about to do the same."""
-        record = tf.stack([tf.constant(int(purpose), tf.int64), steps, rounds])
+    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> tf.Operation:
+        """Return the op that raises DesynchronizedError on every rank unless all are about to do the same.
+
+        ``detail``, an int64, is a learning rate if one matters; see :mod:`pqasgd_horovod.averaging.pace`.
+        """
+        record = tf.stack([tf.constant(int(purpose), tf.int64), steps, rounds, tf.cast(detail, tf.int64)])
         return ops.pqasgd_agree(own=record, gathered=self._gather(record), explainer=self._explainer)
 
-    def announce(self, purpose: Purpose, steps: int, rounds: int) -> HorovodHandle:
+    def announce(self, purpose: Purpose, steps: int, rounds: int, detail: int = 0) -> HorovodHandle:
         """Say, outside of any graph, what this rank is about to do; :meth:`check` takes what the handle brings."""
-        record = np.array([int(purpose), steps, rounds], np.int64)
+        record = np.array([int(purpose), steps, rounds, detail], np.int64)
         return self._carrier.launch(self._name, self._gather, tf.constant(record))
 
     def check(self, received: Bytes) -> None:
@@ -39,7 +43,8 @@ class Meeting:
         return allgather(record, self._name, self._carrier.process_set)
 
     def _explain(self, flags: int, data: Bytes) -> None:
-        records = data.view(np.int64).reshape(-1, 3).tolist()
-        intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds in records]
+        records = data.view(np.int64).reshape(-1, 4).tolist()
+        intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds, _ in records]
         if len(set(intents)) > 1:
             raise out_of_step_error(self._name, intents)
+        check_learning_rates([detail & 2**64 - 1 for *_, detail in records])

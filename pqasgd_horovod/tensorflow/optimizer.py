@@ -127,7 +127,7 @@ class DistributedMethods(_Inner):
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):
             averager.before_step()
-            learning_rate = tf.cast(self.learning_rate, tf.float64)  # of this step: apply() counts it
+            learning_rate = keras.ops.convert_to_tensor(self.learning_rate)  # of this step: apply() counts it
             super().apply(grads, variables)
             averager.count_step(learning_rate)
             return

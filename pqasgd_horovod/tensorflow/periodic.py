@@ -24,6 +24,8 @@ from .meeting import Meeting
 from .traced import Traced, after, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_together, unwrap
 
+_COUNTERS = ("steps", "rounds", "steps_since_average", "period", "has_dropped")
+
 
 class PeriodicState(tf.Module):
     """What of a replica is saved: counters and anchors. ``tf.train.Checkpoint`` finds it in the optimizer."""
@@ -48,7 +50,7 @@ class PeriodicState(tf.Module):
 
     def named(self) -> dict[str, tf.Variable]:
         """Return the variables by the names under which a model file holds them."""
-        names = ("steps", "rounds", "steps_since_average", "anchored", "period", "learning_rate", "has_dropped")
+        names = (*_COUNTERS, "anchored", "learning_rate")
         momentum = {f"momentum.{i}": momentum for i, momentum in enumerate(self.momentum)}
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
         return {**{name: getattr(self, name) for name in names}, **anchors, **momentum}
@@ -103,18 +105,27 @@ class PeriodicAverager:
         layouts = [FlatLayout(members) for members, _, _ in groups]
         dtypes = [tf.as_dtype(dtype) for _, dtype, _ in groups]
         sizes = [layout.num_elements for layout in layouts]
-        self.state = PeriodicState([] if self._carrier is None else list(zip(dtypes, sizes, strict=True)))
+        buffer_names = {spec.name for spec in buffer_specs}
+        # Of each channel, the elements that an outer optimizer moves: parameters come before buffers.
+        outer_sizes = [sum(spec.numel for spec in members if spec.name not in buffer_names) for members, _, _ in groups]
+        alone = self._carrier is None
+        self.state = PeriodicState(
+            int(self.averaging.schedule.next_period(0, False)),
+            [] if alone else list(zip(dtypes, sizes, strict=True)),
+            outer_sizes if self._has_outer and not alone else [],
+        )
+        self._learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # of the last step
         self._started = counter("started")
         self._total_rounds, self._total_steps = counter("total_rounds"), counter("total_steps")
         self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         if self._carrier is None:
             return
         self._problems = Problems(self._name, self._config.nonfinite)
-        buffer_names = {spec.name for spec in buffer_specs}
         for index, ((members, _, compressed), layout) in enumerate(zip(groups, layouts, strict=True)):
             plan = plan_channel(layout, self._config, compressed=compressed, name=self._name, index=index)
             anchor = self.state.anchors[index]
-            self._channels.append(GraphChannel(plan, self._carrier, digest, self._problems, anchor))
+            momentum = self.state.momentum[index] if self._has_outer else None
+            self._channels.append(GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum))
             self._members.append([by_name[spec.name] for spec in members])
             self._cleared.append(
                 [
@@ -160,9 +171,8 @@ class PeriodicAverager:
         when(self.state.anchored > 0, None, self._capture)
         # Of each tensor by itself, so that an error can name it.
         digests = [ops.pqasgd_digest(tensors=tf.split(anchor, layout.sizes())) for anchor, layout in self._anchors()]
-        record = tf.concat(
-            [tf.stack([self.state.steps, self.state.rounds, self.state.steps_since_average]), *digests], 0
-        )
+        counters = [getattr(self.state, name).value() for name in _COUNTERS]
+        record = tf.concat([tf.stack(counters), *digests], 0)
         self._agree(record, "start", self._start)
         self._started.assign(1)
 
@@ -184,27 +194,59 @@ class PeriodicAverager:
         gathered = allgather(record, f"{self._name}.{what}", self._carrier.process_set)
         return ops.pqasgd_agree(own=record, gathered=gathered, explainer=explainer)
 
-    def count_step(self) -> None:
+    @property
+    def _has_outer(self) -> bool:
+        return self.averaging.outer.coefficients(1.0) is not None
+
+    def count_step(self, learning_rate: tf.Tensor | float = 0.0) -> None:
         """Count a local step, taken or skipped, and average if the schedule says so; collective then.
 
-        On an error every rank raises the same, with parameters and anchor untouched; the next step then tries again.
+        ``learning_rate`` is that of the step; schedules and outer optimizers may depend on it. On an error every rank
+        raises the same, with parameters and anchor untouched; the next step then tries again.
         """
-        self._traced(self._count_step)
+        self._traced(self._count_step, tf.cast(learning_rate, tf.float64))
 
-    def _count_step(self) -> None:
+    def _count_step(self, learning_rate: tf.Tensor) -> None:
         assert self.state is not None
+        self._learning_rate.assign(learning_rate)
         self.state.steps.assign_add(1)
         self._total_steps.assign_add(1)
         since = self.state.steps_since_average.assign_add(1)
-        when(self.averaging.due(since), self._meet_and_average)
+        when(since >= self.state.period, self._meet_and_average)
 
     def _meet_and_average(self) -> None:
         assert self.state is not None
         if self._carrier is not None:
-            with after(self._meeting.agree(Purpose.AVERAGE, self.state.steps.value(), self.state.rounds.value())):
+            steps, rounds = self.state.steps.value(), self.state.rounds.value()
+            with after(self._meeting.agree(Purpose.AVERAGE, steps, rounds, self._detail())):
                 self._average()
         else:
             self._average()
+
+    def _detail(self) -> tf.Tensor:
+        rate = self._learning_rate.value()
+        return tf.bitcast(rate, tf.int64) if self.averaging.uses_learning_rate else tf.constant(0, tf.int64)
+
+    def _coefficients(self) -> tf.Tensor | None:
+        """Return the outer step of an average now."""
+        assert self.state is not None
+        if not self._has_outer:
+            return None
+        before, now = self.state.learning_rate.value(), self._learning_rate.value()
+        ratio = tf.where(before < 0, tf.ones_like(now), tf.math.divide_no_nan(now, before))
+        coefficients = self.averaging.outer.coefficients(ratio)
+        assert coefficients is not None
+        return tf.stack([tf.cast(number, tf.float32) for number in coefficients])
+
+    def _advance(self) -> None:
+        """Decide on the next period, after an average."""
+        assert self.state is not None
+        before, now = self.state.learning_rate.value(), self._learning_rate.value()
+        dropped = tf.cast((before >= 0) & (now < before), tf.int64)
+        has_dropped = self.state.has_dropped.assign(tf.maximum(self.state.has_dropped, dropped), read_value=True)
+        self.state.learning_rate.assign(now)
+        period = self.averaging.schedule.next_period(self.state.steps.value(), tf.cast(has_dropped, tf.bool), xp=tf)
+        self.state.period.assign(tf.cast(period, tf.int64))
 
     def _average(self) -> None:
         assert self.state is not None
@@ -216,14 +258,16 @@ class PeriodicAverager:
                 for channel, members in zip(self._channels, self._members, strict=True)
                 for flag in channel.exchange([variable.value() for variable in members], step, round_)
             ]
+        coefficients = self._coefficients()
         with after(*([self._problems.verdict(flags)] if flags else [])):
             for channel, members in zip(self._channels, self._members, strict=True):
-                channel.commit(members)
+                channel.commit(members, coefficients)
             for (anchor, _), cleared in zip(self._anchors(), self._cleared, strict=True):
                 _clear(anchor, cleared)
             done = self.state.rounds.assign_add(1)
             self._total_rounds.assign_add(1)
             self.state.steps_since_average.assign(0)
+            self._advance()
         if self._check_consistency and self._channels:
             anchors = [anchor.value() for anchor, _ in self._anchors()]
             self._agree(ops.pqasgd_digest(tensors=anchors), "consistency", self._consistency)
@@ -244,7 +288,8 @@ class PeriodicAverager:
             self._traced(self._average)
             return
         if self._pending is None:
-            self._pending = self._meeting.announce(Purpose.AVERAGE, int(self.state.steps), int(self.state.rounds))
+            steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())
+            self._pending = self._meeting.announce(Purpose.AVERAGE, steps, rounds, detail)
         try:
             received = self._pending.wait(timeout)
         except CollectiveTimeoutError:
@@ -277,9 +322,7 @@ class PeriodicAverager:
     def _explain_start(self, flags: int, data: Bytes) -> None:
         assert self._carrier is not None
         names = [
-            "steps",
-            "rounds",
-            "steps_since_average",
+            *_COUNTERS,
             *(f"parameters.{name}" for channel in self._channels for name in channel.plan.layout.names),
         ]
         raise MismatchError(
@@ -304,8 +347,7 @@ def _difference(names: Sequence[str], data: Bytes, size: int) -> str:
         return f"the ranks have sent {records.shape[1]} numbers, {len(names)} were expected"
     index = int(np.flatnonzero((records != records[0]).any(axis=0))[0])
     numbers = [
-        number if names[index].startswith("steps") or names[index] == "rounds" else f"{number & 2**64 - 1:016x}"
-        for number in records[:, index].tolist()
+        number if names[index] in _COUNTERS else f"{number & 2**64 - 1:016x}" for number in records[:, index].tolist()
     ]
     return f"the ranks have to agree on {names[index]}: it is {format_by_rank(enumerate(numbers))}"
 

@@ -1,0 +1,119 @@
+"""Schedules and outer optimizers in a graph: as the core has them, and saved with the rest."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import pqasgd_horovod.tensorflow as hvd
+from pqasgd_horovod import codecs
+from pqasgd_horovod.averaging import ExchangeConfig, PeriodicAverager
+from pqasgd_horovod.exchange.carriers.threads import run_ranks
+from tests.averaging.arrays import ArrayView
+from tests.ranks_tensorflow.common import (
+    EDEN2,
+    SHAPES,
+    apply,
+    assert_equal,
+    assert_raises_everywhere,
+    assert_replicas_equal,
+    compiled,
+    gradients_of,
+    make_model,
+    make_variables,
+    several_ranks,
+    start,
+    train,
+    two_ranks,
+    values,
+    weights,
+    wrap,
+)
+
+RATE = 0.5  # exact, so that the local update has the same bits everywhere
+
+
+def in_the_core(averaging, codec, rates):
+    """The same training by the framework-free averager, with all ranks in this process; the parameters of each rank."""
+
+    def program(carrier):
+        averager = PeriodicAverager(carrier, averaging, ExchangeConfig(codec), name="core")
+        views = [ArrayView(f"v{i}", value.reshape(-1)) for i, value in enumerate(start())]
+        averager.prepare(views)
+        for step, rate in enumerate(rates):
+            for view, gradient in zip(views, gradients_of(step, carrier.rank), strict=True):
+                view.array -= np.float32(rate) * gradient.reshape(-1)
+            averager.count_step(rate)
+        return [view.array.reshape(shape) for view, shape in zip(views, SHAPES, strict=True)], averager.rounds
+
+    return run_ranks(hvd.size(), program)
+
+
+@several_ranks  # a rank alone steps without an outer optimizer
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        hvd.PeriodicAveraging(period=2, buffers="local", outer=hvd.SlowMo(0.5, 0.75)),
+        hvd.PeriodicAveraging(period=2, buffers="local", outer=hvd.Nesterov(0.7, 0.9)),
+        hvd.PeriodicAveraging(period=hvd.PostLocal(period=3, first_steps=2), buffers="local"),
+        hvd.PeriodicAveraging(period=hvd.PostLocal(period=3), buffers="local", outer=hvd.SlowMo(0.5)),
+        hvd.PeriodicAveraging(period=hvd.GrowingPeriod(first=1, last=4, every=3), buffers="local"),
+    ],
+    ids=["slowmo", "nesterov", "post-local", "post-local-rate-slowmo", "growing"],
+)
+def test_the_graph_does_what_the_core_does(averaging, traced):
+    rates = [RATE, RATE, RATE, RATE / 4, RATE / 4, RATE / 4, RATE / 2, RATE / 2, RATE / 2]
+    variables = make_variables()
+    optimizer = wrap(keras.optimizers.SGD(RATE), averaging=averaging, compression=EDEN2)
+
+    def step(gradients):
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+    run = tf.function(step) if traced else step
+    for number, rate in enumerate(rates):
+        optimizer.learning_rate = rate
+        run([tf.constant(gradient) for gradient in gradients_of(number)])
+    wanted = in_the_core(averaging, codecs.eden(bits=2), rates)
+    assert_equal(values(variables), wanted[hvd.rank()][0])
+    assert optimizer.communication_stats()["rounds"] == wanted[hvd.rank()][1]
+    if traced:
+        assert run.experimental_get_tracing_count() == 1
+
+
+def test_a_schedule_of_the_learning_rate_counts_the_step_that_is_made():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([3], [RATE, RATE / 10])  # from the fifth step on
+    optimizer = wrap(keras.optimizers.SGD(schedule), period=hvd.PostLocal(period=3), compression=EDEN2)
+    variables = make_variables()
+    averaged = []
+    for step in range(9):
+        before = optimizer.communication_stats()["rounds"]
+        apply(optimizer, variables, [step])
+        if optimizer.communication_stats()["rounds"] > before:
+            averaged.append(step + 1)
+            assert_replicas_equal(variables)
+    assert averaged == [1, 2, 3, 4, 5, 8]
+
+
+@pytest.mark.parametrize("saved_after", [5, 6])
+def test_a_model_file_resumes_bit_exactly_with_the_slow_momentum(saved_after, tmp_path):
+    averaging = hvd.PeriodicAveraging(period=hvd.PostLocal(period=3, first_steps=2), outer=hvd.SlowMo(0.5, 0.7))
+    inner = keras.optimizers.SGD(0.1, momentum=0.9)
+    straight = compiled(wrap(inner, averaging=averaging, compression=EDEN2), make_model(norm=True))
+    train(straight, range(saved_after))
+    straight.save(tmp_path / "model.keras")
+    train(straight, range(saved_after, 11))
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    assert resumed.optimizer.get_config()["averaging"] == averaging.config()
+    train(resumed, range(saved_after, 11))
+    assert_equal(weights(resumed), weights(straight))
+
+
+@two_ranks
+def test_learning_rates_that_differ_are_an_error_on_all_ranks():
+    optimizer = wrap(keras.optimizers.SGD(0.25 * (1 + hvd.rank())), period=hvd.PostLocal(period=3), compression=EDEN2)
+    variables = make_variables()
+    text = assert_raises_everywhere("DesynchronizedError", lambda: apply(optimizer, variables, [0]))
+    assert "the learning rate is 0.25 on rank 0; 0.5 on rank 1" in text
