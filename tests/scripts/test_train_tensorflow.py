@@ -185,8 +185,16 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     path = tmp_path / "checkpoint.npz"
     np.savez(tmp_path / "other.npz", weights=np.ones(3))
     np.savez(tmp_path / "evil.npz", content=np.array([Evil()], dtype=object))
-    others = [(tmp_path / f"{name}.npz").read_bytes() for name in ("other", "evil")]
-    for content in (b"", b"no checkpoint", pickle.dumps(Evil(), protocol=2), others[0][:100], *others):
+    other, evil = ((tmp_path / f"{name}.npz").read_bytes() for name in ("other", "evil"))
+    for content, message in (
+        (b"", "No data left in file"),
+        (b"no checkpoint", "pickled (object) data"),
+        (pickle.dumps(Evil(), protocol=2), "pickled (object) data"),
+        (other[:100], "File is not a zip file"),
+        (other, "content is not a file in the archive"),
+        (evil, "Object arrays cannot be loaded"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(checkpoint.CheckpointError, match=r"is no checkpoint of this program"):
+        with pytest.raises(checkpoint.CheckpointError, match="is no checkpoint of this program") as error_info:
             checkpoint.read(path, {}, load)
+        assert message in str(error_info.value)
