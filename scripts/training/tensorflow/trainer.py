@@ -45,10 +45,7 @@ def make_optimizer(args: argparse.Namespace) -> keras.optimizers.Optimizer:
 
 
 class Trainer:
-    """Model, optimizer and position in the data; subclasses train.
-
-    `make_distributed` makes of an optimizer the one of all ranks together.
-    """
+    """Model and position in the data; subclasses make the optimizer of all ranks together, and train."""
 
     optimizer: Any
 
