@@ -207,7 +207,8 @@ class DistributedMethods(_Inner):
         """Average a last partial period: call it on every rank before evaluating, saving or ending.
 
         Nothing happens with ``period=1``, or right after an average. Raises CollectiveTimeoutError if the other ranks
-        do not come in ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
+        do not come in ``timeout`` seconds (None: wait as any collective does); nothing is lost then. Give a timeout on
+        all ranks, or on none.
         """
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):

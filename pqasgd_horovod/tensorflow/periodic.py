@@ -287,22 +287,30 @@ class PeriodicAverager:
         if self._carrier is None:
             self._traced(self._average)
             return
-        if self._pending is None:
-            steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())
-            self._pending = self._meeting.announce(Purpose.AVERAGE, steps, rounds, detail)
-        try:
-            received = self._pending.wait(timeout)
-        except CollectiveTimeoutError:
-            raise CollectiveTimeoutError(
-                f"{int(self.state.steps_since_average)} steps were made since the last average, and averaging them "
-                f"takes every rank, but not every rank called flush() within {timeout} s: call flush() on every rank"
-            ) from None
-        self._pending = None
-        self._meeting.check(received)
+        if timeout is not None:
+            self._wait_for_all(timeout)
+        steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())
+        self._meeting.check(self._meeting.announce(Purpose.AVERAGE, steps, rounds, detail).wait())
         try:
             self._traced(self._average)
         except tf.errors.OpError as error:
             raise translate(error) from None
+
+    def _wait_for_all(self, timeout: float) -> None:
+        """Wait under a name of its own: whoever gives up and trains on meets the others under the usual one."""
+        assert self._carrier is not None
+        assert self.state is not None
+        if self._pending is None:
+            self._pending = self._carrier.allgather(f"{self._name}.waiting", np.zeros(1, np.uint8))
+        try:
+            self._pending.wait(timeout)
+        except CollectiveTimeoutError:
+            raise CollectiveTimeoutError(
+                f"{int(self.state.steps_since_average)} steps were made since the last average, and averaging them "
+                f"takes every rank, but not every rank called flush(timeout=...) within {timeout} s: call it on every "
+                "rank, with a timeout or without one on all of them"
+            ) from None
+        self._pending = None
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
