@@ -155,19 +155,29 @@ def test_one_rank_flushes_while_the_others_average():
     assert "after 3 steps" in text
 
 
-def test_one_rank_does_not_flush():
+@pytest.mark.parametrize(
+    ("given_up", "timeout"), [(True, None), (False, None), (False, 20)], ids=["given-up", "all", "all-with-timeout"]
+)
+def test_one_rank_flushes_alone_and_has_lost_nothing(given_up, timeout):
     variables = make_variables()
     optimizer = wrap(period=3, compression=EDEN2)
     apply(optimizer, variables, range(1))
     before = values(variables)
     if hvd.rank() == 0:
-        with pytest.raises(CollectiveTimeoutError, match=r"call flush\(\) on every rank"):
-            optimizer.flush(timeout=0.5)
+        for _ in range(2):
+            with pytest.raises(CollectiveTimeoutError, match=r"1 steps were made .* call it on every rank"):
+                optimizer.flush(timeout=0.5)
         assert_equal(values(variables), before)
     everybody(None)
-    optimizer.flush()
+    if given_up:
+        apply(optimizer, variables, range(1, 3))
+    else:
+        optimizer.flush(timeout)
     assert_replicas_equal(variables)
     assert optimizer.communication_stats()["rounds"] == 1
+    apply(optimizer, variables, [3])
+    optimizer.flush(timeout=20)
+    assert_replicas_equal(variables)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
