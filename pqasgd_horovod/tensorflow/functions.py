@@ -75,6 +75,8 @@ def decode_add(
     array([2., 3.], dtype=float32)
     """
     own = unwrap(destination)
+    if not isinstance(own, tf.Variable):
+        own = tf.convert_to_tensor(own)
     if own.dtype not in DTYPES:
         raise ArgumentError(
             f"destination has dtype {own.dtype.name}; it must be {', '.join(dtype.name for dtype in DTYPES)}"
