@@ -142,7 +142,8 @@ def DistributedGradientTape(
 
     Horovod's function of this name, which also takes variables of Keras 3 as sources, and any codec as ``compression``.
     The arguments are those of ``DistributedOptimizer``. Gradients that are ``tf.IndexedSlices`` travel as they are,
-    unless ``sparse_as_dense``.
+    unless ``sparse_as_dense``. The counter that keys the rounding noise is in no checkpoint: to resume bit-exactly take
+    a ``DistributedOptimizer`` with ``period=1``, which does the same.
 
     >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
     >>> hvd.init()
