@@ -26,6 +26,7 @@ from .functions import decode_add as decode_add
 from .functions import encode as encode
 from .optimizer import distribute as _distribute
 from .tape import DistributedGradientTape as DistributedGradientTape
+from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape
 
 
 def DistributedOptimizer(

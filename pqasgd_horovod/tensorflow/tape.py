@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import horovod.tensorflow as horovod
+import keras
 import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
@@ -32,6 +33,7 @@ class _DistributedTape:
         self._tape = tape
         self._settings = settings
         self._local: list[Any] = []
+        self._local_layers: list[keras.Layer] = []
 
     def __enter__(self) -> _DistributedTape:
         self._tape.__enter__()
@@ -47,13 +49,21 @@ class _DistributedTape:
         """Keep a variable's gradients to this rank."""
         self._local.append(unwrap(source))
 
+    def register_local_layer(self, layer: keras.Layer) -> None:
+        """Keep the gradients of a layer's variables to this rank."""
+        self._local_layers.append(layer)
+
+    def _local_sources(self) -> list[Any]:
+        return [*self._local, *(unwrap(v) for layer in self._local_layers for v in layer.trainable_weights)]
+
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None, **options: Any) -> Any:
         """Return the gradients of ``target``, each the mean, or the sum, over all ranks; collective."""
         flat = tf.nest.flatten(sources)
         gradients = tf.nest.flatten(
             self._tape.gradient(target, [unwrap(source) for source in flat], output_gradients, **options)
         )
-        shared = [i for i, source in enumerate(flat) if not any(unwrap(source) is local for local in self._local)]
+        local = self._local_sources()
+        shared = [i for i, source in enumerate(flat) if not any(unwrap(source) is own for own in local)]
         layout = layout_of(describe_variables([flat[i] for i in shared]), [gradients[i] for i in shared])
         averager = _averager_of(layout, self._settings)
         means = averager.average([gradients[i] for i in shared], [flat[i] for i in shared])
@@ -183,3 +193,55 @@ def DistributedGradientTape(
         "scale_local_gradients": scale_local_gradients,
     }
     return _DistributedTape(gradtape, settings)
+
+
+def PartialDistributedGradientTape(
+    gradtape: tf.GradientTape,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    op: Any = horovod.Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: Any = horovod.global_process_set,
+    local_layers: Any = None,
+    scale_local_gradients: bool = True,
+    **options: Any,
+) -> Any:
+    """Wrap a gradient tape like :func:`DistributedGradientTape`, but keep the gradients of some layers to this rank.
+
+    Horovod's function of this name; ``local_layers`` is a Keras layer, or several, and ``options`` are the other
+    function's.
+
+    >>> import keras, tensorflow as tf, pqasgd_horovod.tensorflow as hvd
+    >>> hvd.init()
+    >>> layer = keras.layers.Dense(1)
+    >>> with hvd.PartialDistributedGradientTape(tf.GradientTape(), local_layers=layer) as tape:
+    ...     y = layer(tf.ones((1, 2)))
+    >>> [gradient.shape for gradient in tape.gradient(y, layer.trainable_weights)]
+    [TensorShape([2, 1]), TensorShape([1])]
+    """
+    layers = [local_layers] if isinstance(local_layers, keras.Layer) else list(local_layers or ())
+    for layer in layers:
+        if not isinstance(layer, keras.Layer):
+            raise ArgumentError(f"local_layers has {layer!r}; it must be Keras layers, or one")
+    tape = DistributedGradientTape(
+        gradtape,
+        device_dense,
+        device_sparse,
+        compression,
+        sparse_as_dense,
+        op,
+        gradient_predivide_factor,
+        num_groups,
+        groups,
+        process_set,
+        scale_local_gradients,
+        **options,
+    )
+    for layer in layers:
+        # A layer that has no weights yet gets them while the tape records.
+        tape.register_local_layer(layer)
+    return tape

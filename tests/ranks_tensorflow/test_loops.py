@@ -229,6 +229,25 @@ def test_a_local_source():
     np.testing.assert_array_equal(gradients_by_tape(tape, variables, 0)[1].numpy(), gradients_of(0)[1])
 
 
+def test_layers_that_stay_local():
+    keras.utils.set_random_seed(3)
+    shared, local = keras.layers.Dense(50), keras.layers.Dense(2)
+    inputs = tf.constant(np.random.default_rng(hvd.rank()).standard_normal((4, 30)).astype(np.float32))
+    tape = hvd.PartialDistributedGradientTape(
+        tf.GradientTape(), compression=EDEN4, local_layers=local, scale_local_gradients=False
+    )
+    with tape, tf.GradientTape() as plain:
+        target = tf.reduce_sum(local(shared(inputs)) ** 2)
+    sources = [*shared.trainable_weights, *local.trainable_weights]
+    gradients = tape.gradient(target, sources)
+    own = plain.gradient(target, [source.value for source in sources])
+    assert not differ(values(gradients[:2]))
+    for gradient, expected in zip(gradients[2:], own[2:], strict=True):
+        np.testing.assert_array_equal(gradient.numpy(), expected.numpy())
+    with pytest.raises(ArgumentError, match="local_layers has 3; it must be Keras layers"):
+        hvd.PartialDistributedGradientTape(tf.GradientTape(), local_layers=[3])
+
+
 def test_two_lists_of_variables_in_one_program():
     """All of them have the same names, as variables have that were given none."""
     one, two, three = ([tf.Variable(tf.ones(shape)) for shape in shapes] for shapes in ([2000, 3], [1500, 3], [2000]))

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
+import pqasgd_horovod.tensorflow.keras as hvd_keras
 from pqasgd_horovod.errors import ArgumentError
 from pqasgd_horovod.tensorflow.keras import callbacks
 from tests.ranks_tensorflow.common import (
@@ -131,6 +132,27 @@ def stored(optimizer):
     store = {}
     optimizer.save_own_variables(store)
     return {key: np.array(value) for key, value in store.items()}
+
+
+def test_horovods_load_model_wraps_a_plain_optimizer_and_keeps_what_it_was(tmp_path):
+    plain = compiled(sgd(), make_model())
+    train(plain, range(3), rank=0)
+    plain.save(tmp_path / "plain.keras")
+    model = hvd_keras.load_model(tmp_path / "plain.keras", compression=EDEN2, period=2)
+    assert_equal(values(model.optimizer.momentums), values(plain.optimizer.momentums))
+    assert int(model.optimizer.iterations) == 3
+    train(model, range(4))
+    assert_replicas_equal(model)
+    model.save(tmp_path / "distributed.keras")
+    again = hvd_keras.load_model(tmp_path / "distributed.keras")
+    assert again.optimizer.get_config() == model.optimizer.get_config()
+    train(model, range(4, 7))
+    train(again, range(4, 7))
+    assert_equal(weights(again), weights(model))
+    bare = make_model()
+    bare.save(tmp_path / "bare.keras")
+    with pytest.raises(ArgumentError, match="the model was saved without an optimizer"):
+        hvd_keras.load_model(tmp_path / "bare.keras")
 
 
 def test_a_file_of_other_settings_or_of_another_world_is_refused_with_the_reason_and_nothing_changes():

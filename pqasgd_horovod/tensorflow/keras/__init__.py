@@ -23,6 +23,7 @@ from ...averaging import Replace as Replace
 from ...averaging import SlowMo as SlowMo
 from ...averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ...averaging.schedule import Schedule
+from ...errors import ArgumentError
 from ...exchange import DEFAULT_BUCKET_CAP_BYTES
 from ...exchange.base import NonFinitePolicy
 from .. import optimizer as _optimizer
@@ -152,3 +153,55 @@ def DistributedOptimizer(
         model=model,
         check_consistency=check_consistency,
     )
+
+
+def load_model(
+    filepath: Any,
+    custom_optimizers: Any = None,
+    custom_objects: dict[str, Any] | None = None,
+    compression: Any = Compression.none,
+    **options: Any,
+) -> _keras.Model:
+    """Load a model with its optimizer, and make that a :func:`DistributedOptimizer` if it is not one; collective.
+
+    Horovod's function of this name. An optimizer that was distributed when the model was saved comes back as it was,
+    counters and anchor included, and ``compression`` and ``options`` are not looked at. A plain one is wrapped with
+    them, its state (momentum, iterations) included.
+
+    Args:
+        filepath: what ``model.save`` has written.
+        custom_optimizers: classes of optimizers that Keras does not know.
+        custom_objects: other classes and functions that Keras does not know, by name.
+        compression: for a plain optimizer, as the following.
+        options: other arguments of :func:`DistributedOptimizer`.
+
+    Raises ArgumentError if the model was saved without an optimizer.
+
+    >>> import os, tempfile
+    >>> import keras
+    >>> import pqasgd_horovod.tensorflow.keras as hvd
+    >>> hvd.init()
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save(os.path.join(folder, "model.keras"))
+    ...     loaded = hvd.load_model(os.path.join(folder, "model.keras"), compression=hvd.Compression.eden(4), period=8)
+    >>> loaded.optimizer.communication_stats()["steps"]
+    0
+    """
+    known = {**{cls.__name__: cls for cls in custom_optimizers or ()}, **(custom_objects or {})}
+    model = _keras.models.load_model(filepath, custom_objects=known)
+    plain = getattr(model, "optimizer", None)
+    if plain is None:
+        raise ArgumentError(f"filepath is {filepath!r}; the model was saved without an optimizer: compile it anew")
+    if not isinstance(plain, _optimizer.DistributedMethods):
+        # Compiled anew: what the model saves later on is what it was compiled with.
+        config = model.get_compile_config()
+        wrapped = DistributedOptimizer(plain, compression=compression, **options)
+        config["optimizer"] = _keras.saving.serialize_keras_object(wrapped)
+        model.compile_from_config(config)
+        if plain.built:
+            model.optimizer.build(model.trainable_variables)
+            for variable, saved in zip(model.optimizer.variables, plain.variables, strict=True):
+                variable.assign(saved)
+    return model
