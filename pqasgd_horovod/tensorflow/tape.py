@@ -64,15 +64,17 @@ class _DistributedTape:
         )
         local = self._local_sources()
         shared = [i for i, source in enumerate(flat) if not any(unwrap(source) is own for own in local)]
-        layout = layout_of(describe_variables([flat[i] for i in shared]), [gradients[i] for i in shared])
-        averager = _averager_of(layout, self._settings)
-        means = averager.average([gradients[i] for i in shared], [flat[i] for i in shared])
+        means = self._average([gradients[i] for i in shared], [flat[i] for i in shared]) if shared else []
         if self._settings["scale_local_gradients"]:
             size = self._settings["process_set"].size()
             gradients = [None if gradient is None else scaled(gradient, 1.0 / size) for gradient in gradients]
         for i, mean in zip(shared, means, strict=True):
             gradients[i] = mean
         return tf.nest.pack_sequence_as(sources, gradients)
+
+    def _average(self, gradients: list[Any], sources: list[Any]) -> list[Any]:
+        layout = layout_of(describe_variables(sources), gradients)
+        return _averager_of(layout, self._settings).average(gradients, sources)
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of all tapes with the same settings, as an optimizer's."""
