@@ -14,6 +14,7 @@ from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
+import numpy as np
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 
@@ -273,7 +274,7 @@ class DistributedMethods(_Inner):
 
 
 def _check_saved(saved: dict[str, Any], expected: dict[str, tf.Variable]) -> None:
-    shapes = [{key: list(value.shape) for key, value in values.items()} for values in (saved, expected)]
+    shapes = [{key: list(np.shape(value)) for key, value in values.items()} for values in (saved, expected)]
     differences = [
         f"{key} has shape {shapes[0].get(key, 'absent')} in the file and {shapes[1].get(key, 'absent')} here"
         for key in sorted({*saved, *expected})
