@@ -27,6 +27,7 @@ from .functions import encode as encode
 from .optimizer import distribute as _distribute
 from .tape import DistributedGradientTape as DistributedGradientTape
 from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape
+from .tape import tape_state as tape_state
 
 
 def DistributedOptimizer(

@@ -26,6 +26,28 @@ _averagers: dict[tuple[Any, ...], GradientAverager] = {}
 _compressors: dict[tuple[Any, ...], Any] = {}
 
 
+class TapeState(tf.Module):
+    """What all tapes of a program have counted, in the order in which their variables were first seen."""
+
+    def add(self, state: tf.Module) -> None:
+        """Hold the state of one more list of variables."""
+        setattr(self, f"tape_{sum(name.startswith('tape_') for name in vars(self))}", state)
+
+
+_state = TapeState(name="pqasgd_tapes")
+
+
+def tape_state() -> TapeState:
+    """Return what tapes have counted, for a ``tf.train.Checkpoint``: it keys the rounding noise.
+
+    A tape is made anew in each step, so that it cannot hold anything itself.
+
+    >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
+    >>> checkpoint = tf.train.Checkpoint(tapes=hvd.tape_state())
+    """
+    return _state
+
+
 class _DistributedTape:
     """What a wrapped tape does differently; Horovod's tape, or the user's, is within it."""
 
@@ -127,6 +149,7 @@ def _averager_of(layout: list[tuple[str, str]], settings: dict[str, Any]) -> Gra
                     sources=dict(layout),
                 )
             _averagers[identity] = averager
+            _state.add(averager.state)
     return _averagers[identity]
 
 
@@ -154,8 +177,7 @@ def DistributedGradientTape(
 
     Horovod's function of this name, which also takes variables of Keras 3 as sources, and any codec as ``compression``.
     The arguments are those of ``DistributedOptimizer``. Gradients that are ``tf.IndexedSlices`` travel as they are,
-    unless ``sparse_as_dense``. The counter that keys the rounding noise is in no checkpoint: to resume bit-exactly take
-    a ``DistributedOptimizer`` with ``period=1``, which does the same.
+    unless ``sparse_as_dense``. To resume bit-exactly put :func:`tape_state` into the checkpoint.
 
     >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
     >>> hvd.init()
