@@ -298,3 +298,30 @@ def test_a_replica_that_was_changed_behind_its_back_is_found():
     anchor.assign_add(tf.fill(anchor.shape, float(hvd.rank())))
     text = assert_raises_everywhere("MismatchError", lambda: apply(optimizer, variables, [3]))
     assert "replicas differ after an average" in text
+
+
+class Doubled:
+    """A compressor of the user's own, an object."""
+
+    def compress(self, tensor):
+        return tensor * 2, None
+
+    def decompress(self, tensor, ctx):
+        return tensor / 2
+
+
+def test_a_compressor_made_anew_in_each_trace_is_refused_on_all_ranks():
+    variables, kept = make_variables(), Doubled()
+
+    def step(compression):
+        with hvd.DistributedGradientTape(tf.GradientTape(), compression=compression) as tape:
+            target = tf.add_n([tf.reduce_sum(v * v) for v in variables])
+        return tape.gradient(target, variables)
+
+    def anew():
+        return step(Doubled())
+
+    for _ in range(2):
+        assert_replicas_equal(tf.function(step)(kept))
+    text = assert_raises_everywhere("ArgumentError", tf.function(anew))
+    assert "has to be made once, outside of the traced function" in text
