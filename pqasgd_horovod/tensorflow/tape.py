@@ -123,8 +123,8 @@ def _averager_of(layout: list[tuple[str, str]], settings: dict[str, Any]) -> Gra
     compressor = _compressors.setdefault(identity, settings["compressor"])
     if compressor != settings["compressor"]:
         raise ArgumentError(
-            f"compression is another {type(compressor).__name__} object than before for these variables: a compressor of "
-            "your own has to be made once, outside of the traced function"
+            f"compression is another {type(compressor).__name__} object than before for these variables: a compressor "
+            "of your own has to be made once, outside of the traced function"
         )
     if identity not in _averagers:
         with outside_of_graphs():
