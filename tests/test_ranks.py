@@ -28,7 +28,7 @@ LAUNCHERS = {
         ("mpi", 2, ["ranks"]),
         ("gloo", 2, ["ranks_tensorflow"]),
         # Graphs take long to trace. Here is what depends on the number of ranks, or on who carries bytes.
-        ("gloo", 4, ["ranks_tensorflow/test_periodic.py", "ranks_tensorflow/test_functions.py"]),
+        ("gloo", 4, [f"ranks_tensorflow/test_{part}.py" for part in ("replicas", "periodic", "functions")]),
         ("mpi", 2, ["ranks_tensorflow/test_replicas.py", "ranks_tensorflow/test_functions.py"]),
     ],
     ids=["gloo-2", "gloo-4", "mpi-2", "tensorflow-gloo-2", "tensorflow-gloo-4", "tensorflow-mpi-2"],
