@@ -1,6 +1,7 @@
 """When replicas are averaged, and how the mean is applied. Framework-free: tensors are seen as memory."""
 
 from .config import ExchangeConfig
+from .feedback import Feedback
 from .gradients import GradientAverager
 from .outer import Nesterov, Replace, SlowMo
 from .periodic import PeriodicAverager
@@ -10,6 +11,7 @@ from .vector import TensorView
 
 __all__ = [
     "ExchangeConfig",
+    "Feedback",
     "GradientAverager",
     "GrowingPeriod",
     "Nesterov",

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import codecs, native
-from ..codecs.base import Codec
+from ..codecs.base import FLOAT32, Codec
 from ..errors import MismatchError, NonFiniteError, WireFormatError
 from ..exchange import make_exchange
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 from ..exchange.layout import cut_buckets, shard_alignment
 from .config import ExchangeConfig
+from .feedback import Residuals
 from .outer import Coefficients
+from .state import Arrays, no_arrays
 from .vector import AnchorArray, FlatLayout, FlatVector, TensorSpec, anchor_dtype
 
 Spec = TypeVar("Spec", bound=TensorSpec)
@@ -36,6 +38,7 @@ class ChannelPlan:
     seed: int
     name: str
     starts: tuple[int, ...]  # where buckets begin, and where the last one ends
+    feedback: bool = False  # whether what is not sent is kept for the next round
 
     @property
     def sizes(self) -> list[int]:
@@ -61,6 +64,7 @@ def plan_channel(layout: FlatLayout, config: ExchangeConfig, *, compressed: bool
         seed=(config.seed + index) % 2**64,
         name=f"{name}.{index}",
         starts=tuple(itertools.accumulate(sizes, initial=0)),
+        feedback=config.feedback is not None and not codec.lossless,
     )
 
 
@@ -88,6 +92,7 @@ class Channel:
         # With a float32 anchor what arrives is the next anchor, anchor + mean, and the two arrays change places: one
         # walk over memory less, and an error leaves the anchor as it was.
         self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
+        self._residuals = Residuals(vector.num_elements) if plan.feedback else None
         self.exchange = make_exchange(
             plan.codec,
             carrier,
@@ -98,6 +103,7 @@ class Channel:
             method=plan.method,
             second_codec=plan.second_codec,
             nonfinite=config.nonfinite,
+            feedback=plan.feedback,
         )
 
     @property
@@ -117,8 +123,8 @@ class Channel:
         return cast("NDArray[np.float32]", self.anchor)
 
     def source(self) -> native.Source:
-        """Return the vector as it is in memory now, minus the anchor."""
-        return self.vector.source(self.anchor)
+        """Return the vector as it is in memory now, minus the anchor, plus what was not sent before."""
+        return self.vector.source(self.anchor, self._residuals)
 
     def begin(self, source: native.Source, step: int, round: int) -> None:
         """Encode every bucket of :meth:`source` and launch its exchange."""
@@ -132,7 +138,8 @@ class Channel:
         """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there."""
         tensors = self.tensors_in(bucket)
         start = self.starts[bucket] - self.vector.offsets[tensors.start]
-        self.exchange.begin(bucket, self.vector.source(part=tensors), start, step=step, round=round)
+        source = self.vector.source(residuals=self._residuals, part=tensors)
+        self.exchange.begin(bucket, source, start, step=step, round=round)
         self.exchange.advance()
 
     def hold_momentum(self, num_elements: int) -> None:
@@ -142,6 +149,7 @@ class Channel:
 
     def apply(self, target: native.Source, outer: Coefficients | None = None) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean."""
+        self._keep_residuals()
         anchor = self._float_anchor
         if self.outer_elements:
             assert outer is not None
@@ -151,6 +159,60 @@ class Channel:
         else:
             native.apply(self._arriving, 0, target.without_anchor())
             self.anchor, self._arriving = self._arriving, anchor
+
+    def _keep_residuals(self) -> None:
+        if self._residuals is not None:
+            self._residuals.keep(self.starts, self.exchange.landed)
+            self.exchange.keep_residuals()
+
+    def _residual_arrays(self) -> tuple[FLOAT32, FLOAT32] | None:
+        """Return what this rank has not sent yet: of its own numbers, and of the means that it made; None: all is sent.
+
+        The second is 0 outside of the shards that this rank owns.
+        """
+        if self._residuals is None:
+            return None
+        means = np.zeros(self.vector.num_elements, np.float32)
+        for bucket, start in enumerate(self.starts[:-1]):
+            residual = self.exchange.mean_residual(bucket)
+            if residual is not None:
+                span, numbers = residual
+                means[start + span.start : start + span.stop] = numbers
+        return self._residuals.kept, means
+
+    def arrays(self) -> dict[str, AnchorArray]:
+        """Return what is saved, each as long as the vector, or the beginning of it: the kinds in ``state.ARRAYS``."""
+        found: dict[str, AnchorArray] = {}
+        if self.anchor is not None:
+            found["anchor"] = self.anchor
+        if self.outer_elements:
+            found["momentum"] = self.momentum
+        residuals = self._residual_arrays()
+        if residuals is not None:
+            found["residual"], found["mean_residual"] = residuals
+        return found
+
+    def restore_residuals(self, arrays: Mapping[str, Mapping[str, AnchorArray]]) -> None:
+        """Take over what :meth:`arrays` gave, by tensor name, also where shards were cut in another way.
+
+        What belongs to the mean of a shard that is another rank's now goes into the mean by way of this rank's own
+        residual, of which the mean takes one part in as many as there are ranks.
+        """
+        if self._residuals is None:
+            return
+        own, means = (np.zeros(self.vector.num_elements, np.float32) for _ in range(2))
+        for i, name in enumerate(self.vector.names):
+            for kind, flat in (("residual", own), ("mean_residual", means)):
+                if name in arrays[kind]:
+                    flat[self.vector.span(i)] = arrays[kind][name]
+        for bucket, start in enumerate(self.starts[:-1]):
+            residual = self.exchange.mean_residual(bucket)
+            if residual is not None:
+                span, numbers = residual
+                place = slice(start + span.start, start + span.stop)
+                numbers[:] = means[place]
+                means[place] = 0
+        self._residuals.kept[:] = own + np.float32(self.exchange.size) * means
 
 
 def split_by_size(tensors: Sequence[Spec], threshold: int) -> tuple[list[Spec], list[Spec]]:
@@ -206,6 +268,16 @@ class ChannelSet:
             sent += channel.exchange.bytes_sent
             received += channel.exchange.bytes_received
         return sent, received
+
+    def arrays(self, skipped: frozenset[str] = frozenset()) -> Arrays:
+        """Return what is saved of all channels, by tensor name, without the tensors ``skipped``."""
+        found = no_arrays()
+        for channel in self._channels:
+            for kind, values in channel.arrays().items():
+                for i, name in enumerate(channel.vector.names):
+                    if name not in skipped:
+                        found[kind][name] = values[channel.vector.span(i)]
+        return found
 
     def finish(self) -> None:
         """Wait for all means.

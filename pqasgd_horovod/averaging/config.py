@@ -9,6 +9,7 @@ from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import DEFAULT_BUCKET_CAP_BYTES
+from .feedback import Feedback, check_feedback
 
 EXCHANGE_METHODS = ("auto", "allgather", "two_phase")
 NON_FINITE_POLICIES = ("raise", "propagate")
@@ -30,8 +31,9 @@ class ExchangeConfig:
         seed: of all rounding noise, 64 bits; the same on every rank, which draw different numbers all the same.
         nonfinite: ``"raise"``: NaN or Inf on any rank raises NonFiniteError on every rank; ``"propagate"``: the mean of
             that bucket becomes NaN on every rank.
+        feedback: None, or :class:`~.feedback.Feedback`: what was not sent is added to what is sent next.
 
-    Raises ArgumentError for other values.
+    Raises ArgumentError for other values, and for feedback on a codec that is no contraction.
 
     >>> from pqasgd_horovod import codecs
     >>> ExchangeConfig(codecs.eden(bits=2)).method
@@ -45,6 +47,7 @@ class ExchangeConfig:
     bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20
     seed: int = 0
     nonfinite: NonFinitePolicy = "raise"
+    feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
         if self.method not in EXCHANGE_METHODS:
@@ -61,6 +64,10 @@ class ExchangeConfig:
             raise ArgumentError(
                 f"bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number above 0, at most 1024 MiB"
             )
+        coded = {"compression": self.codec}
+        if self.second_codec is not None:
+            coded["second_compression"] = self.second_codec
+        check_feedback(self.feedback, coded)
 
     @property
     def bucket_cap_bytes(self) -> int:
@@ -72,4 +79,5 @@ class ExchangeConfig:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         own["codec"] = self.codec.config()
         own["second_codec"] = None if self.second_codec is None else self.second_codec.config()
+        own["feedback"] = None if self.feedback is None else self.feedback.config()
         return own

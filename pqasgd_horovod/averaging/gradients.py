@@ -16,7 +16,7 @@ from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, plan_channel, split_by_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
-from .state import STATE_VERSION, check_state, saved_config
+from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
 from .vector import FlatVector, TensorView
@@ -62,6 +62,7 @@ class GradientAverager:
         self._missing: dict[tuple[Channel, int], int] = {}
         self._ready: set[str] = set()
         self._num_elements = 0
+        self._restored = no_arrays()
         self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
         self.steps = 0
 
@@ -85,6 +86,7 @@ class GradientAverager:
         self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
         large, small = split_by_size(tensors, self._config.small_tensor_threshold)
+        arrays = self._arrays()
         self._channels.replace(
             [
                 Channel(
@@ -99,8 +101,10 @@ class GradientAverager:
                 if members
             ]
         )
+        self._restored = no_arrays()
         self._buckets_of = {}
         for channel in self._channels:
+            channel.restore_residuals(arrays)
             for i, tensor in enumerate(channel.vector.tensors):
                 buckets = [bucket for bucket in range(channel.num_buckets) if i in channel.tensors_in(bucket)]
                 self._buckets_of[tensor.name] = (channel, buckets)
@@ -161,25 +165,35 @@ class GradientAverager:
         """Return what a saved state must have been made with."""
         return saved_config(PeriodicAveraging(period=1), self._config)
 
+    def _arrays(self) -> Arrays:
+        present = self._channels.arrays()
+        return {kind: {**present[kind], **self._restored[kind]} for kind in ARRAYS}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the step counter, which keys the rounding noise, and the configuration."""
+        """Return the step counter, which keys the rounding noise, the configuration, and the residuals."""
         return {
             "version": STATE_VERSION,
             "steps": self.steps,
             "rounds": self.steps,
             "config": self.config(),
-            "anchor": {},
-            "momentum": {},
+            **copied(self._arrays()),
             "pace": {},
+            "owner": owner_of(self._carrier),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, keep_residuals: bool = False) -> None:
         """Take over a state; None: begin anew.
 
+        With ``keep_residuals`` this rank's own residuals stay, and those of the state, another rank's, do not matter.
         Raises ArgumentError, and changes nothing, if it was made with another configuration.
         """
+        arrays = no_arrays()
         if state is not None:
             check_state(state, self.config())
+            arrays = taken_over(state, self._carrier, self._arrays() if keep_residuals else None)
+        for channel in self._channels:
+            channel.restore_residuals(arrays)
+        self._restored = no_arrays() if list(self._channels) else arrays
         self.steps = 0 if state is None else int(state["steps"])
 
     def communication_stats(self) -> dict[str, Any]:

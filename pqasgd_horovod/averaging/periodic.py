@@ -13,7 +13,7 @@ from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_ch
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
 from .pace import Pace, check_learning_rates
-from .state import STATE_VERSION, check_state, saved_config
+from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
 from .vector import AnchorArray, FlatVector, TensorView
@@ -44,8 +44,7 @@ class PeriodicAverager:
         self._channels = ChannelSet()
         self._prepared = False
         self._buffer_names: frozenset[str] = frozenset()
-        self._restored: dict[str, AnchorArray] = {}
-        self._restored_momentum: dict[str, AnchorArray] = {}
+        self._restored = no_arrays()
         self._pace = Pace(averaging)
         self._learning_rate = 0.0
         self._meeting = Meeting(self._carrier, name) if self._carrier is not None else None
@@ -70,11 +69,11 @@ class PeriodicAverager:
         """
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:
-            self._restored, self._restored_momentum = {}, {}
+            self._restored = no_arrays()
             self._prepared = True
             return
-        anchors = {**self._anchors(), **self._restored}
-        momentum = {**self._momentum(), **self._restored_momentum}
+        arrays = self._arrays()
+        anchors = arrays["anchor"]
         buffer_names = frozenset(tensor.name for tensor in buffers)
         layout: list[tuple[FlatVector, AnchorArray, bool]] = []
         digests: dict[str, str] = {}
@@ -104,10 +103,11 @@ class PeriodicAverager:
             ]
         )
         self._buffer_names = buffer_names
-        if self._pace.coefficients(0.0) is not None:
-            for channel in self._channels:
-                self._hold_momentum(channel, momentum)
-        self._restored, self._restored_momentum = {}, {}
+        for channel in self._channels:
+            if self._pace.coefficients(0.0) is not None:
+                self._hold_momentum(channel, arrays["momentum"])
+            channel.restore_residuals(arrays)
+        self._restored = no_arrays()
         self._prepared = True
 
     def _hold_momentum(self, channel: Channel, momentum: Mapping[str, AnchorArray]) -> None:
@@ -221,30 +221,17 @@ class PeriodicAverager:
                 ) from None
         self._average(details)
 
-    def _momentum(self) -> dict[str, AnchorArray]:
-        return {
-            name: channel.momentum[channel.vector.span(i)]
-            for channel in self._channels
-            if channel.outer_elements
-            for i, name in enumerate(channel.vector.names)
-            if name not in self._buffer_names
-        }
-
-    def _anchors(self) -> dict[str, AnchorArray]:
-        return {
-            tensor.name: channel.anchor[channel.vector.span(i)]
-            for channel in self._channels
-            if channel.anchor is not None
-            for i, tensor in enumerate(channel.vector.tensors)
-            if tensor.name not in self._buffer_names
-        }
+    def _arrays(self) -> Arrays:
+        """Return what is saved of the parameters, by name; what was restored and is not in place yet counts."""
+        present = self._channels.arrays(skipped=self._buffer_names)
+        return {kind: {**present[kind], **self._restored[kind]} for kind in ARRAYS}
 
     def config(self) -> dict[str, Any]:
         """Return what a saved state must have been made with."""
         return saved_config(self._averaging, self._config)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counters, configuration and a copy of the anchor, by parameter name.
+        """Return counters, configuration, and copies of anchor, momentum and residuals, by parameter name.
 
         Raises ArgumentError in the middle of a period: :meth:`flush` first.
         """
@@ -257,36 +244,33 @@ class PeriodicAverager:
             "steps": self.steps,
             "rounds": self.rounds,
             "config": self.config(),
-            "anchor": _copied({**self._anchors(), **self._restored}),
-            "momentum": _copied({**self._momentum(), **self._restored_momentum}),
+            **copied(self._arrays()),
             "pace": self._pace.state_dict(),
+            "owner": owner_of(self._carrier),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None, keep_residuals: bool = False) -> None:
         """Take over a state; None: begin anew, from the parameters as they are at the next step.
+
+        With ``keep_residuals`` this rank's own residuals stay, and those of the state, another rank's, do not matter.
 
         The ranks compare what they have loaded at their next step. Raises ArgumentError, and changes nothing, if the
         state was made with another configuration.
         """
-        anchors: dict[str, AnchorArray] = {}
-        momentum: dict[str, AnchorArray] = {}
+        arrays = no_arrays()
         if state is None:
             self._pace.reset()
         else:
             check_state(state, self.config())
-            anchors, momentum = dict(state["anchor"]), dict(state["momentum"])
+            arrays = taken_over(state, self._carrier, self._arrays() if keep_residuals else None)
             self._pace.load_state_dict(state["pace"])
         self.steps = 0 if state is None else int(state["steps"])
         self.rounds = 0 if state is None else int(state["rounds"])
         self.steps_since_average = 0
-        self._restored, self._restored_momentum = anchors, momentum
+        self._restored = arrays
         self._channels.replace(())
         self._prepared = False
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
         return self.statistics.as_dict(*self._channels.byte_counts())
-
-
-def _copied(arrays: Mapping[str, AnchorArray]) -> dict[str, AnchorArray]:
-    return {name: values.copy() for name, values in arrays.items()}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import native
+from .feedback import Residuals
 
 AnchorArray = NDArray[np.float32] | NDArray[np.float64]
 
@@ -82,17 +83,22 @@ class FlatVector(FlatLayout):
         super().__init__(tensors)
         self.tensors = tuple(tensors)
 
-    def source(self, anchor: AnchorArray | None = None, part: range | None = None) -> native.Source:
-        """Return the vector, or only the tensors in ``part``, as the native core reads and writes it, minus ``anchor``.
+    def source(
+        self, anchor: AnchorArray | None = None, residuals: Residuals | None = None, part: range | None = None
+    ) -> native.Source:
+        """Return the vector as the native core reads and writes it, minus ``anchor``, plus what was not sent before.
 
-        Memory is looked up now, and must stay where it is while the source is in use.
+        Or only the tensors in ``part``, without an anchor. Memory is looked up now, and must stay where it is while the
+        source is in use.
         """
         tensors = self.tensors if part is None else self.tensors[part.start : part.stop]
         segments = [(tensor.pointer(), tensor.dtype, tensor.numel) for tensor in tensors]
-        if anchor is None:
-            return native.Source(segments, None, owner=tensors)
-        code = native.DTYPE_F64 if anchor.dtype == np.float64 else native.DTYPE_F32
-        return native.Source(segments, (anchor.ctypes.data, code), owner=(tensors, anchor))
+        pair = None
+        if anchor is not None:
+            pair = (anchor.ctypes.data, native.DTYPE_F64 if anchor.dtype == np.float64 else native.DTYPE_F32)
+        start = 0 if part is None else self.offsets[part.start]
+        pointers = None if residuals is None else residuals.pointers(start)
+        return native.Source(segments, pair, (tensors, anchor, residuals), pointers)
 
     def gather(self, dtype: np.dtype) -> AnchorArray:
         """Return a copy of the elements, in the type of an anchor."""

@@ -124,6 +124,14 @@ class Codec(abc.ABC):
         """True if the decoded vector is right on average over all keys, up to the resolution of the random numbers."""
 
     @property
+    def contractive(self) -> bool:
+        r"""True if :math:`E\|Q(v) - v\|^2 \le (1 - \delta) \|v\|^2` for every v, with one :math:`\delta > 0`.
+
+        Error feedback needs it: elsewhere what was not sent can grow from round to round.
+        """
+        return False
+
+    @property
     def native_flags(self) -> int:
         """Flags for the native core."""
         return 0
@@ -263,6 +271,50 @@ class Codec(abc.ABC):
 
         weight32 = self._check_decode(payload, destination, weight)
         native.decode_add(self.native_spec, payload, destination.size, check_key(key), float(weight32), destination)
+
+    def encode_with_feedback(
+        self, values: np.ndarray, residual: FLOAT32, key: int = 0, *, anchor: np.ndarray | None = None
+    ) -> tuple[UINT8, FLOAT32]:
+        r"""Return the payload of :math:`u = (v - a) + r`, and what it leaves to the next round, :math:`u - Q(u)`.
+
+        By the native core, in one walk. ``values``, ``key`` and ``anchor`` are as for :meth:`encode`; ``residual`` is a
+        contiguous float32 vector as long as ``values``, as is the second result. Each operation is rounded to float32.
+
+        Raises as :meth:`encode`.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> values, residual = np.array([1.0, 0.1], np.float32), np.array([0.0, 0.5], np.float32)
+        >>> payload, rest = codecs.bf16().encode_with_feedback(values, residual)
+        >>> codecs.bf16().decode(payload, 2) + rest
+        array([1. , 0.6], dtype=float32)
+        """
+        from .. import native
+
+        check_feedback(values, anchor, residual)
+        key = check_key(key)
+        payload, rest = np.empty(self.payload_nbytes(values.size), np.uint8), np.empty(values.size, np.float32)
+        source = native.Source.from_arrays([values], anchor, (residual, rest))
+        if not native.encode(self.native_spec, source, 0, values.size, key, payload):
+            raise self.non_finite_error(subtract_anchor(values, anchor) + residual)
+        return payload, rest
+
+    def reference_encode_with_feedback(
+        self, values: np.ndarray, residual: FLOAT32, key: int = 0, *, anchor: np.ndarray | None = None
+    ) -> tuple[UINT8, FLOAT32]:
+        """Do what :meth:`encode_with_feedback` does, by the NumPy specification.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> values, residual = np.array([1.0, 0.1], np.float32), np.array([0.0, 0.5], np.float32)
+        >>> codecs.none().reference_encode_with_feedback(values, residual)[1]
+        array([0., 0.], dtype=float32)
+        """
+        check_feedback(values, anchor, residual)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total: FLOAT32 = subtract_anchor(values, anchor) + residual
+        payload = self.reference_encode(total, key)
+        return payload, total - self.reference_decode(payload, values.size, key)
 
     def reference_encode(self, values: np.ndarray, key: int = 0, *, anchor: np.ndarray | None = None) -> UINT8:
         """Return what :meth:`encode` returns, computed by the NumPy specification.
@@ -420,6 +472,16 @@ def check_values(values: np.ndarray, anchor: np.ndarray | None) -> None:
             raise ArgumentError(
                 f"anchor has {anchor.size} elements and values has {values.size}; they must be as long as each other"
             )
+
+
+def check_feedback(values: np.ndarray, anchor: np.ndarray | None, residual: np.ndarray) -> None:
+    """Raise ArgumentError unless these can be encoded together."""
+    check_values(values, anchor)
+    check_vector("residual", residual, (np.dtype(np.float32),))
+    if residual.size != values.size:
+        raise ArgumentError(
+            f"residual has {residual.size} elements and values has {values.size}; they must be as long as each other"
+        )
 
 
 def check_count(num_elements: int) -> int:

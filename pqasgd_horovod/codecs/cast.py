@@ -23,6 +23,7 @@ class Cast(Codec):
     has_scale = False
     block_size = _BLOCK_SIZE
     unbiased = False
+    contractive = True
 
     @abc.abstractmethod
     def narrow(self, values: FLOAT32) -> tuple[NDArray[np.generic], bool]:

@@ -105,6 +105,17 @@ class Eden(Codec):
         return self.rounding == "stochastic"
 
     @property
+    def contractive(self) -> bool:
+        r"""Rounding to the nearest: True from 2 bits on. At 1 bit two equal numbers alone in a block make q = 1.
+
+        Rounding at random: True if :math:`P / (2^b - 1)^2 < 1`, as the error of a coordinate is at most
+        :math:`(M / (2^b - 1))^2`.
+        """
+        if self.rounding == "stochastic":
+            return self.block_size < ((1 << self.bits) - 1) ** 2
+        return self.bits >= 2
+
+    @property
     def native_flags(self) -> int:
         """The way of rounding."""
         from .. import native

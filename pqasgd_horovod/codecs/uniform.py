@@ -62,6 +62,11 @@ class Uniform(Codec):
         """s: the number of levels above zero."""
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def contractive(self) -> bool:
+        r"""True if :math:`d / 4s^2 < 1`, d = ``block_size``: the error of a number is at most :math:`(M/2s)^2`."""
+        return self.block_size < 4 * self.num_steps**2
+
     @abc.abstractmethod
     def scales(self, values: FLOAT32) -> tuple[FLOAT32, FLOAT32]:
         """Return the scale S (blocks,) of ``values`` (blocks, elements), and the number that is compared to 2^-100."""
@@ -178,6 +183,11 @@ class Qsgd(Uniform):
 
     bits: int = 4
     block_size: int = _BLOCK_SIZE
+
+    @property
+    def contractive(self) -> bool:
+        r"""True if the bound :math:`\min(d/4s^2, \sqrt d/s)` on q is below 1, d = ``block_size``."""
+        return super().contractive or self.block_size < self.num_steps**2
 
     def scales(self, values: FLOAT32) -> tuple[FLOAT32, FLOAT32]:
         """The 2-norm; its square is what may be too small."""

@@ -38,7 +38,7 @@ class AllgatherExchange(MessageExchange):
     ) -> None:
         super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, nonfinite=nonfinite)
         self._native = self._native_buckets(codec)
-        self._last_payload_nbytes = [[codec.payload_nbytes(num_elements)] * self._size for num_elements in self.buckets]
+        self._last_payload_nbytes = [[codec.payload_nbytes(num_elements)] * self.size for num_elements in self.buckets]
         self._messages = [
             np.zeros(wire.HEADER_NBYTES + nbytes[self._rank], np.uint8) for nbytes in self._last_payload_nbytes
         ]
@@ -46,7 +46,7 @@ class AllgatherExchange(MessageExchange):
 
     def predicted_bytes_per_round(self) -> int:
         """Return what this rank sends in a round of all buckets, headers included."""
-        return (self._size - 1) * sum(message.size for message in self._messages)
+        return (self.size - 1) * sum(message.size for message in self._messages)
 
     def _launch(self, flight: Flight) -> Handle:
         message = self._messages[flight.bucket]

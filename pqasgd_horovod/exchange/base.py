@@ -22,6 +22,7 @@ from ..codecs.base import Codec
 from ..errors import ArgumentError, CollectiveTimeoutError, PqasgdError
 from . import wire
 from .carriers import Bytes, Carrier, Handle, wait_until
+from .layout import Span
 from .verdict import Kind, Problem, explain, raise_verdict
 
 Float32 = NDArray[np.float32]
@@ -83,14 +84,17 @@ class Exchange(abc.ABC):
         self.bytes_sent = 0
         self.bytes_received = 0
         self._carrier = carrier
+        self.size = carrier.size
         self._rank = carrier.rank
-        self._size = carrier.size
         self._weight = 1.0 / carrier.size
         self._seed = _check_uint64("seed", seed)
         self._digest = _check_uint64("digest", digest)
         self._nonfinite = nonfinite
         self._flights: dict[int, Flight] = {}
         self._problems: list[Problem] = []
+        self.landed: list[int] = []
+        """Buckets of the last round that have a mean."""
+        self._waiting = False  # finish() has begun, and has not ended
         self._carrier_error: Exception | None = None
 
     @abc.abstractmethod
@@ -106,8 +110,18 @@ class Exchange(abc.ABC):
         """Take what a phase brought; return the handle of the next phase, or None after the last one."""
 
     @abc.abstractmethod
-    def _land(self, flight: Flight, mean: Float32) -> None:
-        """Turn what the last phase brought into ``mean``, or report what is wrong with it."""
+    def _land(self, flight: Flight, mean: Float32) -> bool:
+        """Turn what the last phase brought into ``mean``; or report what is wrong with it, and return False."""
+
+    def keep_residuals(self) -> None:  # noqa: B027 - most exchanges have none
+        """Let what the last round did not send of its means be sent by the next; see ``mean_residual``."""
+
+    def mean_residual(self, bucket: int) -> tuple[Span, Float32] | None:
+        """Return what this rank has not sent of a bucket's mean: where it lies in the bucket, and the numbers.
+
+        None where there is no feedback on means.
+        """
+        return None
 
     def begin(
         self, bucket: int, source: native.Source, start: int, *, step: int, round: int, base: Float32 | None = None
@@ -178,14 +192,18 @@ class Exchange(abc.ABC):
         still in flight, and ``finish`` can be called again to go on waiting.
         """
         self._check_means(means)
+        if not self._waiting:
+            self.landed, self._waiting = [], True
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._flights:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not wait_until(self._any_landed, remaining):
                 raise self._timeout_error(timeout)
             landed = next(flight for flight in self._flights.values() if flight.handle is None)
-            self._land(landed, means[landed.bucket])
+            if self._land(landed, means[landed.bucket]):
+                self.landed.append(landed.bucket)
             del self._flights[landed.bucket]
+        self._waiting = False
         problems, self._problems = self._problems, []
         if problems:
             raise_verdict(self.name, problems)
@@ -241,7 +259,7 @@ class MessageExchange(Exchange):
                 bucket=bucket,
                 num_elements=num_elements,
                 rank=self._rank,
-                size=self._size,
+                size=self.size,
                 digest=self._digest,
                 seed=self._seed,
                 shards=None if shards is None else shards[bucket],
@@ -254,14 +272,15 @@ class MessageExchange(Exchange):
         self.bytes_received += received.size - wire.HEADER_NBYTES - self._last_payload_nbytes[flight.bucket][self._rank]
         return None
 
-    def _land(self, flight: Flight, mean: Float32) -> None:
+    def _land(self, flight: Flight, mean: Float32) -> bool:
         assert flight.received is not None
         bucket = flight.bucket
         flags = self._native[bucket].land(flight.received, flight.step, flight.round, flight.base, mean)
         if flags:
             nbytes = self._last_payload_nbytes[bucket]
-            own, senders = self._own_header(flight), range(self._size)
+            own, senders = self._own_header(flight), range(self.size)
             self._fail(flight, mean, explain(flags, flight.received, own, senders, nbytes, flight.error))
+        return not flags
 
     def _own_header(self, flight: Flight) -> wire.Header:
         return wire.Header(
@@ -278,7 +297,7 @@ class MessageExchange(Exchange):
 
     def _send_to_all(self, name: str, message: Bytes) -> Handle:
         handle = self._carrier.allgather(name, message)
-        self.bytes_sent += (self._size - 1) * message.size
+        self.bytes_sent += (self.size - 1) * message.size
         return handle
 
 

@@ -79,6 +79,7 @@ def make_exchange(
     method: str = "auto",
     second_codec: Codec | None = None,
     nonfinite: NonFinitePolicy = "raise",
+    feedback: bool = False,
 ) -> Exchange:
     """Return the exchange of ``buckets`` (numbers of elements) among the ranks of ``carrier``.
 
@@ -87,7 +88,8 @@ def make_exchange(
     agree are in :func:`describe_exchange`. ``method`` is ``"allgather"``, ``"two_phase"`` or ``"auto"`` (fewer
     bytes). ``second_codec`` codes phase two of ``"two_phase"``; more bits there mean less noise (:mod:`.two_phase`).
     ``nonfinite`` says what NaN and Inf do: ``"raise"`` on every rank, or ``"propagate"``: that bucket's mean is NaN
-    on every rank.
+    on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses; what the first loses is
+    the business of the source.
 
     >>> import numpy as np
     >>> from pqasgd_horovod import codecs, native
@@ -111,7 +113,7 @@ def make_exchange(
         method = choose_exchange(codec, second_codec, buckets, carrier.size)
     if method == "allgather":
         return AllgatherExchange(codec, carrier, buckets, **common)
-    return TwoPhaseExchange(codec, carrier, buckets, second_codec=second_codec, **common)
+    return TwoPhaseExchange(codec, carrier, buckets, second_codec=second_codec, feedback=feedback, **common)
 
 
 def describe_exchange(

@@ -11,7 +11,8 @@ phase two, ``m`` the mean of the ranks' numbers and ``o`` the owner. Both coding
 The first term is averaged over the ranks and falls as 1/n; the second is not: however many ranks there are, a
 relative noise of q2 stays. For equal v_r the factor on the second moment is ``(1 + q (n-1)/n^2) (1 + q2)``, at worst
 (one rank's v large, the others' 0) about ``(1 + q)(1 + q2)``. So for many ranks give phase two more bits than phase
-one (``second_codec``); each bit costs 1/8 byte per element.
+one (``second_codec``); each bit costs 1/8 byte per element. Or the owner keeps what it did not send and adds it to the
+next mean (``feedback``).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class _Bucket:
     values_messages: Bytes  # all messages of phase one, in rank order
     mean: Float32  # of the own shard
     mean_message: Bytes
+    residuals: tuple[Float32, Float32] | None  # of the own shard's mean: that of the last round, that of this one
 
 
 class TwoPhaseExchange(MessageExchange):
@@ -62,10 +64,12 @@ class TwoPhaseExchange(MessageExchange):
         digest: int,
         second_codec: Codec | None = None,
         nonfinite: NonFinitePolicy = "raise",
+        feedback: bool = False,
     ) -> None:
         super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, nonfinite=nonfinite)
         self.second_codec = second_codec if second_codec is not None else codec
-        self._others = [rank for rank in range(self._size) if rank != self._rank]
+        self._feedback = feedback and not self.second_codec.lossless
+        self._others = [rank for rank in range(self.size) if rank != self._rank]
         self._buckets = [
             self._lay_out(f"{name}.b{bucket}", num_elements) for bucket, num_elements in enumerate(self.buckets)
         ]
@@ -78,7 +82,7 @@ class TwoPhaseExchange(MessageExchange):
         ]
 
     def _lay_out(self, name: str, num_elements: int) -> _Bucket:
-        shards = cut_shards(num_elements, self._size, shard_alignment(self.codec, self.second_codec))
+        shards = cut_shards(num_elements, self.size, shard_alignment(self.codec, self.second_codec))
         splits = [wire.HEADER_NBYTES + self.codec.payload_nbytes(shard.num_elements) for shard in shards]
         splits[self._rank] = 0
         own = shards[self._rank].num_elements
@@ -89,11 +93,24 @@ class TwoPhaseExchange(MessageExchange):
             values_messages=np.zeros(sum(splits), np.uint8),
             mean=np.zeros(own, np.float32),
             mean_message=np.zeros(wire.HEADER_NBYTES + self.second_codec.payload_nbytes(own), np.uint8),
+            residuals=(np.zeros(own, np.float32), np.zeros(own, np.float32)) if self._feedback else None,
         )
+
+    def keep_residuals(self) -> None:
+        """Let what the last round did not send of its means be sent by the next."""
+        for landed in self.landed:
+            bucket = self._buckets[landed]
+            if bucket.residuals is not None:
+                bucket.residuals = bucket.residuals[::-1]
+
+    def mean_residual(self, bucket: int) -> tuple[Span, Float32] | None:
+        """Return what this rank has not sent of the mean of its shard: the shard, and the numbers."""
+        residuals = self._buckets[bucket].residuals
+        return None if residuals is None else (self._buckets[bucket].shards[self._rank], residuals[0])
 
     def predicted_bytes_per_round(self) -> int:
         """Return what this rank sends in a round of all buckets, headers included."""
-        return sum(sum(bucket.splits) + (self._size - 1) * bucket.mean_message.size for bucket in self._buckets)
+        return sum(sum(bucket.splits) + (self.size - 1) * bucket.mean_message.size for bucket in self._buckets)
 
     def _launch(self, flight: Flight) -> Handle:
         bucket = self._buckets[flight.bucket]
@@ -111,7 +128,7 @@ class TwoPhaseExchange(MessageExchange):
         bucket = self._buckets[flight.bucket]
         flags = self._native[flight.bucket].make_mean(
             flight.flags, received, flight.source, flight.start, flight.step, flight.round,
-            bucket.mean, bucket.mean_message,
+            bucket.mean, bucket.mean_message, bucket.residuals,
         )  # fmt: skip
         if flags & (wire.FLAG_DESYNCHRONIZED | wire.FLAG_MALFORMED):
             nbytes = self.codec.payload_nbytes(bucket.mean.size)

@@ -24,7 +24,7 @@ MAX_BLOCK_SIZE = 8192
 CAST_BLOCK_SIZE = 1024
 ISAS = ("avx512", "avx2", "neon", "plain")
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _NONFINITE, _BAD_ARGUMENT, _BAD_LENGTH, _BAD_SCALE, _BAD_CODE = 1, -1, -2, -3, -4
 _NUMPY_DTYPES = {np.dtype(np.float32): DTYPE_F32, np.dtype(np.float64): DTYPE_F64, np.dtype(np.float16): DTYPE_F16}
 ITEMSIZE = {DTYPE_F32: 4, DTYPE_F64: 8, DTYPE_F16: 2, DTYPE_BF16: 2}
@@ -60,6 +60,8 @@ class _Source(ctypes.Structure):
         ("anchor", ctypes.c_void_p),
         ("anchor_dtype", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
+        ("residual", ctypes.c_void_p),
+        ("next_residual", ctypes.c_void_p),
     ]
 
 
@@ -107,7 +109,7 @@ def _load() -> ctypes.CDLL:
         "pq_two_phase_pack": (i32, [pointer, pointer, pointer, pointer, i64, pointer, i64]),
         "pq_two_phase_mean": (
             i32,
-            [pointer, pointer, pointer, pointer, i32, pointer, i64, pointer, i64, pointer, pointer, i64],
+            [pointer, pointer, pointer, pointer, i32, pointer, i64, pointer, i64, *[pointer] * 4, i64],
         ),
         "pq_two_phase_land": (i32, [pointer, pointer, pointer, pointer, i64, pointer, pointer]),
     }
@@ -170,7 +172,9 @@ class Source:
     """A flat vector made of memory segments, optionally minus an anchor: where numbers come from, and where means go.
 
     ``segments`` are ``(pointer, dtype code, number of elements)``; ``anchor`` is ``(pointer, DTYPE_F32 or DTYPE_F64)``
-    of an array as long as the whole vector. ``owner`` is kept alive for as long as this object.
+    of an array as long as the whole vector. ``residual`` is a pair of pointers to float32 arrays, as long as the whole
+    vector: the first is added to what is encoded, the second takes what the payload does not stand for. ``owner`` is
+    kept alive for as long as this object.
 
     >>> import numpy as np
     >>> Source.from_arrays([np.zeros(3, np.float32), np.ones(2, np.float16)]).numel
@@ -178,7 +182,11 @@ class Source:
     """
 
     def __init__(
-        self, segments: Sequence[tuple[int, int, int]], anchor: tuple[int, int] | None = None, owner: object = None
+        self,
+        segments: Sequence[tuple[int, int, int]],
+        anchor: tuple[int, int] | None = None,
+        owner: object = None,
+        residual: tuple[int, int] | None = None,
     ) -> None:
         self._owner = owner
         self._segments = (_Segment * max(1, len(segments)))()
@@ -189,11 +197,11 @@ class Source:
         self.numel: int = self._offsets[len(segments)]
         pointer, dtype = anchor or (None, DTYPE_F32)
         self.has_anchor = anchor is not None
-        self._struct = _Source(self._segments, self._offsets, len(segments), pointer, dtype, 0)
+        self._struct = _Source(self._segments, self._offsets, len(segments), pointer, dtype, 0, *(residual or ()))
         self._as_argument = ctypes.addressof(self._struct)
 
     def without_anchor(self) -> Source:
-        """Return the same segments without the anchor."""
+        """Return the same segments without anchor and residual."""
         plain = object.__new__(Source)
         plain._owner, plain._segments, plain._offsets, plain.numel = self, self._segments, self._offsets, self.numel
         plain.has_anchor = False
@@ -202,8 +210,16 @@ class Source:
         return plain
 
     @classmethod
-    def from_arrays(cls, arrays: Sequence[NDArray[Any]], anchor: NDArray[Any] | None = None) -> Source:
-        """Make a source of contiguous fp16, fp32 or fp64 arrays; the anchor is fp32 or fp64, as long as they are."""
+    def from_arrays(
+        cls,
+        arrays: Sequence[NDArray[Any]],
+        anchor: NDArray[Any] | None = None,
+        residual: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    ) -> Source:
+        """Make a source of contiguous fp16, fp32 or fp64 arrays; the anchor is fp32 or fp64, as long as they are.
+
+        ``residual`` is the one that is added and the one that is written.
+        """
         segments = []
         for i, array in enumerate(arrays):
             if array.dtype not in _NUMPY_DTYPES or not array.flags.c_contiguous:
@@ -221,7 +237,8 @@ class Source:
                     f"float64 array of {total} elements"
                 )
             pair = (anchor.ctypes.data, _NUMPY_DTYPES[anchor.dtype])
-        return cls(segments, pair, owner=(list(arrays), anchor))
+        pointers = None if residual is None else (_floats("residual", residual[0]), _floats("residual", residual[1]))
+        return cls(segments, pair, (list(arrays), anchor, residual), pointers)
 
 
 def check_status(status: int, what: str) -> None:
@@ -423,8 +440,12 @@ class Bucket:
         round: int,
         mean: NDArray[np.float32],
         message: NDArray[np.uint8],
+        residual: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     ) -> int:
-        """Second phase: write the mean of the own shard to ``mean``, and encoded to ``message``; return all flags."""
+        """Second phase: write the mean of the own shard to ``mean``, and encoded to ``message``; return all flags.
+
+        ``residual`` is that of the mean: the one that is added before it is encoded, and the one that is written.
+        """
         codec, bucket, shards = self._arguments(step, round)
         flags = _library.pq_two_phase_mean(
             codec,
@@ -436,6 +457,7 @@ class Bucket:
             received.size,
             source._as_argument,
             start,
+            *((None, None) if residual is None else (_floats("residual", array) for array in residual)),
             _floats("mean", mean),
             _bytes("message", message, True),
             message.size,

@@ -6,6 +6,7 @@ Nothing of Horovod is changed. Names that Horovod has too (``Compression``, ``Di
 
 from horovod.torch import *  # noqa: F403
 
+from ..averaging import Feedback as Feedback
 from ..averaging import GrowingPeriod as GrowingPeriod
 from ..averaging import Nesterov as Nesterov
 from ..averaging import PeriodicAveraging as PeriodicAveraging
@@ -16,5 +17,6 @@ from .carrier import HorovodCarrier as HorovodCarrier
 from .compression import CodecCompressor as CodecCompressor
 from .compression import Compression as Compression
 from .functions import broadcast_optimizer_state as broadcast_optimizer_state
+from .functions import combine_states as combine_states
 from .functions import compressed_allreduce as compressed_allreduce
 from .optimizer import DistributedOptimizer as DistributedOptimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 import horovod.torch as horovod
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import native
-from ..averaging import ExchangeConfig
+from ..averaging import ExchangeConfig, state
 from ..errors import ArgumentError
 from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_same
 from ..exchange.base import NonFinitePolicy
@@ -18,6 +19,7 @@ from ..exchange.layout import shard_alignment
 from .carrier import HorovodCarrier
 from .compression import Compression, codec_of
 from .tensors import DTYPES, describe
+from .wrapping import STATE_KEY, export_state, to_arrays
 
 _calls: collections.Counter[tuple[tuple[int, ...], str]] = collections.Counter()
 
@@ -120,6 +122,31 @@ def broadcast_optimizer_state(
     horovod.broadcast_optimizer_state(optimizer, root_rank, model)
     averager = getattr(optimizer, "_averager", None)
     if averager is not None:
-        averager.load_state_dict(
-            horovod.broadcast_object(averager.state_dict(), root_rank, name="pqasgd.broadcast_optimizer_state")
-        )
+        of_root = horovod.broadcast_object(averager.state_dict(), root_rank, name="pqasgd.broadcast_optimizer_state")
+        averager.load_state_dict(of_root, keep_residuals=True)
+
+
+def combine_states(state_dicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one optimizer state, for a world of any size, of the ``state_dict()`` of every rank of a world.
+
+    The residuals of error feedback are added up, so that what was not sent yet is still in the mean; see
+    :func:`pqasgd_horovod.averaging.state.combine_states`. The rest, momentum too, is that of the first.
+
+    Raises ArgumentError unless there is one state of each rank, of the same step.
+
+    >>> import torch, pqasgd_horovod.torch as hvd
+    >>> hvd.init()
+    >>> model = torch.nn.Linear(100, 20)
+    >>> optimizer = hvd.DistributedOptimizer(
+    ...     torch.optim.SGD(model.parameters(), lr=0.1),
+    ...     compression=hvd.Compression.quantize(bits=2),
+    ...     period=8,
+    ...     feedback=hvd.Feedback(),
+    ... )
+    >>> optimizer.load_state_dict(hvd.combine_states([optimizer.state_dict()]))
+    """
+    lacking = [i for i, saved in enumerate(state_dicts) if STATE_KEY not in saved]
+    if lacking:
+        raise ArgumentError(f"state_dicts{lacking} have no {STATE_KEY!r}: they are not of optimizers of this package")
+    combined = state.combine_states([to_arrays(saved[STATE_KEY]) for saved in state_dicts])
+    return {**state_dicts[0], STATE_KEY: export_state(combined)}

@@ -13,6 +13,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
+from ..averaging.feedback import Feedback
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..codecs.base import Codec, check_integer
@@ -50,6 +51,7 @@ def DistributedOptimizer(
     bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20,
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
+    feedback: Feedback | None = None,
     model: torch.nn.Module | None = None,
     check_consistency: bool = False,
     flush_timeout: float | None = 60.0,
@@ -91,6 +93,8 @@ def DistributedOptimizer(
         nonfinite: ``"raise"``: NaN or Inf in what any rank sends raises NonFiniteError on every rank, before anything
             changes. ``"propagate"``: the mean becomes NaN on every rank; with ``period=1`` GradScaler needs this, and
             then skips the step on all ranks alike.
+        feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
+            next.
         model: where to find buffers if ``named_parameters`` does not tell.
         check_consistency: after each average compare the bits of all replicas (slow; for debugging).
         flush_timeout: seconds that ``state_dict()`` in the middle of a period waits for the other ranks; None: without
@@ -151,7 +155,13 @@ def DistributedOptimizer(
             bucket_cap_mb=bucket_cap_mb,
             seed=seed,
             nonfinite=nonfinite,
+            feedback=feedback,
         )
+        if stock and feedback is not None:
+            raise ArgumentError(
+                f"feedback is {feedback} with compression={compression!r} and period=1, where Horovod averages and "
+                "nothing is left to feed back: use a codec that sends less, or no feedback"
+            )
         model = model if model is not None else find_model(named_parameters)
         settings = Settings(averaging, config, model, check_consistency, flush_timeout, op, process_set, membership)
         if not averaging.exchanges_gradients and averaging.buffers != "local" and model is None and horovod.rank() == 0:

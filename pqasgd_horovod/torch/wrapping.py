@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from horovod.torch.optimizer import _DistributedOptimizer
 
@@ -97,11 +96,19 @@ def export_state(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def to_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's state with arrays in place of tensors: the inverse of :func:`export_state`."""
+    arrays = {
+        key: {name: values.detach().cpu().numpy().reshape(-1).copy() for name, values in state[key].items()}
+        for key in ARRAYS
+        if key in state
+    }
+    return {**state, **arrays}
+
+
 def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return a checkpoint's state with arrays; raise ArgumentError unless they fit ``parameters``."""
-    imported = dict(state)
     for key in ARRAYS:
-        arrays: dict[str, np.ndarray] = {}
         for name, values in state.get(key, {}).items():
             if name not in parameters:
                 raise ArgumentError(
@@ -113,10 +120,7 @@ def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor
                     f"the saved {key} of parameter {name!r} has {values.numel()} elements, the parameter has "
                     f"{parameters[name].numel()}: the checkpoint is of another model"
                 )
-            arrays[name] = values.detach().cpu().numpy().reshape(-1).copy()
-        if key in state:
-            imported[key] = arrays
-    return imported
+    return to_arrays(state)
 
 
 class CommonMethods(_DistributedOptimizer):

@@ -266,12 +266,12 @@ def test_nan_raises_everywhere_leaves_everything_and_the_next_round_works(where)
         if carrier.rank == 1:
             by_name[where].array[3] = np.nan
         before = [view.array.copy() for view in views]
-        anchor = {name: values.copy() for name, values in averager._anchors().items()}
+        anchor = {name: values.copy() for name, values in averager._arrays()["anchor"].items()}
         with pytest.raises(NonFiniteError) as caught:
             averager.count_step()
         for array, view in zip(before, views, strict=True):
             np.testing.assert_array_equal(array, view.array)
-        for name, values in averager._anchors().items():
+        for name, values in averager._arrays()["anchor"].items():
             np.testing.assert_array_equal(values, anchor[name])
         by_name[where].array[3] = good
         averager.count_step()

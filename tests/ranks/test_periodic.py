@@ -316,14 +316,14 @@ def test_nan_is_the_same_error_everywhere_and_the_anchor_survives():
     optimizer = wrap(model, compression=EDEN2, period=2)
     train(model, optimizer, range(1))
     before = floats(model)
-    anchor = {name: values.copy() for name, values in optimizer._averager._anchors().items()}
+    anchor = {name: values.copy() for name, values in optimizer._averager._arrays()["anchor"].items()}
     if hvd.rank() == 1:
         with torch.no_grad():
             model.fc2.weight[0, 0] = torch.nan
     optimizer.zero_grad()
     text = assert_raises_everywhere(NonFiniteError, optimizer.step)
     assert "rank 1" in text
-    for name, values in optimizer._averager._anchors().items():
+    for name, values in optimizer._averager._arrays()["anchor"].items():
         np.testing.assert_array_equal(values, anchor[name])
     with torch.no_grad():
         model.fc2.weight.copy_(torch.from_numpy(before["fc2.weight"]))

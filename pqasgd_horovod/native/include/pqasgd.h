@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define PQ_ABI_VERSION 2
+#define PQ_ABI_VERSION 3
 #define PQ_EXPORT __attribute__((visibility("default")))
 
 enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN };
@@ -38,7 +38,10 @@ typedef struct {
   int32_t reserved;
 } pq_segment;
 
-/* A flat vector made of segments, minus an anchor if there is one. offsets has num_segments + 1 entries, from 0 to the length. */
+/* A flat vector made of segments, minus an anchor if there is one. offsets has num_segments + 1 entries, from 0 to the length.
+ *
+ * Error feedback: with a residual the vector is u = float32(segments - anchor) + residual. Where there is a next_residual, encode
+ * writes u - decoded there, with what the payload stands for. Neither is touched where a payload is unspecified or not asked for. */
 typedef struct {
   const pq_segment* segments;
   const int64_t* offsets;
@@ -46,6 +49,8 @@ typedef struct {
   void* anchor; /* NULL, or as long as the vector */
   int32_t anchor_dtype; /* PQ_F32 or PQ_F64 */
   int32_t reserved;
+  const float* residual; /* NULL, or as long as the vector */
+  float* next_residual;  /* NULL, or as long as the vector, and another array */
 } pq_source;
 
 PQ_EXPORT int32_t pq_abi_version(void);
@@ -75,7 +80,7 @@ PQ_EXPORT int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const u
 /* With an anchor: anchor[start..] += mean, segments = anchor in their dtype. Without: segments = mean in their dtype. */
 PQ_EXPORT int32_t pq_apply(const float* mean, int64_t start, int64_t count, const pq_source* target);
 
-/* destination = source[start, start + count), minus the anchor; dtype PQ_F32 or PQ_F64. */
+/* destination = source[start, start + count), minus the anchor; dtype PQ_F32, or PQ_F64 where there is no residual. */
 PQ_EXPORT int32_t pq_gather(const pq_source* source, int64_t start, int64_t count, void* destination, int32_t dtype);
 
 /* anchor[start..] = source[start, start + count) (the anchor itself is not subtracted). */
@@ -116,14 +121,15 @@ PQ_EXPORT int32_t pq_allgather_land(const pq_codec* codec, const pq_bucket* buck
                                     int64_t received_nbytes, const float* base, float* mean);
 
 /* Two-phase: rank r owns [shards[r], shards[r + 1]) of the bucket; shards has size + 1 entries, from 0 to num_elements.
- * pack: one message to each other rank, in rank order. mean: the mean of the own shard, in `mean`, as a message to all; `flags`
- * are those of pack. land: as for allgather. */
+ * pack: one message to each other rank, in rank order; the own shard is not coded, its next residual is 0. mean: the mean of the
+ * own shard, in `mean`, as a message to all; `flags` are those of pack. residual and next_residual are those of the own shard's
+ * mean, or NULL. land: as for allgather. */
 PQ_EXPORT int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const int64_t* shards, const pq_source* source,
                                     int64_t start, uint8_t* messages, int64_t messages_nbytes);
 PQ_EXPORT int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,
                                     const int64_t* shards, int32_t flags, const uint8_t* received, int64_t received_nbytes,
-                                    const pq_source* source, int64_t start, float* mean, uint8_t* message,
-                                    int64_t message_nbytes);
+                                    const pq_source* source, int64_t start, const float* residual, float* next_residual,
+                                    float* mean, uint8_t* message, int64_t message_nbytes);
 PQ_EXPORT int32_t pq_two_phase_land(const pq_codec* second_codec, const pq_bucket* bucket, const int64_t* shards,
                                     const uint8_t* received, int64_t received_nbytes, const float* base, float* mean);
 

@@ -220,6 +220,10 @@ int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const 
     if (status < 0) return status;
     if (status == PQ_NONFINITE) flags |= PQ_SENDER_NONFINITE;
   }
+  if (source->next_residual) {  // the owner adds its own part as it is: nothing of it is left
+    float* own = source->next_residual + start;
+    std::fill(own + shards[b.rank], own + shards[b.rank + 1], 0.0f);
+  }
   for (size_t i = 0; i < owners.size(); ++i)  // only now is it known what the headers have to say
     write_header(b, flags, kValues, at[i + 1] - at[i] - PQ_HEADER_NBYTES, messages + at[i]);
   return flags;
@@ -227,7 +231,7 @@ int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const 
 
 int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket, const int64_t* shards,
                           int32_t flags, const uint8_t* received, int64_t received_nbytes, const pq_source* source, int64_t start,
-                          float* mean, uint8_t* message, int64_t message_nbytes) {
+                          const float* residual, float* next_residual, float* mean, uint8_t* message, int64_t message_nbytes) {
   if (!good_bucket(bucket) || !good_shards(*bucket, shards) || received_nbytes < 0 || (received_nbytes && !received) || !message)
     return PQ_BAD_ARGUMENT;
   const pq_bucket& b = *bucket;
@@ -263,7 +267,7 @@ int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, c
     } else {
       const pq_segment segment{mean, count, PQ_F32, 0};
       const int64_t offsets[2] = {0, count};
-      const pq_source means{&segment, offsets, 1, nullptr, PQ_F32, 0};
+      const pq_source means{&segment, offsets, 1, nullptr, PQ_F32, 0, residual, next_residual};
       status = pq_encode(second_codec, &means, 0, count, key_of(b, b.rank, shard_tensor(b, b.rank), kMeans),
                          message + PQ_HEADER_NBYTES, mean_nbytes);
       if (status < 0) return status;

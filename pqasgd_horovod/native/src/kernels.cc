@@ -53,7 +53,7 @@ void subtract_anchor(const T* x, const double* anchor, int64_t n, Out* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = (Out)((double)x[i] - anchor[i]);
 }
 
-// Values of [start, start + n) minus the anchor, as float32 (or float64 for gather).
+// Values of [start, start + n) minus the anchor, plus the residual, as float32.
 void load_values(const pq_source& s, int64_t start, int64_t n, float* out) {
   for_pieces(s, start, n, [&](const pq_segment& segment, int64_t at, int64_t to, int64_t length) {
     float* o = out + to;
@@ -78,11 +78,13 @@ void load_values(const pq_source& s, int64_t start, int64_t n, float* out) {
       }
     }
   });
+  if (s.residual)
+    for (int64_t i = 0; i < n; ++i) out[i] = out[i] + s.residual[start + i];
 }
 
 // A block as floats, zero-padded to `padded`: in place where the caller's memory already is that.
 const float* load_block(const pq_source& s, int64_t start, int64_t n, int64_t padded, float* scratch) {
-  if (!s.anchor && n == padded) {
+  if (!s.anchor && !s.residual && n == padded) {
     const int64_t i = find_segment(s, start);
     if (s.segments[i].dtype == PQ_F32 && start + n <= s.offsets[i + 1])
       return (const float*)s.segments[i].data + (start - s.offsets[i]);
@@ -545,12 +547,18 @@ bool encode_blocks(const Plan& plan, const pq_source& source, int64_t start, uin
   alignas(64) float scratch[kMaxBlock];
   bool finite = true;
   for (int64_t block = begin; block < end && finite; ++block) {
-    const int64_t n = plan.block_elements(block), padded = Codec::padded(plan, n);
-    const float* v = load_block(source, start + block * plan.codec.block_size, n, padded, scratch);
+    const int64_t n = plan.block_elements(block), padded = Codec::padded(plan, n), at = start + block * plan.codec.block_size;
+    const float* v = load_block(source, at, n, padded, scratch);
+    uint8_t* codes = payload + plan.scales_nbytes + block * plan.block_nbytes;
     float scale = 0.0f;
-    finite = Codec::encode_block(plan, v, n, padded, key, (uint32_t)block, &scale,
-                                 payload + plan.scales_nbytes + block * plan.block_nbytes);
+    finite = Codec::encode_block(plan, v, n, padded, key, (uint32_t)block, &scale, codes);
     if (plan.scales_nbytes) std::memcpy(payload + 4 * block, &scale, 4);
+    if (source.next_residual && finite) {  // the block and its codes are in the first cache
+      float* rest = source.next_residual + at;
+      std::fill(rest, rest + n, 0.0f);
+      Codec::decode_block(plan, codes, n, key, (uint32_t)block, scale, 1.0f, rest);
+      for (int64_t i = 0; i < n; ++i) rest[i] = v[i] - rest[i];
+    }
   }
   return finite;
 }
@@ -711,6 +719,7 @@ void outer(float decay, float a, float b, int64_t count, float* momentum, float*
 void capture(const pq_source& source, int64_t start, int64_t count) {
   pq_source values = source;
   values.anchor = nullptr;
+  values.residual = nullptr;
   if (source.anchor_dtype == PQ_F64) gather_values(values, start, count, (double*)source.anchor + start, PQ_F64);
   else gather_values(values, start, count, (float*)source.anchor + start, PQ_F32);
 }

@@ -268,7 +268,8 @@ class MeanOp : public BucketOp {
     OP_REQUIRES_OK(context, context->allocate_temp(DT_FLOAT, {count_}, &mean));
     const int32_t status = pq_two_phase_mean(
         &codec_, &second_codec_, &bucket, shards_.data(), flags->flat<int32>()(0), received->flat<uint8>().data(),
-        received->NumElements(), source.get(), start_, mean.flat<float>().data(), message->flat<uint8>().data(), nbytes_);
+        received->NumElements(), source.get(), start_, nullptr, nullptr, mean.flat<float>().data(),
+        message->flat<uint8>().data(), nbytes_);
     OP_REQUIRES_OK(context, check(status, "mean"));
     new_flags->scalar<int32>()() = status;
   }
