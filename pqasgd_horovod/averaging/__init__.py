@@ -6,7 +6,8 @@ from .gradients import GradientAverager
 from .outer import Nesterov, Replace, SlowMo
 from .periodic import PeriodicAverager
 from .schedule import GrowingPeriod, PostLocal
-from .strategy import PeriodicAveraging
+from .selection import Rotation
+from .strategy import PeriodicAveraging, SparseAveraging
 from .vector import TensorView
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "PeriodicAveraging",
     "PostLocal",
     "Replace",
+    "Rotation",
     "SlowMo",
+    "SparseAveraging",
     "TensorView",
 ]

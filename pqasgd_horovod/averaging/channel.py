@@ -17,10 +17,11 @@ from ..errors import MismatchError, NonFiniteError, WireFormatError
 from ..exchange import make_exchange
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
-from ..exchange.layout import cut_buckets, shard_alignment
+from ..exchange.layout import shard_alignment
 from .config import ExchangeConfig
 from .feedback import Residuals
 from .outer import Coefficients
+from .selection import All, Selection
 from .state import Arrays, no_arrays
 from .vector import AnchorArray, FlatLayout, FlatVector, TensorSpec, anchor_dtype
 
@@ -39,6 +40,7 @@ class ChannelPlan:
     name: str
     starts: tuple[int, ...]  # where buckets begin, and where the last one ends
     feedback: bool = False  # whether what is not sent is kept for the next round
+    fragments: tuple[tuple[int, ...], ...] = ()  # the buckets of each; none: all buckets are one
 
     @property
     def sizes(self) -> list[int]:
@@ -50,11 +52,21 @@ class ChannelPlan:
         return self.layout.tensors_in(self.starts[bucket], self.starts[bucket + 1])
 
 
-def plan_channel(layout: FlatLayout, config: ExchangeConfig, *, compressed: bool, name: str, index: int) -> ChannelPlan:
-    """Return the plan of channel number ``index`` of the optimizer called ``name``."""
+def plan_channel(
+    layout: FlatLayout,
+    config: ExchangeConfig,
+    *,
+    compressed: bool,
+    name: str,
+    index: int,
+    selection: Selection | None = None,
+) -> ChannelPlan:
+    """Return the plan of channel number ``index`` of the optimizer called ``name``; no selection: all of it."""
+    selection = selection or All()
     codec: Codec = config.codec if compressed else codecs.none()
     second_codec = config.second_codec if compressed else None
-    sizes = cut_buckets(layout.num_elements, shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
+    alignment = shard_alignment(codec, second_codec or codec)
+    buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
     return ChannelPlan(
         layout=layout,
         codec=codec,
@@ -63,7 +75,11 @@ def plan_channel(layout: FlatLayout, config: ExchangeConfig, *, compressed: bool
         # Bucket numbers begin at 0 in every channel: another seed keeps the rounding noise of channels apart.
         seed=(config.seed + index) % 2**64,
         name=f"{name}.{index}",
-        starts=tuple(itertools.accumulate(sizes, initial=0)),
+        starts=tuple(itertools.accumulate((size for size, _ in buckets), initial=0)),
+        fragments=tuple(
+            tuple(bucket for bucket, (_, of) in enumerate(buckets) if of == fragment)
+            for fragment in range(selection.num_fragments)
+        ),
         feedback=config.feedback is not None and not codec.lossless,
     )
 
@@ -83,6 +99,7 @@ class Channel:
     ) -> None:
         self.vector = vector
         self.starts = plan.starts
+        self.fragments = plan.fragments
         self.tensors_in = plan.tensors_in
         self.anchor = anchor
         self.outer_elements = 0
@@ -126,10 +143,11 @@ class Channel:
         """Return the vector as it is in memory now, minus the anchor, plus what was not sent before."""
         return self.vector.source(self.anchor, self._residuals)
 
-    def begin(self, source: native.Source, step: int, round: int) -> None:
-        """Encode every bucket of :meth:`source` and launch its exchange."""
+    def begin(self, source: native.Source, step: int, round: int, fragment: int | None = None) -> None:
+        """Encode every bucket of :meth:`source`, or of one fragment of it, and launch its exchange."""
         anchor = None if self.outer_elements else self._float_anchor
-        for bucket, (start, stop) in enumerate(itertools.pairwise(self.starts)):
+        for bucket in range(self.num_buckets) if fragment is None else self.fragments[fragment]:
+            start, stop = self.starts[bucket], self.starts[bucket + 1]
             base = None if anchor is None else anchor[start:stop]
             self.exchange.begin(bucket, source, start, step=step, round=round, base=base)
             self.exchange.advance()
@@ -148,21 +166,44 @@ class Channel:
         self.momentum = np.zeros(num_elements, np.float32)
 
     def apply(self, target: native.Source, outer: Coefficients | None = None) -> None:
-        """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean."""
+        """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean.
+
+        Of the buckets of the last round.
+        """
         self._keep_residuals()
         anchor = self._float_anchor
-        if self.outer_elements:
-            assert outer is not None
-            native.outer(*outer, self.momentum, self._arriving[: self.outer_elements])
-        if anchor is None or self.outer_elements:
-            native.apply(self._arriving, 0, target)
-        else:
+        arrives_added = anchor is not None and not self.outer_elements
+        if arrives_added and len(self.exchange.finished) == self.num_buckets:
+            assert anchor is not None
             native.apply(self._arriving, 0, target.without_anchor())
             self.anchor, self._arriving = self._arriving, anchor
+            return
+        for span in self._finished_spans():
+            if self.outer_elements:
+                assert outer is not None
+                moved = slice(span.start, min(span.stop, self.outer_elements))
+                native.outer(*outer, self.momentum[moved], self._arriving[moved])
+            if arrives_added:
+                assert anchor is not None
+                anchor[span] = self._arriving[span]
+                native.apply(self._arriving[span], span.start, target.without_anchor())
+            else:
+                native.apply(self._arriving[span], span.start, target)
+
+    def _finished_spans(self) -> list[slice]:
+        """Return where the buckets of the last round lie, neighbours together."""
+        spans: list[slice] = []
+        for bucket in sorted(self.exchange.finished):
+            start, stop = self.starts[bucket], self.starts[bucket + 1]
+            if spans and spans[-1].stop == start:
+                spans[-1] = slice(spans[-1].start, stop)
+            else:
+                spans.append(slice(start, stop))
+        return spans
 
     def _keep_residuals(self) -> None:
         if self._residuals is not None:
-            self._residuals.keep(self.starts, self.exchange.landed)
+            self._residuals.keep(self.starts, self.exchange.averaged)
             self.exchange.keep_residuals()
 
     def _residual_arrays(self) -> tuple[FLOAT32, FLOAT32] | None:
@@ -294,11 +335,15 @@ class ChannelSet:
         if errors:
             raise errors[0]
 
-    def verify_replicas(self, carrier: Carrier, name: str, what: str) -> None:
-        """Raise MismatchError on every rank unless every tensor has the same bits on all ranks; collective."""
+    def verify_replicas(self, carrier: Carrier, name: str, what: str, anchors: bool = False) -> None:
+        """Raise MismatchError on every rank unless every tensor has the same bits on all ranks; collective.
+
+        Or only its anchor, where the tensors themselves are local.
+        """
         digests: dict[str, str] = {}
         for channel in self._channels:
-            values = channel.vector.gather(np.dtype(np.float64))
+            values = channel.vector.gather(np.dtype(np.float64)) if not anchors else channel.anchor
+            assert values is not None
             digests.update(digest_tensors(channel.vector, values))
         try:
             verify_same(carrier, {what: digests}, f"{name}.consistency")

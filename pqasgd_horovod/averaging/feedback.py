@@ -86,11 +86,11 @@ class Residuals:
         """Return where the residual that is added, and the one that is written, have element ``start``."""
         return self.kept.ctypes.data + 4 * start, self._next.ctypes.data + 4 * start
 
-    def keep(self, starts: Sequence[int], landed: Sequence[int]) -> None:
-        """After a round: keep what it left of the buckets that have landed; ``starts`` are the limits of all."""
-        if len(landed) == len(starts) - 1:
+    def keep(self, starts: Sequence[int], averaged: Sequence[int]) -> None:
+        """After a round: keep what it left of the buckets that have a mean; ``starts`` are the limits of all."""
+        if len(averaged) == len(starts) - 1:
             self.kept, self._next = self._next, self.kept
             return
-        for bucket in landed:
+        for bucket in averaged:
             span = slice(starts[bucket], starts[bucket + 1])
             self.kept[span] = self._next[span]

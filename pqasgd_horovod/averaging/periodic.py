@@ -53,7 +53,8 @@ class PeriodicAverager:
         self.steps = 0
         self.rounds = 0
         self.steps_since_average = 0
-        """Steps since the last average."""
+        """Steps since all replicas were the same."""
+        self._steps_since_round = 0
 
     @property
     def prepared(self) -> bool:
@@ -93,7 +94,14 @@ class PeriodicAverager:
             [
                 Channel(
                     vector,
-                    plan_channel(vector, self._config, compressed=compressed, name=self._name, index=index),
+                    plan_channel(
+                        vector,
+                        self._config,
+                        compressed=compressed,
+                        name=self._name,
+                        index=index,
+                        selection=self._averaging.selection,
+                    ),
                     anchor,
                     carrier=self._carrier,
                     config=self._config,
@@ -157,27 +165,32 @@ class PeriodicAverager:
         """
         self.steps += 1
         self.steps_since_average += 1
+        self._steps_since_round += 1
         self._learning_rate = learning_rate
         self.statistics.count_step(self._num_parameters)
-        if self.steps_since_average >= self._pace.period:
+        if self._steps_since_round >= self._pace.period:
             self.average()
 
     def average(self) -> None:
-        """Average now: anchor += mean of the decoded changes, parameters = anchor; collective."""
+        """Average now: anchor += mean of the decoded changes, parameters = anchor; collective.
+
+        Of the coordinates whose turn it is.
+        """
         self._announce(Purpose.AVERAGE)
-        self._average(None)
+        fragment = self.rounds % self._averaging.selection.num_fragments if self._averaging.is_sparse else None
+        self._average(None, fragment)
 
     def _announce(self, purpose: Purpose) -> None:
         if self._meeting is not None:
             self._meeting.announce(purpose, self.steps, self.rounds, self._pace.detail(self._learning_rate))
 
-    def _average(self, details: list[int] | None) -> None:
-        """Average; ``details`` is what the ranks have told each other if they have met already."""
+    def _average(self, details: list[int] | None, fragment: int | None = None) -> None:
+        """Average all, or a fragment; ``details`` is what the ranks have told each other if they have met already."""
         started = time.perf_counter()
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         sources = [(channel, channel.source()) for channel in self._channels]
         for channel, source in sources:
-            channel.begin(source, step=self.steps, round=self.rounds)
+            channel.begin(source, step=self.steps, round=self.rounds, fragment=fragment)
         if details is None:
             details = [] if self._meeting is None else self._meeting.agree()
         self._channels.finish()
@@ -188,11 +201,13 @@ class PeriodicAverager:
             self._clear_buffer_anchors(channel)
         self._pace.advance(self.steps, self._learning_rate)
         self.rounds += 1
-        self.steps_since_average = 0
+        self._steps_since_round = 0
+        if fragment is None:
+            self.steps_since_average = 0
         self.statistics.rounds += 1
         self.statistics.exchange_seconds += time.perf_counter() - started
         if self._check_consistency and self._carrier is not None:
-            self._channels.verify_replicas(self._carrier, self._name, "parameters")
+            self._channels.verify_replicas(self._carrier, self._name, "parameters", anchors=fragment is not None)
 
     def _clear_buffer_anchors(self, channel: Channel) -> None:
         assert channel.anchor is not None
@@ -237,7 +252,7 @@ class PeriodicAverager:
         """
         if self.steps_since_average:
             raise ArgumentError(
-                f"{self.steps_since_average} steps were made since the last average: call flush() first"
+                f"{self.steps_since_average} steps were made since all replicas were the same: call flush() first"
             )
         return {
             "version": STATE_VERSION,
@@ -266,7 +281,7 @@ class PeriodicAverager:
             self._pace.load_state_dict(state["pace"])
         self.steps = 0 if state is None else int(state["steps"])
         self.rounds = 0 if state is None else int(state["rounds"])
-        self.steps_since_average = 0
+        self.steps_since_average = self._steps_since_round = 0
         self._restored = arrays
         self._channels.replace(())
         self._prepared = False

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ..errors import ArgumentError
 from .outer import Outer, Replace, outer_from_config
 from .schedule import FixedPeriod, Schedule, schedule_from_config
+from .selection import All, Rotation, Selection, selection_from_config
 
 BUFFER_POLICIES = ("statistics", "all", "local")
 
@@ -32,6 +33,8 @@ class PeriodicAveraging:
             travel as float32, uncompressed.
         outer: what is done with the mean of the changes: :class:`~.outer.Replace`, the paper's, :class:`~.outer.SlowMo`
             or :class:`~.outer.Nesterov`. A rank that trains alone steps without it.
+        selection: which coordinates an average is about: :class:`~.selection.All`, or a part in turn,
+            :class:`~.selection.Rotation`; see :func:`SparseAveraging`.
 
     Raises ArgumentError for other values.
 
@@ -44,6 +47,7 @@ class PeriodicAveraging:
     period: int | Schedule = 8
     buffers: str = "statistics"
     outer: Outer = dataclasses.field(default_factory=Replace)
+    selection: Selection = dataclasses.field(default_factory=All)
 
     def __post_init__(self) -> None:
         if not isinstance(self.period, Schedule):
@@ -54,6 +58,8 @@ class PeriodicAveraging:
             )
         if not isinstance(self.outer, Outer):
             raise ArgumentError(f"outer is {self.outer!r}; it must be an outer optimizer, such as hvd.SlowMo(beta=0.5)")
+        if not isinstance(self.selection, Selection):
+            raise ArgumentError(f"selection is {self.selection!r}; it must be a selection, such as hvd.Rotation(8)")
 
     @property
     def schedule(self) -> Schedule:
@@ -63,7 +69,12 @@ class PeriodicAveraging:
     @property
     def exchanges_gradients(self) -> bool:
         """True if gradients are averaged in every step, and not replicas from time to time."""
-        return self.schedule == FixedPeriod(1) and self.outer == Replace()
+        return self.schedule == FixedPeriod(1) and self.outer == Replace() and not self.is_sparse
+
+    @property
+    def is_sparse(self) -> bool:
+        """True if an average is about a part of the coordinates."""
+        return self.selection.num_fragments > 1
 
     @property
     def uses_learning_rate(self) -> bool:
@@ -77,6 +88,7 @@ class PeriodicAveraging:
             "period": self.period.config() if isinstance(self.period, Schedule) else self.period,
             "buffers": self.buffers,
             "outer": self.outer.config(),
+            "selection": self.selection.config(),
         }
 
     @classmethod
@@ -90,7 +102,36 @@ class PeriodicAveraging:
         period = config["period"]
         if isinstance(period, Mapping):
             period = schedule_from_config(period)
-        return cls(period, config["buffers"], outer_from_config(config["outer"]))
+        return cls(
+            period, config["buffers"], outer_from_config(config["outer"]), selection_from_config(config["selection"])
+        )
+
+
+def SparseAveraging(
+    period: int = 8, block: int | None = None, buffers: str = "statistics", outer: Outer | None = None
+) -> PeriodicAveraging:
+    r"""Average a part of the coordinates after every step, all of them within ``period`` steps.
+
+    Each step :math:`x_i \leftarrow x_i - g\,\nabla_i` is local, then for the coordinates k of one of ``period``
+    parts, in turn, :math:`a_k \leftarrow a_k + \frac1n \sum_i Q(x_i - a)_k` and :math:`x_{i,k} \leftarrow a_k`. So
+    every step sends the same few bytes, and no indices. It is ``PeriodicAveraging(period=1, selection=Rotation(period, block))``; with
+    another period there a part is averaged every so many steps.
+
+    Args:
+        period: steps in which every coordinate is averaged once, at least 1.
+        block: None: contiguous parts. Or elements of the blocks that the parts are made of in turn; see
+            :class:`~.selection.Rotation`.
+        buffers: as for :class:`PeriodicAveraging`, as is ``outer``.
+        outer: None: the paper's, :class:`~.outer.Replace`.
+
+    Raises ArgumentError for other values.
+
+    Source: Jiang and Agrawal, NeurIPS 2018 (sparse parameter averaging, SPA).
+
+    >>> SparseAveraging(period=8).selection
+    Rotation(fragments=8, block=None)
+    """
+    return PeriodicAveraging(1, buffers, Replace() if outer is None else outer, Rotation(period, block))
 
 
 def resolve_averaging(period: int | Schedule | None, averaging: PeriodicAveraging | None) -> PeriodicAveraging:

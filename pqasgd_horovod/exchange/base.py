@@ -92,8 +92,10 @@ class Exchange(abc.ABC):
         self._nonfinite = nonfinite
         self._flights: dict[int, Flight] = {}
         self._problems: list[Problem] = []
-        self.landed: list[int] = []
-        """Buckets of the last round that have a mean."""
+        self.finished: list[int] = []
+        """Buckets of the last round, in the order in which they landed."""
+        self.averaged: list[int] = []
+        """Those of them that have a mean, and not NaN in its place."""
         self._waiting = False  # finish() has begun, and has not ended
         self._carrier_error: Exception | None = None
 
@@ -193,15 +195,16 @@ class Exchange(abc.ABC):
         """
         self._check_means(means)
         if not self._waiting:
-            self.landed, self._waiting = [], True
+            self.finished, self.averaged, self._waiting = [], [], True
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._flights:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not wait_until(self._any_landed, remaining):
                 raise self._timeout_error(timeout)
             landed = next(flight for flight in self._flights.values() if flight.handle is None)
+            self.finished.append(landed.bucket)
             if self._land(landed, means[landed.bucket]):
-                self.landed.append(landed.bucket)
+                self.averaged.append(landed.bucket)
             del self._flights[landed.bucket]
         self._waiting = False
         problems, self._problems = self._problems, []

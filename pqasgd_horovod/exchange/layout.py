@@ -26,7 +26,7 @@ class Span(NamedTuple):
         return self.start + self.num_elements
 
 
-def _deal(num_elements: int, parts: int, block_size: int) -> list[Span]:
+def deal(num_elements: int, parts: int, block_size: int) -> list[Span]:
     """Cut a vector into ``parts`` spans of whole blocks, equal up to one block, the larger ones first."""
     num_blocks = -(-num_elements // block_size)
     spans = []
@@ -56,7 +56,7 @@ def cut_buckets(num_elements: int, block_size: int, bucket_cap_bytes: int = DEFA
         raise ArgumentError(f"bucket_cap_bytes has to be at least 1, got {bucket_cap_bytes}")
     blocks_per_bucket = max(1, bucket_cap_bytes // (4 * block_size))
     num_blocks = -(-num_elements // block_size)
-    return [span.num_elements for span in _deal(num_elements, -(-num_blocks // blocks_per_bucket), block_size)]
+    return [span.num_elements for span in deal(num_elements, -(-num_blocks // blocks_per_bucket), block_size)]
 
 
 def shard_alignment(codec: Codec, second_codec: Codec) -> int:
@@ -79,4 +79,4 @@ def cut_shards(num_elements: int, size: int, block_size: int) -> list[Span]:
     """
     if size < 1:
         raise ArgumentError(f"size has to be at least 1, got {size}")
-    return _deal(num_elements, size, block_size)
+    return deal(num_elements, size, block_size)

@@ -98,8 +98,8 @@ class TwoPhaseExchange(MessageExchange):
 
     def keep_residuals(self) -> None:
         """Let what the last round did not send of its means be sent by the next."""
-        for landed in self.landed:
-            bucket = self._buckets[landed]
+        for index in self.averaged:
+            bucket = self._buckets[index]
             if bucket.residuals is not None:
                 bucket.residuals = bucket.residuals[::-1]
 

@@ -12,7 +12,9 @@ from ..averaging import Nesterov as Nesterov
 from ..averaging import PeriodicAveraging as PeriodicAveraging
 from ..averaging import PostLocal as PostLocal
 from ..averaging import Replace as Replace
+from ..averaging import Rotation as Rotation
 from ..averaging import SlowMo as SlowMo
+from ..averaging import SparseAveraging as SparseAveraging
 from .carrier import HorovodCarrier as HorovodCarrier
 from .compression import CodecCompressor as CodecCompressor
 from .compression import Compression as Compression
