@@ -76,6 +76,8 @@ def test_in_each_step_a_part_becomes_the_same_and_all_within_a_period(size, bloc
             local = flat(views)
             averager.count_step()
             seen.append((local, flat(views)))
+            anchor, moved = averager._arrays()["anchor"]["w"], views[0].array != local[:9000]
+            np.testing.assert_array_equal(anchor[moved], views[0].array[moved])
         return seen
 
     results = run_ranks(size, program)
