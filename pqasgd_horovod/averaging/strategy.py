@@ -114,7 +114,8 @@ def SparseAveraging(
 
     Each step :math:`x_i \leftarrow x_i - g\,\nabla_i` is local, then for the coordinates k of one of ``period``
     parts, in turn, :math:`a_k \leftarrow a_k + \frac1n \sum_i Q(x_i - a)_k` and :math:`x_{i,k} \leftarrow a_k`. So
-    every step sends the same few bytes, and no indices. It is ``PeriodicAveraging(period=1, selection=Rotation(period, block))``; with
+    every step sends the same few bytes, and no indices.
+    It is ``PeriodicAveraging(period=1, selection=Rotation(period, block))``; with
     another period there a part is averaged every so many steps.
 
     Args:

@@ -148,7 +148,7 @@ def test_the_state_cannot_be_had_in_the_middle():
         views = make_views(SHAPES, seed=1)
         averager.prepare(views)
         averager.state_dict()
-        for step in range(4):
+        for _ in range(4):
             averager.count_step()
         with pytest.raises(ArgumentError, match="4 steps were made since all replicas were the same"):
             averager.state_dict()

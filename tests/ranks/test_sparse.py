@@ -25,7 +25,7 @@ def test_parts_become_the_same_in_turn_and_a_flush_makes_all_of_it_the_same(exch
         train(model, optimizer, range(step, step + 1))
         replicas = everybody(np.concatenate([value.reshape(-1) for value in floats(model).values()]))
         common = np.mean(replicas[0] == replicas[1])
-        assert 0.1 < common < 0.9
+        assert 0.01 < common < 0.9  # the last part is a short one
     optimizer.flush()
     assert_replicas_equal(model)
     statistics = optimizer.communication_stats()
