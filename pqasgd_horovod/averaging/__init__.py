@@ -5,12 +5,13 @@ from .feedback import Feedback
 from .gradients import GradientAverager
 from .outer import Nesterov, Replace, SlowMo
 from .periodic import PeriodicAverager
-from .schedule import GrowingPeriod, PostLocal
+from .schedule import AdaptivePeriod, GrowingPeriod, PostLocal
 from .selection import Rotation
 from .strategy import PeriodicAveraging, SparseAveraging
 from .vector import TensorView
 
 __all__ = [
+    "AdaptivePeriod",
     "ExchangeConfig",
     "Feedback",
     "GradientAverager",

@@ -165,6 +165,17 @@ class Channel:
         self.outer_elements = num_elements
         self.momentum = np.zeros(num_elements, np.float32)
 
+    def distance(self, num_elements: int) -> float:
+        """Return the squared distance of the first ``num_elements`` from the mean that has arrived; before apply."""
+        source = self.vector.source(self.anchor)
+        if self._float_anchor is not None and not self.outer_elements:
+            source = source.without_anchor()
+        total = 0.0
+        for span in self._finished_spans():
+            center = self._arriving[span.start : min(span.stop, num_elements)]
+            total += native.distance(source, span.start, center)
+        return total
+
     def apply(self, target: native.Source, outer: Coefficients | None = None) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean.
 

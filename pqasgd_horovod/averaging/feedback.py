@@ -72,6 +72,15 @@ def check_feedback(feedback: Feedback | None, codecs: Mapping[str, Codec]) -> No
             )
 
 
+def check_not_stock(feedback: Feedback | None, compression: Any) -> None:
+    """Raise ArgumentError if there is feedback where Horovod itself averages, with the ``compression`` of the user."""
+    if feedback is not None:
+        raise ArgumentError(
+            f"feedback is {feedback} with compression={compression!r} and period=1, where Horovod averages and nothing "
+            "is left to feed back: use a codec that sends less, or no feedback"
+        )
+
+
 class Residuals:
     """What one rank has not sent of a flat vector: that of the last round, and that of the round under way.
 

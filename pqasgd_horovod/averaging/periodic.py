@@ -119,11 +119,15 @@ class PeriodicAverager:
         self._prepared = True
 
     def _hold_momentum(self, channel: Channel, momentum: Mapping[str, AnchorArray]) -> None:
-        """Give the parameters of a channel, which come before its buffers, their place in the outer optimizer."""
-        parameters = [i for i, name in enumerate(channel.vector.names) if name not in self._buffer_names]
-        channel.hold_momentum(channel.vector.offsets[len(parameters)])
-        for i in parameters:
-            channel.momentum[channel.vector.span(i)] = momentum.get(channel.vector.names[i], 0.0)
+        """Give the parameters of a channel their place in the outer optimizer."""
+        channel.hold_momentum(self._parameter_elements(channel))
+        for i, name in enumerate(channel.vector.names):
+            if name not in self._buffer_names:
+                channel.momentum[channel.vector.span(i)] = momentum.get(name, 0.0)
+
+    def _parameter_elements(self, channel: Channel) -> int:
+        """Return how many elements are those of parameters, which come before buffers."""
+        return channel.vector.offsets[sum(name not in self._buffer_names for name in channel.vector.names)]
 
     def _agree(
         self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], digests: Mapping[str, str]
@@ -145,7 +149,7 @@ class PeriodicAverager:
             "steps": self.steps,
             "rounds": self.rounds,
             "steps_since_average": self.steps_since_average,
-            "pace": self._pace.state_dict(),
+            "pace": self._pace.common_state(),
         }
         try:
             verify_same(self._carrier, {**counters, "parameters": digests}, f"{self._name}.start")
@@ -195,11 +199,14 @@ class PeriodicAverager:
             details = [] if self._meeting is None else self._meeting.agree()
         self._channels.finish()
         check_learning_rates(details)
+        if self._pace.uses_drift:
+            # Before an outer optimizer: what counts is how far the ranks are from each other.
+            self._pace.distance = sum(channel.distance(self._parameter_elements(channel)) for channel in self._channels)
         outer = self._pace.coefficients(self._learning_rate)
         for channel, source in sources:
             channel.apply(source, outer)
             self._clear_buffer_anchors(channel)
-        self._pace.advance(self.steps, self._learning_rate)
+        self._pace.advance(self.steps, self._learning_rate, details)
         self.rounds += 1
         self._steps_since_round = 0
         if fragment is None:

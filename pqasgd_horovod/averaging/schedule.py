@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,30 @@ from ..errors import ArgumentError
 _LARGEST = 2**31
 
 
+class Observed(NamedTuple):
+    """What a schedule knows after an average; plain numbers, or a framework's tensors."""
+
+    steps: Any
+    """Steps made so far."""
+    has_dropped: Any
+    """Whether the learning rate has ever been below an earlier one."""
+    learning_rate: Any
+    drift: Any
+    r"""Squared distance of the replicas from their mean, :math:`\frac1n \sum_i \|x_i - \bar x\|^2`, at the average
+    before this one; negative at the first."""
+    period: Any
+    """The period that has just ended."""
+    memory: tuple[Any, Any]
+    """Two numbers of the schedule's own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule(abc.ABC):
     """The base of schedules."""
 
     id: ClassVar[str]
+    uses_drift: ClassVar[bool] = False
+    """True if the distance of the replicas from each other enters, which the ranks then tell each other."""
 
     @property
     def uses_learning_rate(self) -> bool:
@@ -40,6 +59,10 @@ class Schedule(abc.ABC):
             has_dropped: whether the learning rate has ever been below an earlier one.
             xp: the module that has ``where`` and ``minimum`` for them, NumPy or a framework.
         """
+
+    def advance(self, seen: Observed, xp: Any = np) -> tuple[Any, tuple[Any, Any]]:
+        """Return :meth:`next_period`, and what the schedule remembers, after an average."""
+        return self.next_period(seen.steps, seen.has_dropped, xp), seen.memory
 
     def config(self) -> dict[str, Any]:
         """Return the configuration as a dict that JSON can hold."""
@@ -131,7 +154,80 @@ class GrowingPeriod(Schedule):
         return xp.minimum(self.first * 2 ** xp.minimum(steps // self.every, 31), self.last)
 
 
-SCHEDULES: Mapping[str, type[Schedule]] = {cls.id: cls for cls in (FixedPeriod, PostLocal, GrowingPeriod)}
+@dataclasses.dataclass(frozen=True)
+class AdaptivePeriod(Schedule):
+    r"""Average as often as the replicas drift apart: often while the learning rate is large, seldom when it is small.
+
+    With the variance of the replicas :math:`S = \frac1n \sum_i \|x_i - \bar x\|^2` at an average and the learning
+    rate :math:`\gamma`, the mean of :math:`S/\gamma` over the averages of the first ``calibration_steps`` steps is C.
+    Later the period grows by 1 where :math:`S/\gamma < low \cdot C`, and shrinks by 1 where it is above
+    :math:`high \cdot C`. One number of each rank travels with the next average, so that the period follows one average
+    late.
+
+    Args:
+        first: the period at first, at least 1.
+        last: the longest period, at least ``first``.
+        calibration_steps: how long C is measured, at least 1. As the drift at a short period is small, a short
+            calibration with a small ``first`` keeps periods short.
+        low: 0 to 1.
+        high: at least 1.
+
+    Raises ArgumentError for other values.
+
+    Source: Jiang and Agrawal, "Adaptive periodic averaging: a practical approach to reducing communication in
+    distributed learning", 2020.
+
+    >>> schedule = AdaptivePeriod(first=4, calibration_steps=10)
+    >>> seen = Observed(steps=20, has_dropped=False, learning_rate=0.1, drift=0.01, period=4, memory=(2.0, 10.0))
+    >>> int(schedule.advance(seen)[0])  # S/gamma is 0.1, half of C
+    5
+    """
+
+    id = "adaptive"
+    uses_drift = True
+
+    first: int = 4
+    last: int = 64
+    calibration_steps: int = 100
+    low: float = 0.7
+    high: float = 1.3
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last", "calibration_steps"):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, _LARGEST))
+        if self.last < self.first:
+            raise ArgumentError(f"last is {self.last}; it must be at least first, {self.first}")
+        if not 0 <= self.low <= 1 <= self.high:
+            raise ArgumentError(f"low is {self.low} and high is {self.high}; low must be from 0 to 1, high at least 1")
+
+    @property
+    def uses_learning_rate(self) -> bool:
+        """True."""
+        return True
+
+    def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
+        """The first one."""
+        return self.first
+
+    def advance(self, seen: Observed, xp: Any = np) -> tuple[Any, tuple[Any, Any]]:
+        """Calibrate, or compare."""
+        total, count = seen.memory
+        known = (seen.drift >= 0) & (seen.learning_rate > 0)
+        ratio = seen.drift / xp.where(seen.learning_rate > 0, seen.learning_rate, 1.0)
+        calibrating = known & ((seen.steps <= self.calibration_steps) | (count < 1))
+        total = xp.where(calibrating, total + ratio, total)
+        count = xp.where(calibrating, count + 1, count)
+        usual = total / xp.where(count > 0, count, 1.0)
+        compares = known & ~calibrating
+        longer = compares & (ratio < self.low * usual) & (seen.period < self.last)
+        shorter = compares & (ratio > self.high * usual) & (seen.period > 1)
+        period = xp.where(longer, seen.period + 1, xp.where(shorter, seen.period - 1, seen.period))
+        return period, (total, count)
+
+
+SCHEDULES: Mapping[str, type[Schedule]] = {
+    cls.id: cls for cls in (FixedPeriod, PostLocal, GrowingPeriod, AdaptivePeriod)
+}
 """Schedules by id."""
 
 

@@ -102,6 +102,7 @@ def _load() -> ctypes.CDLL:
         "pq_apply": (i32, [pointer, i64, i64, pointer]),
         "pq_gather": (i32, [pointer, i64, i64, pointer, i32]),
         "pq_capture": (i32, [pointer, i64, i64]),
+        "pq_distance": (i32, [pointer, i64, i64, pointer, pointer]),
         "pq_outer": (i32, [ctypes.c_float, ctypes.c_float, ctypes.c_float, i64, pointer, pointer]),
         "pq_derive_key": (u64, [u64, u32, u64, u32, u32]),
         "pq_allgather_pack": (i32, [pointer, pointer, pointer, i64, pointer, i64]),
@@ -373,6 +374,21 @@ def outer(decay: float, a: float, b: float, momentum: NDArray[np.float32], delta
         raise ArgumentError(f"momentum has {momentum.size} elements, delta has {delta.size}; they must have as many")
     status = _library.pq_outer(decay, a, b, delta.size, _floats("momentum", momentum), _floats("delta", delta))
     check_status(status, "outer")
+
+
+def distance(source: Source, start: int, center: NDArray[np.float32]) -> float:
+    """Return the sum of squares of ``source[start : start + center.size] - center``.
+
+    >>> import numpy as np
+    >>> distance(Source.from_arrays([np.array([1.0, 2.0, 5.0], np.float32)]), 1, np.array([0.0, 1.0], np.float32))
+    20.0
+    """
+    result = ctypes.c_double()
+    status = _library.pq_distance(
+        source._as_argument, start, center.size, _floats("center", center), ctypes.byref(result)
+    )
+    check_status(status, "distance")
+    return result.value
 
 
 def capture(source: Source) -> None:

@@ -11,12 +11,16 @@ from horovod.tensorflow import *  # noqa: F403
 from horovod.tensorflow import Average as _Average
 from horovod.tensorflow import global_process_set as _global_process_set
 
+from ..averaging import AdaptivePeriod as AdaptivePeriod
+from ..averaging import Feedback as Feedback
 from ..averaging import GrowingPeriod as GrowingPeriod
 from ..averaging import Nesterov as Nesterov
 from ..averaging import PeriodicAveraging as PeriodicAveraging
 from ..averaging import PostLocal as PostLocal
 from ..averaging import Replace as Replace
+from ..averaging import Rotation as Rotation
 from ..averaging import SlowMo as SlowMo
+from ..averaging import SparseAveraging as SparseAveraging
 from .carrier import HorovodCarrier as HorovodCarrier
 from .compression import CodecCompressor as CodecCompressor
 from .compression import Compression as Compression

@@ -21,7 +21,8 @@ from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .carrier import HorovodCarrier, allgather
 from .graph import GraphChannel, Problems
 from .meeting import Meeting
-from .traced import Traced, after, counter, outside_of_graphs
+from .residuals import Residuals
+from .traced import Traced, after, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_together, describe_variables
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
@@ -33,10 +34,11 @@ class GradientState(tf.Module):
     def __init__(self) -> None:
         super().__init__(name="pqasgd")
         self.steps = counter("steps")
+        self.residuals: Residuals | None = None
 
     def named(self) -> dict[str, tf.Variable]:
         """Return the variables by the names under which a model file holds them."""
-        return {"steps": self.steps}
+        return {"steps": self.steps, **({} if self.residuals is None else self.residuals.named())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +203,14 @@ class CodedGradients(GradientAverager):
         self._channels: list[tuple[GraphChannel, list[int]]] = []
         if carrier is not None:
             self._problems = Problems(name, config.nonfinite)
+            with outside_of_graphs():
+                self._claimed = counter("claimed")
             self._meeting = Meeting(carrier, name)
 
     def _meet(self) -> tf.Operation:
         # It depends on no gradient, so that it is over when the first of them is there.
         steps = self.state.steps.value()
-        return self._meeting.agree(Purpose.AVERAGE, steps, steps)
+        return self._meeting.agree(Purpose.AVERAGE, steps, steps)[0]
 
     def _tell_of_change(self) -> None:
         if self._carrier is not None:
@@ -218,16 +222,22 @@ class CodedGradients(GradientAverager):
             return
         digest = self._agree(layout, exchange=self._config.config())
         position = {spec.name: i for i, spec in enumerate(dense)}
-        groups = split_by_size(dense, self._config.small_tensor_threshold)
-        for index, (members, compressed) in enumerate(
-            (members, compressed) for members, compressed in zip(groups, (True, False), strict=True) if members
-        ):
-            plan = plan_channel(FlatLayout(members), self._config, compressed=compressed, name=self._name, index=index)
-            channel = GraphChannel(plan, self._carrier, digest, self._problems, None)
+        groups = zip(split_by_size(dense, self._config.small_tensor_threshold), (True, False), strict=True)
+        parts = [(members, compressed) for members, compressed in groups if members]
+        plans = [
+            plan_channel(FlatLayout(members), self._config, compressed=compressed, name=self._name, index=index)
+            for index, (members, compressed) in enumerate(parts)
+        ]
+        self.state.residuals = Residuals([plan.layout.num_elements for plan in plans if plan.feedback])
+        residuals = iter(self.state.residuals)
+        for plan, (members, _) in zip(plans, parts, strict=True):
+            fed = next(residuals) if plan.feedback else ()
+            channel = GraphChannel(plan, self._carrier, digest, self._problems, None, residuals=fed)
             self._channels.append((channel, [position[spec.name] for spec in members]))
 
     def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
         assert self._carrier is not None
+        when(self._claimed > 0, None, self._claim)
         steps = self.state.steps.value()
         exchanged = [
             (channel, positions, channel.exchange([gradients[i] for i in positions], steps, steps))
@@ -237,15 +247,22 @@ class CodedGradients(GradientAverager):
         factor = float(self._carrier.size) if self._settings.op == horovod.Sum else 1.0
         result: list[tf.Tensor] = list(gradients)
         with tf.control_dependencies([] if verdict is None else [verdict]):
-            for channel, positions, _ in exchanged:
+            for channel, positions, flags in exchanged:
+                channel.keep_residuals(flags)
                 means = channel.means([gradients[i] for i in positions], factor)
                 for i, mean in zip(positions, means, strict=True):
                     result[i] = mean
         return result
 
     def _dense_bytes_per_step(self) -> tuple[int, int]:
-        channels = [channel for channel, _ in self._channels]
-        return sum(channel.bytes_sent for channel in channels), sum(channel.bytes_received for channel in channels)
+        each = [channel.bytes_per_round() for channel, _ in self._channels]
+        return sum(sent for sent, _ in each), sum(received for _, received in each)
+
+    def _claim(self) -> None:
+        assert self._carrier is not None
+        assert self.state.residuals is not None
+        self.state.residuals.claim(self._carrier)
+        self._claimed.assign(1)
 
 
 class StockGradients(GradientAverager):

@@ -64,6 +64,8 @@ class GraphChannel:
         problems: where to take note of what is wrong.
         anchor: the float32 or float64 variable of ``plan.layout.num_elements`` that changes are taken from, if any.
         momentum: the float32 variable of an outer optimizer, if any: it moves as many elements from the first one.
+        residuals: where ``plan.feedback`` says so, two float32 variables as long as the vector: what this rank has not
+            sent of its own numbers, and of the means that it made.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class GraphChannel:
         problems: Problems,
         anchor: tf.Variable | None,
         momentum: tf.Variable | None = None,
+        residuals: Sequence[tf.Variable] = (),
     ) -> None:
         self.plan = plan
         self.anchor = anchor
@@ -92,13 +95,27 @@ class GraphChannel:
         self._arriving = tf.Variable(
             tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving"
         )
-        self.bytes_sent, self.bytes_received = bytes_of_rank(
-            method, plan.codec, plan.second_codec, plan.sizes, carrier.size, carrier.rank
-        )
+        feeds_back = (bool(residuals), bool(residuals) and method == "two_phase" and not self._second_codec.lossless)
+        self._residuals = [
+            (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
+            for kept, is_fed in zip(residuals, feeds_back, strict=False)
+            if is_fed
+        ]
 
-    def exchange(self, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor) -> list[tf.Tensor]:
-        """Exchange ``tensors``, those of the plan; return the flags of each bucket, which has landed then."""
-        return [self._exchange_bucket(bucket, tensors, step, round) for bucket in range(len(self.plan.sizes))]
+    def bytes_per_round(self, fragment: int | None = None) -> tuple[int, int]:
+        """Return the bytes sent and received in a round of all buckets, or of one fragment."""
+        plan = self.plan
+        sizes = [plan.sizes[bucket] for bucket in self._buckets(fragment)]
+        return bytes_of_rank(self.method, plan.codec, plan.second_codec, sizes, self._carrier.size, self._carrier.rank)
+
+    def _buckets(self, fragment: int | None) -> Sequence[int]:
+        return range(len(self.plan.sizes)) if fragment is None else self.plan.fragments[fragment]
+
+    def exchange(
+        self, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, fragment: int | None = None
+    ) -> list[tf.Tensor]:
+        """Exchange ``tensors``, those of the plan, or a fragment; return the flags of each bucket, landed then."""
+        return [self._exchange_bucket(bucket, tensors, step, round) for bucket in self._buckets(fragment)]
 
     def _exchange_bucket(
         self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor
@@ -129,13 +146,24 @@ class GraphChannel:
             "start": start - first,
             "anchor_offset": first,
         }
+        pairs = [[variable.handle for variable in pair] for pair in self._residuals]
+        source["residuals"] = pairs[0] if pairs else []
         name = f"{plan.name}.b{bucket}"
         messages, flags = ops.pqasgd_pack(step=step, round=round, **source, **attributes)
         if two_phase:
             splits = [wire.HEADER_NBYTES + plan.codec.payload_nbytes(shard) for shard in shards]
             splits[carrier.rank] = 0
             values = alltoall(messages, splits, f"{name}.p1", carrier.process_set)
-            message, _ = ops.pqasgd_mean(step=step, round=round, flags=flags, received=values, **source, **attributes)
+            message, _ = ops.pqasgd_mean(
+                step=step,
+                round=round,
+                flags=flags,
+                received=values,
+                mean_residuals=pairs[1] if len(pairs) > 1 else [],
+                offset=start,
+                **source,
+                **attributes,
+            )
             received = allgather(message, f"{name}.p2", carrier.process_set)
             payloads = [self._second_codec.payload_nbytes(shard) for shard in shards]
         else:
@@ -173,11 +201,41 @@ class GraphChannel:
         )
         self._problems.note(explain(flags, received, expected, range(self._carrier.size), payload_nbytes))
 
-    def commit(self, variables: Sequence[tf.Variable], coefficients: tf.Tensor | None = None) -> None:
+    def distance(self, tensors: Sequence[tf.Tensor], num_elements: int, fragment: int | None = None) -> tf.Tensor:
+        """Return the squared distance of the first ``num_elements`` from the mean; after the verdict, before commit."""
+        spans = [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
+        return ops.pqasgd_distance(
+            arriving=self._arriving.handle,
+            tensors=list(tensors),
+            anchors=[] if self.anchor is None or self._arrives_added else [self.anchor.value()],
+            spans=[min(limit, num_elements) for limit in spans],
+        )
+
+    def keep_residuals(self, flags: Sequence[tf.Tensor], fragment: int | None = None) -> None:
+        """Keep what was not sent of the buckets that have a mean; ``flags`` are those of :meth:`exchange`."""
+        limits = [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
+        for kept, following in self._residuals if flags else ():
+            ops.pqasgd_keep(kept=kept.handle, next=following.handle, flags=flags, limits=limits)
+
+    def commit(
+        self,
+        variables: Sequence[tf.Variable],
+        coefficients: tf.Tensor | None = None,
+        fragment: int | None = None,
+    ) -> None:
         """Let what has arrived be the anchor, or move it, and let the variables be the anchor; after the verdict."""
+        spans = [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
+        if not spans:
+            return
         if self._momentum is not None:
-            ops.pqasgd_outer(arriving=self._arriving.handle, momentum=self._momentum.handle, coefficients=coefficients)
+            ops.pqasgd_outer(
+                arriving=self._arriving.handle,
+                momentum=self._momentum.handle,
+                coefficients=coefficients,
+                spans=spans,
+            )
         ops.pqasgd_commit(
+            spans=[] if fragment is None else spans,
             arriving=self._arriving.handle,
             anchors=[] if self.anchor is None else [self.anchor.handle],
             variables=[variable.handle for variable in variables],

@@ -56,8 +56,10 @@ def _load() -> Any:
 
 ops, _library = _load()
 
-# Buckets land beside each other in one variable: for TensorFlow's control dependencies that is like reading it.
-register_read_only_resource_op("PqasgdLand")
+# Buckets go beside each other, each with its own part of a variable: for TensorFlow's control dependencies that is like
+# reading it.
+for _op in ("PqasgdLand", "PqasgdPack", "PqasgdMean"):
+    register_read_only_resource_op(_op)
 
 _explainers: dict[int, Explainer] = {}
 _numbers = itertools.count(1)

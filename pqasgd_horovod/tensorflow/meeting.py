@@ -22,22 +22,28 @@ class Meeting:
         self._name = f"{name}.meeting"
         self._explainer = register_explainer(self._explain)
 
-    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> tf.Operation:
+    def agree(
+        self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0
+    ) -> tuple[tf.Operation, tf.Tensor]:
         """Return the op that raises DesynchronizedError on every rank unless all are about to do the same.
 
-        ``detail``, an int64, is a learning rate if one matters; see :mod:`pqasgd_horovod.averaging.pace`.
+        And the ranks' details, int64, which :meth:`Pace.detail <pqasgd_horovod.averaging.pace.Pace.detail>` explains.
         """
         record = tf.stack([tf.constant(int(purpose), tf.int64), steps, rounds, tf.cast(detail, tf.int64)])
-        return ops.pqasgd_agree(own=record, gathered=self._gather(record), explainer=self._explainer)
+        gathered = self._gather(record)
+        agreed = ops.pqasgd_agree(own=record, gathered=gathered, explainer=self._explainer)
+        return agreed, tf.reshape(gathered, [-1, 4])[:, 3]
 
     def announce(self, purpose: Purpose, steps: int, rounds: int, detail: int = 0) -> HorovodHandle:
         """Say, outside of any graph, what this rank is about to do; :meth:`check` takes what the handle brings."""
         record = np.array([int(purpose), steps, rounds, detail], np.int64)
         return self._carrier.launch(self._name, self._gather, tf.constant(record))
 
-    def check(self, received: Bytes) -> None:
-        """Raise DesynchronizedError unless all ranks are about to do the same."""
+    def check(self, received: Bytes) -> list[int]:
+        """Raise DesynchronizedError unless all ranks are about to do the same; return their details."""
         self._explain(0, received.view(np.uint8))
+        details: list[int] = received.view(np.int64).reshape(-1, 4)[:, 3].tolist()
+        return details
 
     def _gather(self, record: Any) -> tf.Tensor:
         return allgather(record, self._name, self._carrier.process_set)

@@ -21,6 +21,7 @@ from horovod.tensorflow import mpi_ops
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
+from ..averaging.feedback import Feedback, check_not_stock, feedback_from_config
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..codecs.base import check_integer
@@ -325,6 +326,7 @@ def _from_settings(optimizer: Any, settings: dict[str, Any]) -> Any:
     known = dict(settings)
     codec, second, averaging = known.pop("codec"), known.pop("second_codec"), known.pop("averaging")
     known["process_set"] = _process_set_of(known["process_set"])
+    known["feedback"] = feedback_from_config(known["feedback"])
     return distribute(
         optimizer,
         compression=CodecCompressor.from_config(codec),
@@ -403,6 +405,7 @@ def distribute(
     bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20,
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
+    feedback: Feedback | None = None,
     model: Any = None,
     check_consistency: bool = False,
 ) -> Any:
@@ -429,7 +432,10 @@ def distribute(
             bucket_cap_mb,
             seed,
             nonfinite,
+            feedback,
         )
+        if stock:
+            check_not_stock(feedback, compression)
         if keras.config.dtype_policy().name == "mixed_float16" and not _scales_loss(optimizer):
             # As compile() would, but around the exchange: all ranks then skip the same steps.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
@@ -454,6 +460,7 @@ def distribute(
             "bucket_cap_mb": bucket_cap_mb,
             "seed": seed,
             "nonfinite": nonfinite,
+            "feedback": None if feedback is None else feedback.config(),
             "check_consistency": check_consistency,
             "sparse_as_dense": sparse_as_dense,
             "gradient_predivide_factor": gradient_predivide_factor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import tensorflow as tf
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.channel import group_tensors, plan_channel
 from ..averaging.meeting import Purpose
+from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
 from ..averaging.vector import FlatLayout
 from ..errors import CollectiveTimeoutError, MismatchError
@@ -21,27 +22,37 @@ from .carrier import HorovodCarrier, allgather
 from .graph import GraphChannel, Problems
 from .library import ops, register_explainer, translate
 from .meeting import Meeting
+from .residuals import Residuals
 from .traced import Traced, after, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_together, unwrap
 
-_COUNTERS = ("steps", "rounds", "steps_since_average", "period", "has_dropped")
+_COUNTERS = ("steps", "rounds", "steps_since_average", "steps_since_round", "period", "has_dropped")
 
 
 class PeriodicState(tf.Module):
     """What of a replica is saved: counters and anchors. ``tf.train.Checkpoint`` finds it in the optimizer."""
 
     def __init__(
-        self, first_period: int, dtypes_and_sizes: Sequence[tuple[tf.DType, int]], momentum_sizes: Sequence[int]
+        self,
+        first_period: int,
+        dtypes_and_sizes: Sequence[tuple[tf.DType, int]],
+        momentum_sizes: Sequence[int],
+        feeds_back: Sequence[bool],
     ) -> None:
         super().__init__(name="pqasgd")
         self.period = counter("period")
         self.period.assign(first_period)
         self.learning_rate = tf.Variable(-1.0, dtype=tf.float64, trainable=False)  # at the last average
         self.has_dropped = counter("has_dropped")
+        self.memory = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # the schedule's
+        self.distance = tf.Variable(-1.0, dtype=tf.float32, trainable=False)  # from the mean, at the last average
         self.momentum = [tf.Variable(tf.zeros([size]), trainable=False) for size in momentum_sizes]
+        sizes = [size for (_, size), feeds in zip(dtypes_and_sizes, feeds_back, strict=True) if feeds]
+        self.residuals = Residuals(sizes)
         self.steps = counter("steps")
         self.rounds = counter("rounds")
         self.steps_since_average = counter("steps_since_average")
+        self.steps_since_round = counter("steps_since_round")
         self.anchored = counter("anchored")
         self.anchors = [
             tf.Variable(tf.zeros([size], dtype), trainable=False, name=f"anchor_{i}")
@@ -50,10 +61,11 @@ class PeriodicState(tf.Module):
 
     def named(self) -> dict[str, tf.Variable]:
         """Return the variables by the names under which a model file holds them."""
-        names = (*_COUNTERS, "anchored", "learning_rate")
+        names = (*_COUNTERS, "anchored", "learning_rate", "memory", "distance")
         momentum = {f"momentum.{i}": momentum for i, momentum in enumerate(self.momentum)}
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
-        return {**{name: getattr(self, name) for name in names}, **anchors, **momentum}
+        own = {name: getattr(self, name) for name in names}
+        return {**own, **anchors, **momentum, **self.residuals.named()}
 
 
 class PeriodicAverager:
@@ -108,24 +120,39 @@ class PeriodicAverager:
         buffer_names = {spec.name for spec in buffer_specs}
         # Of each channel, the elements that an outer optimizer moves: parameters come before buffers.
         outer_sizes = [sum(spec.numel for spec in members if spec.name not in buffer_names) for members, _, _ in groups]
+        self._parameter_sizes = outer_sizes
         alone = self._carrier is None
+        plans = [
+            plan_channel(
+                layout,
+                self._config,
+                compressed=compressed,
+                name=self._name,
+                index=index,
+                selection=self.averaging.selection,
+            )
+            for index, ((_, _, compressed), layout) in enumerate(zip(groups, layouts, strict=True))
+        ]
         self.state = PeriodicState(
             int(self.averaging.schedule.next_period(0, False)),
             [] if alone else list(zip(dtypes, sizes, strict=True)),
             outer_sizes if self._has_outer and not alone else [],
+            [] if alone else [plan.feedback for plan in plans],
         )
         self._learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # of the last step
         self._started = counter("started")
         self._total_rounds, self._total_steps = counter("total_rounds"), counter("total_steps")
+        self._sent, self._received = counter("sent"), counter("received")
         self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         if self._carrier is None:
             return
         self._problems = Problems(self._name, self._config.nonfinite)
-        for index, ((members, _, compressed), layout) in enumerate(zip(groups, layouts, strict=True)):
-            plan = plan_channel(layout, self._config, compressed=compressed, name=self._name, index=index)
+        residuals = iter(self.state.residuals)
+        for index, (plan, (members, _, _), layout) in enumerate(zip(plans, groups, layouts, strict=True)):
             anchor = self.state.anchors[index]
             momentum = self.state.momentum[index] if self._has_outer else None
-            self._channels.append(GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum))
+            fed = next(residuals) if plan.feedback else ()
+            self._channels.append(GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum, fed))
             self._members.append([by_name[spec.name] for spec in members])
             self._cleared.append(
                 [
@@ -168,7 +195,9 @@ class PeriodicAverager:
 
     def _begin(self) -> None:
         assert self.state is not None
+        assert self._carrier is not None
         when(self.state.anchored > 0, None, self._capture)
+        self.state.residuals.claim(self._carrier)
         # Of each tensor by itself, so that an error can name it.
         digests = [ops.pqasgd_digest(tensors=tf.split(anchor, layout.sizes())) for anchor, layout in self._anchors()]
         counters = [getattr(self.state, name).value() for name in _COUNTERS]
@@ -211,21 +240,44 @@ class PeriodicAverager:
         self._learning_rate.assign(learning_rate)
         self.state.steps.assign_add(1)
         self._total_steps.assign_add(1)
-        since = self.state.steps_since_average.assign_add(1)
+        self.state.steps_since_average.assign_add(1)
+        since = self.state.steps_since_round.assign_add(1)
         when(since >= self.state.period, self._meet_and_average)
 
     def _meet_and_average(self) -> None:
         assert self.state is not None
         if self._carrier is not None:
             steps, rounds = self.state.steps.value(), self.state.rounds.value()
-            with after(self._meeting.agree(Purpose.AVERAGE, steps, rounds, self._detail())):
-                self._average()
+            agreed, details = self._meeting.agree(Purpose.AVERAGE, steps, rounds, self._detail())
+            with after(agreed):
+                self._average_selected(rounds, details)
         else:
-            self._average()
+            self._average(None)
+
+    def _average_selected(self, rounds: tf.Tensor, details: tf.Tensor) -> None:
+        """Average all coordinates, or those whose turn it is."""
+        if not self.averaging.is_sparse:
+            self._average(details)
+            return
+
+        def branch(fragment: int) -> Callable[[], tf.Tensor]:
+            def run() -> tf.Tensor:
+                self._average(details, fragment)
+                return tf.constant(True)
+
+            return run
+
+        num_fragments = self.averaging.selection.num_fragments
+        turn = tf.cast(rounds % num_fragments, tf.int32)
+        tf.switch_case(turn, {fragment: branch(fragment) for fragment in range(num_fragments)})
 
     def _detail(self) -> tf.Tensor:
-        rate = self._learning_rate.value()
-        return tf.bitcast(rate, tf.int64) if self.averaging.uses_learning_rate else tf.constant(0, tf.int64)
+        """Return what ranks tell each other: learning rate and distance, as :meth:`Pace.detail` packs them."""
+        assert self.state is not None
+        zero = tf.zeros([], tf.float32)
+        rate = tf.cast(self._learning_rate.value(), tf.float32) if self.averaging.uses_learning_rate else zero
+        distance = self.state.distance.value() if self.averaging.schedule.uses_drift else zero
+        return tf.bitcast(tf.stack([rate, distance]), tf.int64)
 
     def _coefficients(self) -> tf.Tensor | None:
         """Return the outer step of an average now."""
@@ -238,41 +290,69 @@ class PeriodicAverager:
         assert coefficients is not None
         return tf.stack([tf.cast(number, tf.float32) for number in coefficients])
 
-    def _advance(self) -> None:
-        """Decide on the next period, after an average."""
+    def _advance(self, details: tf.Tensor | None) -> None:
+        """Decide on the next period, after an average in which the ranks have said ``details``."""
         assert self.state is not None
         before, now = self.state.learning_rate.value(), self._learning_rate.value()
         dropped = tf.cast((before >= 0) & (now < before), tf.int64)
         has_dropped = self.state.has_dropped.assign(tf.maximum(self.state.has_dropped, dropped), read_value=True)
         self.state.learning_rate.assign(now)
-        period = self.averaging.schedule.next_period(self.state.steps.value(), tf.cast(has_dropped, tf.bool), xp=tf)
+        drift = tf.constant(-1.0, tf.float64)
+        if details is not None and self.averaging.schedule.uses_drift:
+            drift = tf.reduce_mean(tf.cast(tf.bitcast(details, tf.float32)[:, 1], tf.float64))
+        memory = tf.unstack(self.state.memory.value())
+        rate = tf.cast(tf.cast(now, tf.float32), tf.float64)
+        seen = Observed(
+            self.state.steps.value(), tf.cast(has_dropped, tf.bool), rate, drift, self.state.period.value(), memory
+        )
+        period, remembered = self.averaging.schedule.advance(seen, xp=tf)
         self.state.period.assign(tf.cast(period, tf.int64))
+        self.state.memory.assign(tf.stack(list(remembered)))
 
-    def _average(self) -> None:
+    def _average(self, details: tf.Tensor | None, fragment: int | None = None) -> None:
+        """Average all, or a fragment; ``details`` is what the ranks have told each other."""
         assert self.state is not None
         began = ops.pqasgd_clock()
         with after(began):
             step, round_ = self.state.steps.value(), self.state.rounds.value()
             flags = [
-                flag
+                channel.exchange([variable.value() for variable in members], step, round_, fragment)
                 for channel, members in zip(self._channels, self._members, strict=True)
-                for flag in channel.exchange([variable.value() for variable in members], step, round_)
             ]
         coefficients = self._coefficients()
-        with after(*([self._problems.verdict(flags)] if flags else [])):
-            for channel, members in zip(self._channels, self._members, strict=True):
-                channel.commit(members, coefficients)
+        all_flags = [flag for of_channel in flags for flag in of_channel]
+        with after(*([self._problems.verdict(all_flags)] if all_flags else [])):
+            if self._channels and self.averaging.schedule.uses_drift:
+                self._measure_distance(fragment)
+            for channel, members, of_channel in zip(self._channels, self._members, flags, strict=True):
+                channel.keep_residuals(of_channel, fragment)
+                channel.commit(members, coefficients, fragment)
+                sent, received = channel.bytes_per_round(fragment)
+                self._sent.assign_add(sent)
+                self._received.assign_add(received)
             for (anchor, _), cleared in zip(self._anchors(), self._cleared, strict=True):
                 _clear(anchor, cleared)
             done = self.state.rounds.assign_add(1)
             self._total_rounds.assign_add(1)
-            self.state.steps_since_average.assign(0)
-            self._advance()
+            self.state.steps_since_round.assign(0)
+            if fragment is None:
+                self.state.steps_since_average.assign(0)
+            self._advance(details)
         if self._check_consistency and self._channels:
             anchors = [anchor.value() for anchor, _ in self._anchors()]
             self._agree(ops.pqasgd_digest(tensors=anchors), "consistency", self._consistency)
         with after(done):
             self._seconds.assign_add(ops.pqasgd_clock() - began)
+
+    def _measure_distance(self, fragment: int | None) -> None:
+        assert self.state is not None
+        total = tf.add_n(
+            [
+                channel.distance([variable.value() for variable in members], size, fragment)
+                for channel, members, size in zip(self._channels, self._members, self._parameter_sizes, strict=True)
+            ]
+        )
+        self.state.distance.assign(tf.cast(total, tf.float32))
 
     # ---- eagerly ----
 
@@ -285,14 +365,14 @@ class PeriodicAverager:
         if self.state is None or int(self.state.steps_since_average) == 0:
             return
         if self._carrier is None:
-            self._traced(self._average)
+            self._traced(self._average, None)
             return
         if timeout is not None:
             self._wait_for_all(timeout)
         steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())
-        self._meeting.check(self._meeting.announce(Purpose.AVERAGE, steps, rounds, detail).wait())
+        details = self._meeting.check(self._meeting.announce(Purpose.AVERAGE, steps, rounds, detail).wait())
         try:
-            self._traced(self._average)
+            self._traced(self._average, tf.constant(details, tf.int64))
         except tf.errors.OpError as error:
             raise translate(error) from None
 
@@ -321,9 +401,7 @@ class PeriodicAverager:
         statistics.count_steps(int(self._total_steps), self._num_parameters)
         statistics.rounds = int(self._total_rounds)
         statistics.exchange_seconds = float(self._seconds)
-        sent = statistics.rounds * sum(channel.bytes_sent for channel in self._channels)
-        received = statistics.rounds * sum(channel.bytes_received for channel in self._channels)
-        return statistics.as_dict(sent, received)
+        return statistics.as_dict(int(self._sent), int(self._received))
 
     # ---- what is wrong, in words ----
 

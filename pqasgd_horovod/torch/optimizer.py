@@ -13,7 +13,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
-from ..averaging.feedback import Feedback
+from ..averaging.feedback import Feedback, check_not_stock
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..codecs.base import Codec, check_integer
@@ -157,11 +157,8 @@ def DistributedOptimizer(
             nonfinite=nonfinite,
             feedback=feedback,
         )
-        if stock and feedback is not None:
-            raise ArgumentError(
-                f"feedback is {feedback} with compression={compression!r} and period=1, where Horovod averages and "
-                "nothing is left to feed back: use a codec that sends less, or no feedback"
-            )
+        if stock:
+            check_not_stock(feedback, compression)
         model = model if model is not None else find_model(named_parameters)
         settings = Settings(averaging, config, model, check_consistency, flush_timeout, op, process_set, membership)
         if not averaging.exchanges_gradients and averaging.buffers != "local" and model is None and horovod.rank() == 0:

@@ -35,11 +35,11 @@ from tests.ranks_tensorflow.common import (
 RATE = 0.5  # exact, so that the local update has the same bits everywhere
 
 
-def in_the_core(averaging, codec, rates):
+def in_the_core(averaging, codec, rates, **options):
     """The same training by the framework-free averager, with all ranks in this process; the parameters of each rank."""
 
     def program(carrier):
-        averager = PeriodicAverager(carrier, averaging, ExchangeConfig(codec), name="core")
+        averager = PeriodicAverager(carrier, averaging, ExchangeConfig(codec, **options), name="core")
         views = [ArrayView(f"v{i}", value.reshape(-1)) for i, value in enumerate(start())]
         averager.prepare(views)
         for step, rate in enumerate(rates):
@@ -81,6 +81,100 @@ def test_the_graph_does_what_the_core_does(averaging, traced):
     assert optimizer.communication_stats()["rounds"] == wanted[hvd.rank()][1]
     if traced:
         assert run.experimental_get_tracing_count() == 1
+
+
+@several_ranks
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        hvd.PeriodicAveraging(period=2, buffers="local"),
+        hvd.SparseAveraging(period=3, buffers="local"),
+        hvd.SparseAveraging(period=2, block=1024, buffers="local", outer=hvd.Nesterov(0.7, 0.5)),
+        hvd.PeriodicAveraging(hvd.AdaptivePeriod(first=1, last=3, calibration_steps=2), buffers="local"),
+    ],
+    ids=["periodic", "sparse", "sparse-nesterov", "adaptive"],
+)
+def test_with_feedback_the_graph_does_what_the_core_does(averaging, exchange, traced):
+    rates = [RATE, RATE, RATE, RATE / 4, RATE / 4, RATE / 8, RATE / 8, RATE / 8]
+    variables = make_variables()
+    options = {"feedback": hvd.Feedback(), "exchange": exchange, "bucket_cap_mb": 0.004}
+    optimizer = wrap(keras.optimizers.SGD(RATE), averaging=averaging, compression=EDEN2, **options)
+
+    def step(gradients):
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+    run = tf.function(step) if traced else step
+    for number, rate in enumerate(rates):
+        optimizer.learning_rate = rate
+        run([tf.constant(gradient) for gradient in gradients_of(number)])
+    core = {"feedback": hvd.Feedback(), "method": exchange, "bucket_cap_mb": 0.004}
+    wanted = in_the_core(averaging, codecs.eden(bits=2), rates, **core)
+    assert_equal(values(variables), wanted[hvd.rank()][0])
+    assert optimizer.communication_stats()["rounds"] == wanted[hvd.rank()][1]
+    optimizer.flush()
+    assert_replicas_equal(variables)
+
+
+@several_ranks
+@pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
+def test_coded_gradients_feed_back_what_they_did_not_send(exchange):
+    """The sum over steps of what arrives is the sum of the means, but for what is still to come."""
+
+    def lost(**options):
+        variables = make_variables()
+        optimizer = wrap(keras.optimizers.SGD(1.0), compression=EDEN2, exchange=exchange, **options)
+        before = values(variables)
+        for step in range(10):
+            optimizer.apply_gradients(zip(map(tf.constant, gradients_of(step)), variables, strict=True))
+        moved = [old - new for old, new in zip(before, values(variables), strict=True)]
+        true = [
+            sum(gradients_of(step, rank)[i] for step in range(10) for rank in range(hvd.size())) / hvd.size()
+            for i in range(len(before))
+        ]
+        return np.linalg.norm(moved[0] - true[0]) / np.linalg.norm(true[0])
+
+    assert lost() > 1.5 * lost(feedback=hvd.Feedback())
+
+
+@several_ranks
+@pytest.mark.parametrize("period", [1, 2])
+def test_a_checkpoint_of_each_rank_resumes_bit_exactly_with_its_residuals(period, tmp_path):
+    def make():
+        variables = make_variables()
+        options = {"compression": EDEN2, "feedback": hvd.Feedback(), "exchange": "two_phase", "period": period}
+        optimizer = wrap(keras.optimizers.SGD(0.5), **options)
+        checkpoint = tf.train.Checkpoint(optimizer=optimizer, **{f"v{i}": v for i, v in enumerate(variables)})
+        return variables, optimizer, checkpoint
+
+    straight, optimizer, checkpoint = make()
+    apply(optimizer, straight, range(4))
+    path = checkpoint.save(tmp_path / f"rank{hvd.rank()}")
+    apply(optimizer, straight, range(4, 8))
+    resumed, optimizer, checkpoint = make()
+    checkpoint.restore(path)
+    apply(optimizer, resumed, range(4, 8))
+    assert_equal(values(resumed), values(straight))
+
+
+@two_ranks
+def test_a_residual_of_another_rank_is_not_taken_over(tmp_path):
+    variables = make_variables()
+    options = {"compression": EDEN2, "feedback": hvd.Feedback(), "period": 2}
+    optimizer = wrap(keras.optimizers.SGD(0.5), **options)
+    apply(optimizer, variables, range(2))
+    own = [variable.numpy() for variable in optimizer._pqasgd_state.residuals.own]
+    assert any(residual.any() for residual in own)
+    other = wrap(keras.optimizers.SGD(0.5), **options)
+    other.build(make_variables())
+    residuals = other._pqasgd_state.residuals
+    for variable, residual in zip(residuals.own, own, strict=True):
+        variable.assign(residual)
+    residuals.owner.assign([0, hvd.size()])
+    other._pqasgd_averager.value.before_step()
+    for variable, residual in zip(residuals.own, own, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), residual if hvd.rank() == 0 else 0)
 
 
 def test_a_schedule_of_the_learning_rate_counts_the_step_that_is_made():

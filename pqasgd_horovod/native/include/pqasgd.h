@@ -83,6 +83,10 @@ PQ_EXPORT int32_t pq_apply(const float* mean, int64_t start, int64_t count, cons
 /* destination = source[start, start + count), minus the anchor; dtype PQ_F32, or PQ_F64 where there is no residual. */
 PQ_EXPORT int32_t pq_gather(const pq_source* source, int64_t start, int64_t count, void* destination, int32_t dtype);
 
+/* distance = sum of (source[start + i] - center[i])^2 over i < count, of float32 numbers in float64: what a replica is away from
+ * the mean. */
+PQ_EXPORT int32_t pq_distance(const pq_source* source, int64_t start, int64_t count, const float* center, double* distance);
+
 /* anchor[start..] = source[start, start + count) (the anchor itself is not subtracted). */
 PQ_EXPORT int32_t pq_capture(const pq_source* source, int64_t start, int64_t count);
 

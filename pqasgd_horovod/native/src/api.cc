@@ -243,6 +243,21 @@ int32_t pq_outer(float decay, float a, float b, int64_t count, float* momentum, 
   return PQ_OK;
 }
 
+int32_t pq_distance(const pq_source* source, int64_t start, int64_t count, const float* center, double* distance) {
+  if (!good_source(source, start, count) || (count && !center) || !distance) return PQ_BAD_ARGUMENT;
+  const int64_t blocks = (count + kCastBlock - 1) / kCastBlock;
+  std::vector<double> parts((size_t)blocks);  // added up in one order, however many threads there are
+  spread(blocks, kCastBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t at = block * kCastBlock;
+      parts[(size_t)block] = kernels().distance(*source, start + at, std::min<int64_t>(kCastBlock, count - at), center + at);
+    }
+  });
+  *distance = 0;
+  for (double part : parts) *distance += part;
+  return PQ_OK;
+}
+
 int32_t pq_capture(const pq_source* source, int64_t start, int64_t count) {
   if (!good_source(source, start, count) || !source->anchor) return PQ_BAD_ARGUMENT;
   spread(count, 1, [&](int64_t begin, int64_t end) { kernels().capture(*source, start + begin, end - begin); });

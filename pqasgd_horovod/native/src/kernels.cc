@@ -716,6 +716,18 @@ void outer(float decay, float a, float b, int64_t count, float* momentum, float*
   }
 }
 
+// At most kCastBlock elements.
+double distance(const pq_source& source, int64_t start, int64_t count, const float* center) {
+  alignas(64) float values[kCastBlock];
+  load_values(source, start, count, values);
+  double sums[8] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const double away = (double)values[i] - (double)center[i];
+    sums[i % 8] += away * away;
+  }
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
 void capture(const pq_source& source, int64_t start, int64_t count) {
   pq_source values = source;
   values.anchor = nullptr;
@@ -738,6 +750,6 @@ extern const Kernels PQ_JOIN(kernels_, PQ_ISA) = {
     PQ_TEXT(PQ_ISA),
 #endif
     PQ_ISA::encode, PQ_ISA::decode_add, PQ_ISA::reduce, PQ_ISA::apply, PQ_ISA::gather_values, PQ_ISA::outer,
-    PQ_ISA::capture};
+    PQ_ISA::distance, PQ_ISA::capture};
 
 }  // namespace pqasgd

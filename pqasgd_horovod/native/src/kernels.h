@@ -36,6 +36,7 @@ struct Kernels {
   void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target, bool past_caches);
   void (*gather)(const pq_source&, int64_t start, int64_t count, void* destination, int32_t dtype);
   void (*outer)(float decay, float a, float b, int64_t count, float* momentum, float* delta);
+  double (*distance)(const pq_source&, int64_t start, int64_t count, const float* center);
   void (*capture)(const pq_source&, int64_t start, int64_t count);
 };
 

@@ -15,12 +15,16 @@ from horovod.tensorflow.keras import allgather as allgather
 from horovod.tensorflow.keras import allreduce as allreduce
 from horovod.tensorflow.keras import broadcast as broadcast
 
+from ...averaging import AdaptivePeriod as AdaptivePeriod
+from ...averaging import Feedback as Feedback
 from ...averaging import GrowingPeriod as GrowingPeriod
 from ...averaging import Nesterov as Nesterov
 from ...averaging import PeriodicAveraging as PeriodicAveraging
 from ...averaging import PostLocal as PostLocal
 from ...averaging import Replace as Replace
+from ...averaging import Rotation as Rotation
 from ...averaging import SlowMo as SlowMo
+from ...averaging import SparseAveraging as SparseAveraging
 from ...averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ...averaging.schedule import Schedule
 from ...errors import ArgumentError
@@ -60,6 +64,7 @@ def DistributedOptimizer(
     bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20,
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
+    feedback: Feedback | None = None,
     model: Any = None,
     check_consistency: bool = False,
 ) -> Any:
@@ -101,6 +106,8 @@ def DistributedOptimizer(
         nonfinite: ``"raise"``: NaN or Inf in what any rank sends raises the same error on every rank, before anything
             changes. ``"propagate"``: the mean becomes NaN on every rank; a loss scale with ``period=1`` uses that, and
             skips the step on all ranks alike.
+        feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
+            next. Each rank has its own residual: a model file holds that of the rank that wrote it.
         model: where to find BatchNormalization's moving statistics if no model is compiled with this optimizer.
         check_consistency: after each average compare checksums of all replicas (slow; for debugging).
 
@@ -150,6 +157,7 @@ def DistributedOptimizer(
         bucket_cap_mb=bucket_cap_mb,
         seed=seed,
         nonfinite=nonfinite,
+        feedback=feedback,
         model=model,
         check_consistency=check_consistency,
     )

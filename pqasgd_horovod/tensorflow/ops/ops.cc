@@ -114,12 +114,43 @@ struct Source {
     source.anchor_dtype = dtype;
     return OkStatus();
   }
+  void feed_back(const float* residual, float* next_residual) {
+    source.residual = residual;
+    source.next_residual = next_residual;
+  }
   const pq_source* get() {
     source.segments = segments.data();
     source.offsets = offsets.data();
     source.num_segments = (int64_t)segments.size();
     return &source;
   }
+};
+
+// What was not sent before, and what is not sent this time: two float32 variables, or none. Nothing but these ops reads or writes
+// them during a round, each bucket its own part, so that they may do so beside each other.
+class Residuals {
+ public:
+  // `first` is the input that the variables begin at.
+  Status open(OpKernelContext* context, int first, int count, int64_t offset, int64_t num_elements) {
+    if (count == 0) return OkStatus();
+    for (int i = 0; i < 2; ++i) {
+      TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, first + i), &variables_[i]));
+      tf_shared_lock lock(*variables_[i]->mu());
+      const Tensor* tensor = variables_[i]->tensor();
+      if (tensor->dtype() != DT_FLOAT || offset < 0 || offset + num_elements > tensor->NumElements())
+        return InvalidArgument("a residual has ", tensor->NumElements(), " elements; ", offset + num_elements, " are needed");
+      tensors_[i] = *tensor;
+      data_[i] = (float*)data_of(*tensor) + offset;
+    }
+    return OkStatus();
+  }
+  const float* kept() const { return data_[0]; }
+  float* next() const { return data_[1]; }
+
+ private:
+  core::RefCountPtr<Var> variables_[2];
+  Tensor tensors_[2];  // they keep the memory
+  float* data_[2] = {nullptr, nullptr};
 };
 
 class BucketOp : public OpKernel {
@@ -195,15 +226,19 @@ REGISTER_OP("PqasgdPack")
     .Input("round: int64")
     .Input("tensors: dtypes")
     .Input("anchors: anchor_dtypes")
+    .Input("residuals: num_residuals * resource")
     .Output("messages: uint8")
     .Output("flags: int32")
-    .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.SetShapeFn(bytes_and_flags);
+    .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.Attr("num_residuals: int >= 0")
+    .SetIsStateful()
+    .SetShapeFn(bytes_and_flags);
 
 class PackOp : public BucketOp {
  public:
   explicit PackOp(OpKernelConstruction* context) : BucketOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("start", &start_));
     OP_REQUIRES_OK(context, context->GetAttr("anchor_offset", &anchor_offset_));
+    OP_REQUIRES_OK(context, context->GetAttr("num_residuals", &num_residuals_));
     if (two_phase()) {
       for (int32_t owner = 0; owner < bucket_.size; ++owner)
         if (owner != bucket_.rank) nbytes_ += PQ_HEADER_NBYTES + pq_payload_nbytes(&codec_, shard_elements(owner));
@@ -218,6 +253,10 @@ class PackOp : public BucketOp {
     Tensor *messages = nullptr, *flags = nullptr;
     OP_REQUIRES_OK(context, begin(context, &bucket));
     OP_REQUIRES_OK(context, source_from(context, anchor_offset_, &source));
+    Residuals residuals;
+    OP_REQUIRES_OK(context, residuals.open(context, context->num_inputs() - num_residuals_, num_residuals_, anchor_offset_,
+                                           start_ + bucket.num_elements));
+    source.feed_back(residuals.kept(), residuals.next());
     OP_REQUIRES_OK(context, context->allocate_output("messages", {nbytes_}, &messages));
     OP_REQUIRES_OK(context, context->allocate_output("flags", {}, &flags));
     uint8_t* out = messages->flat<uint8>().data();
@@ -230,6 +269,7 @@ class PackOp : public BucketOp {
 
  private:
   int64_t start_ = 0, anchor_offset_ = 0, nbytes_ = 0;
+  int num_residuals_ = 0;
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdPack").Device(DEVICE_CPU), PackOp);
 
@@ -240,15 +280,24 @@ REGISTER_OP("PqasgdMean")
     .Input("received: uint8")
     .Input("tensors: dtypes")
     .Input("anchors: anchor_dtypes")
+    .Input("residuals: num_residuals * resource")
+    .Input("mean_residuals: num_mean_residuals * resource")
     .Output("message: uint8")
     .Output("new_flags: int32")
-    .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.SetShapeFn(bytes_and_flags);
+    .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.Attr("num_residuals: int >= 0")
+    .Attr("num_mean_residuals: int >= 0")
+    .Attr("offset: int")
+    .SetIsStateful()
+    .SetShapeFn(bytes_and_flags);
 
 class MeanOp : public BucketOp {
  public:
   explicit MeanOp(OpKernelConstruction* context) : BucketOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("start", &start_));
     OP_REQUIRES_OK(context, context->GetAttr("anchor_offset", &anchor_offset_));
+    OP_REQUIRES_OK(context, context->GetAttr("num_residuals", &num_residuals_));
+    OP_REQUIRES_OK(context, context->GetAttr("num_mean_residuals", &num_mean_residuals_));
+    OP_REQUIRES_OK(context, context->GetAttr("offset", &offset_));
     OP_REQUIRES(context, two_phase(), InvalidArgument("shards is empty; a two-phase exchange has some"));
     count_ = shard_elements(bucket_.rank);
     nbytes_ = PQ_HEADER_NBYTES + pq_payload_nbytes(&second_codec_, count_);
@@ -261,6 +310,12 @@ class MeanOp : public BucketOp {
     const Tensor *flags, *received;
     OP_REQUIRES_OK(context, begin(context, &bucket));
     OP_REQUIRES_OK(context, source_from(context, anchor_offset_, &source));
+    Residuals residuals, of_means;
+    const int of_means_from = context->num_inputs() - num_mean_residuals_;
+    OP_REQUIRES_OK(context, residuals.open(context, of_means_from - num_residuals_, num_residuals_, anchor_offset_,
+                                           start_ + bucket.num_elements));
+    OP_REQUIRES_OK(context, of_means.open(context, of_means_from, num_mean_residuals_, offset_ + shards_[(size_t)bucket.rank], count_));
+    source.feed_back(residuals.kept(), residuals.next());
     OP_REQUIRES_OK(context, context->input("flags", &flags));
     OP_REQUIRES_OK(context, context->input("received", &received));
     OP_REQUIRES_OK(context, context->allocate_output("message", {nbytes_}, &message));
@@ -268,14 +323,15 @@ class MeanOp : public BucketOp {
     OP_REQUIRES_OK(context, context->allocate_temp(DT_FLOAT, {count_}, &mean));
     const int32_t status = pq_two_phase_mean(
         &codec_, &second_codec_, &bucket, shards_.data(), flags->flat<int32>()(0), received->flat<uint8>().data(),
-        received->NumElements(), source.get(), start_, nullptr, nullptr, mean.flat<float>().data(),
+        received->NumElements(), source.get(), start_, of_means.kept(), of_means.next(), mean.flat<float>().data(),
         message->flat<uint8>().data(), nbytes_);
     OP_REQUIRES_OK(context, check(status, "mean"));
     new_flags->scalar<int32>()() = status;
   }
 
  private:
-  int64_t start_ = 0, anchor_offset_ = 0, count_ = 0, nbytes_ = 0;
+  int64_t start_ = 0, anchor_offset_ = 0, offset_ = 0, count_ = 0, nbytes_ = 0;
+  int num_residuals_ = 0, num_mean_residuals_ = 0;
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdMean").Device(DEVICE_CPU), MeanOp);
 
@@ -449,17 +505,100 @@ Status unshared(OpKernelContext* context, Tensor* tensor) {
   return OkStatus();
 }
 
-// An outer step on what has arrived, before it is committed; see pq_outer.
+// After a round: of each bucket that has a mean, limits[i] to limits[i + 1] of which flags[i] is 0, the next residual is kept.
+REGISTER_OP("PqasgdKeep")
+    .Input("kept: resource")
+    .Input("next: resource")
+    .Input("flags: n * int32")
+    .Attr("n: int >= 1")
+    .Attr("limits: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class KeepOp : public OpKernel {
+ public:
+  explicit KeepOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("limits", &limits_));
+    OP_REQUIRES(context, (int)limits_.size() == 2 * (context->num_inputs() - 2), InvalidArgument("limits must be two for each bucket"));
+  }
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> kept, next;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &kept));
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &next));
+    mutex_lock kept_lock(*kept->mu());
+    mutex_lock next_lock(*next->mu());
+    OP_REQUIRES_OK(context, unshared(context, kept->tensor()));
+    float* to = kept->tensor()->flat<float>().data();
+    const float* from = next->tensor()->flat<float>().data();
+    for (size_t i = 0; 2 * i < limits_.size(); ++i)
+      if (!context->input((int)i + 2).flat<int32>()(0)) std::copy(from + limits_[2 * i], from + limits_[2 * i + 1], to + limits_[2 * i]);
+  }
+
+ private:
+  std::vector<int64_t> limits_;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdKeep").Device(DEVICE_CPU), KeepOp);
+
+// How far `tensors`, minus an anchor if there is one, are from what has arrived in `spans`; see pq_distance.
+REGISTER_OP("PqasgdDistance")
+    .Input("arriving: resource")
+    .Input("tensors: dtypes")
+    .Input("anchors: anchor_dtypes")
+    .Output("distance: double")
+    .Attr("dtypes: list({float, double, half, bfloat16}) >= 1")
+    .Attr("anchor_dtypes: list({float, double}) >= 0")
+    .Attr("spans: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::ScalarShape);
+
+class DistanceOp : public OpKernel {
+ public:
+  explicit DistanceOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
+  }
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> arriving;
+    OpInputList tensors, anchors;
+    Tensor* result = nullptr;
+    Source source;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
+    OP_REQUIRES_OK(context, context->input_list("tensors", &tensors));
+    OP_REQUIRES_OK(context, context->input_list("anchors", &anchors));
+    OP_REQUIRES_OK(context, context->allocate_output("distance", {}, &result));
+    for (const Tensor& tensor : tensors) OP_REQUIRES_OK(context, source.add(tensor));
+    if (anchors.size()) OP_REQUIRES_OK(context, source.subtract(anchors[0], 0));
+    tf_shared_lock lock(*arriving->mu());
+    const float* center = arriving->tensor()->flat<float>().data();
+    double total = 0, part = 0;
+    for (size_t i = 0; i + 1 < spans_.size(); i += 2) {
+      if (spans_[i + 1] <= spans_[i]) continue;
+      OP_REQUIRES(context, spans_[i + 1] <= arriving->tensor()->NumElements(), InvalidArgument("spans go beyond what arrives"));
+      OP_REQUIRES_OK(context, check(pq_distance(source.get(), spans_[i], spans_[i + 1] - spans_[i], center + spans_[i], &part),
+                                    "distance"));
+      total += part;
+    }
+    result->scalar<double>()() = total;
+  }
+
+ private:
+  std::vector<int64_t> spans_;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdDistance").Device(DEVICE_CPU), DistanceOp);
+
+// An outer step on what has arrived in `spans`, a beginning and an end each, before it is committed; see pq_outer.
 REGISTER_OP("PqasgdOuter")
     .Input("arriving: resource")
     .Input("momentum: resource")
     .Input("coefficients: float")
+    .Attr("spans: list(int)")
     .SetIsStateful()
     .SetShapeFn(shape_inference::NoOutputs);
 
 class OuterOp : public OpKernel {
  public:
-  using OpKernel::OpKernel;
+  explicit OuterOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
+  }
   void Compute(OpKernelContext* context) override {
     core::RefCountPtr<Var> arriving, momentum;
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
@@ -473,15 +612,23 @@ class OuterOp : public OpKernel {
                 InvalidArgument("momentum has more elements than what has arrived"));
     OP_REQUIRES_OK(context, unshared(context, own));
     const auto c = coefficients.flat<float>();
-    OP_REQUIRES_OK(context, check(pq_outer(c(0), c(1), c(2), own->NumElements(), own->flat<float>().data(),
-                                           arriving->tensor()->flat<float>().data()),
-                                  "outer"));
+    for (size_t i = 0; i + 1 < spans_.size(); i += 2) {
+      const int64_t begin = spans_[i], count = std::min(spans_[i + 1], own->NumElements()) - begin;
+      if (count <= 0) continue;
+      OP_REQUIRES_OK(context, check(pq_outer(c(0), c(1), c(2), count, own->flat<float>().data() + begin,
+                                             arriving->tensor()->flat<float>().data() + begin),
+                                    "outer"));
+    }
   }
+
+ private:
+  std::vector<int64_t> spans_;
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdOuter").Device(DEVICE_CPU), OuterOp);
 
 // What has arrived is the next anchor: the two change places; or, if it is to be added, the mean, which the anchor moves by.
-// Then the variables become the anchor; without one they become the mean.
+// Then the variables become the anchor; without one they become the mean. With `spans`, a beginning and an end each, that is done
+// for these elements only.
 REGISTER_OP("PqasgdCommit")
     .Input("arriving: resource")
     .Input("anchors: num_anchors * resource")
@@ -489,6 +636,7 @@ REGISTER_OP("PqasgdCommit")
     .Attr("num_anchors: int >= 0")
     .Attr("n: int >= 1")
     .Attr("add: bool")
+    .Attr("spans: list(int)")
     .SetIsStateful()
     .SetShapeFn(shape_inference::NoOutputs);
 
@@ -497,6 +645,7 @@ class CommitOp : public OpKernel {
   explicit CommitOp(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("num_anchors", &num_anchors_));
     OP_REQUIRES_OK(context, context->GetAttr("add", &add_));
+    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -512,6 +661,14 @@ class CommitOp : public OpKernel {
     Tensor* old = anchor->tensor();
     if (!add_) {
       OP_REQUIRES(context, old->dtype() == DT_FLOAT && old->shape() == arriving->tensor()->shape(), InvalidArgument("anchor and arriving differ in shape"));
+      if (!spans_.empty()) {
+        OP_REQUIRES_OK(context, unshared(context, old));
+        const float* from = arriving->tensor()->flat<float>().data();
+        for (size_t i = 0; i < spans_.size(); i += 2)
+          std::copy(from + spans_[i], from + spans_[i + 1], old->flat<float>().data() + spans_[i]);
+        OP_REQUIRES_OK(context, write(context, *old, nullptr));
+        return;
+      }
       std::swap(*old, *arriving->tensor());
       Tensor* unused;
       OP_REQUIRES_OK(context, writable(context, arriving.get(), &unused));
@@ -531,13 +688,22 @@ class CommitOp : public OpKernel {
       TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, i), &variable));
       mutex_lock lock(*variable->mu());
       Tensor* tensor;
-      TF_RETURN_IF_ERROR(writable(context, variable.get(), &tensor));
+      if (spans_.empty()) {
+        TF_RETURN_IF_ERROR(writable(context, variable.get(), &tensor));
+      } else {
+        tensor = variable->tensor();
+        TF_RETURN_IF_ERROR(unshared(context, tensor));
+      }
       Source target;
       TF_RETURN_IF_ERROR(target.add(*tensor));
       if (anchor) TF_RETURN_IF_ERROR(target.subtract(*anchor, at));
-      const int64_t count = tensor->NumElements();
+      const int64_t count = tensor->NumElements(), whole[2] = {at, at + count};
       if (at + count > mean.NumElements()) return InvalidArgument("more variables than means");
-      TF_RETURN_IF_ERROR(check(pq_apply(mean.flat<float>().data() + at, 0, count, target.get()), "apply"));
+      const int64_t* spans = spans_.empty() ? whole : spans_.data();
+      for (size_t k = 0; k < std::max<size_t>(2, spans_.size()); k += 2) {
+        const int64_t begin = std::max(spans[k], at), n = std::min(spans[k + 1], at + count) - begin;
+        if (n > 0) TF_RETURN_IF_ERROR(check(pq_apply(mean.flat<float>().data() + begin, begin - at, n, target.get()), "apply"));
+      }
       at += count;
     }
     if (at != mean.NumElements()) return InvalidArgument("fewer variables than means");
@@ -546,6 +712,7 @@ class CommitOp : public OpKernel {
 
   int num_anchors_ = 0;
   bool add_ = false;
+  std::vector<int64_t> spans_;
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdCommit").Device(DEVICE_CPU), CommitOp);
 

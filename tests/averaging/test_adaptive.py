@@ -1,0 +1,142 @@
+"""A period that follows how far the replicas drift apart: alike on all ranks, whatever they see by themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pqasgd_horovod import codecs, native
+from pqasgd_horovod.averaging import (
+    AdaptivePeriod,
+    ExchangeConfig,
+    PeriodicAverager,
+    PeriodicAveraging,
+    SlowMo,
+)
+from pqasgd_horovod.averaging.schedule import Observed, schedule_from_config
+from pqasgd_horovod.errors import ArgumentError, DesynchronizedError
+from pqasgd_horovod.exchange.carriers.threads import run_ranks
+
+from .arrays import make_views
+
+SHAPES = {"w": (5000, "float32"), "b": (7, "float32"), "h": (2000, "float16"), "d": (2500, "float64")}
+SCHEDULE = AdaptivePeriod(first=2, last=6, calibration_steps=6)
+
+
+def run(carrier, spread, steps, schedule=SCHEDULE, learning_rate=lambda step: 0.1, stop=None, **options):
+    """Train on noise of standard deviation ``spread(step, rank)``; return at which steps an average came, and more."""
+
+    def make():
+        averaging = PeriodicAveraging(schedule, **options)
+        return PeriodicAverager(carrier, averaging, ExchangeConfig(codecs.eden(bits=4)), name="t")
+
+    averager = make()
+    views = make_views(SHAPES, seed=1)
+    averager.prepare(views)
+    averages, distances = [], []
+    for step in range(steps):
+        for view in views:
+            noise = np.random.default_rng([carrier.rank, step, view.numel]).standard_normal(view.numel)
+            view.array += (spread(step, carrier.rank) * noise).astype(view.array.dtype)
+        local = [view.array.astype(np.float64) for view in views]
+        before = averager.rounds
+        averager.count_step(learning_rate(step))
+        if averager.rounds > before:
+            averages.append(step + 1)
+            distances.append((local, averager._pace.distance))
+        if step == stop:
+            averager.flush()
+            state = averager.state_dict()
+            averager = make()
+            averager.load_state_dict(state)
+            averager.prepare(views)
+        elif stop is not None and step == -stop:
+            averager.flush()
+    return averages, distances, [view.array for view in views]
+
+
+def test_the_period_grows_where_replicas_stay_close_and_shrinks_where_they_part():
+    def spread(step, rank):
+        return 0.01 if step < 8 or step >= 40 else 0.0005
+
+    results = run_ranks(3, lambda carrier: run(carrier, spread, 80)[0])
+    assert results[0] == results[1] == results[2]
+    periods = np.diff([0, *results[0]]).tolist()
+    assert periods[:3] == [2, 2, 2]
+    assert max(periods) > 3  # close
+    assert min(periods[periods.index(max(periods)) :]) < max(periods)  # far again
+
+
+def test_ranks_that_see_different_drift_agree_all_the_same():
+    """Each rank by itself would choose another period."""
+
+    def spread(step, rank):
+        return 0.01 * (1 + rank) if step < 8 else 0.01 / (1 + 10 * rank)
+
+    results = run_ranks(3, lambda carrier: run(carrier, spread, 60)[:2])
+    assert results[0][0] == results[1][0] == results[2][0]
+    assert len({distances[-1][1] for _, distances in results}) == 3
+
+
+@pytest.mark.parametrize("outer", [None, SlowMo(0.5)], ids=["replace", "slowmo"])
+def test_the_distance_is_that_of_the_replica_from_the_mean(outer):
+    options = {} if outer is None else {"outer": outer}
+    results = run_ranks(2, lambda carrier: run(carrier, lambda step, rank: 0.01, 2, **options)[1])
+    replicas = [np.concatenate(distances[0][0]) for distances in results]
+    for replica, distances in zip(replicas, results, strict=True):
+        away = replica - np.mean(replicas, axis=0)
+        assert distances[0][1] == pytest.approx(away @ away, rel=0.05)  # the mean is coded
+
+
+def test_a_learning_rate_of_one_rank_is_an_error_on_all():
+    def program(carrier):
+        with pytest.raises(DesynchronizedError, match=r"0\.1 on rank 0.*0\.2 on rank 1|rank 0.*0\.1.*rank 1.*0\.2"):
+            run(carrier, lambda step, rank: 0.01, 2, learning_rate=lambda step: 0.1 * (1 + carrier.rank))
+
+    run_ranks(2, program)
+
+
+def test_it_resumes_bit_exactly():
+    def spread(step, rank):
+        return 0.01 if step < 8 else 0.002
+
+    whole = run_ranks(2, lambda carrier: run(carrier, spread, 30, stop=-14)[0::2])
+    resumed = run_ranks(2, lambda carrier: run(carrier, spread, 30, stop=14)[0::2])
+    for (steps, arrays), (resumed_steps, resumed_arrays) in zip(whole, resumed, strict=True):
+        assert steps == resumed_steps
+        for array, other in zip(arrays, resumed_arrays, strict=True):
+            assert array.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_core_adds_up_in_one_order(threads):
+    values = np.random.default_rng(1).standard_normal((2, 1_000_003)).astype(np.float32)
+    source = native.Source.from_arrays([values[0]])
+    expected = np.sum((values[0].astype(np.float64) - values[1]) ** 2)
+    found = set()
+    before = native.get_num_threads()
+    for isa in native.available_isas():
+        native.force_isa(isa)
+        native.set_num_threads(threads)
+        found.add(native.distance(source, 0, values[1]))
+    native.force_isa(None)
+    native.set_num_threads(before)
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(expected, rel=1e-12)
+
+
+def test_before_there_is_a_distance_nothing_changes():
+    seen = Observed(steps=50, has_dropped=False, learning_rate=0.1, drift=-1.0, period=3, memory=(0.0, 0.0))
+    assert SCHEDULE.advance(seen) == (3, (0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"first": 0}, {"first": 5, "last": 4}, {"calibration_steps": 0}, {"low": 1.5}, {"high": 0.5}]
+)
+def test_arguments_are_checked(wrong):
+    with pytest.raises(ArgumentError, match=list(wrong)[-1]):
+        AdaptivePeriod(**wrong)
+
+
+def test_it_round_trips_through_its_configuration():
+    assert schedule_from_config(SCHEDULE.config()) == SCHEDULE
