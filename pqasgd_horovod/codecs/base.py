@@ -83,7 +83,10 @@ class Blocks(NamedTuple):
 
 
 class EncodedBlocks(NamedTuple):
-    """Blocks of one size, encoded: code bytes (blocks, code_nbytes), scales (blocks,), and if all was in range."""
+    """Blocks of one size, encoded: code bytes (blocks, code_nbytes), scales, and if all was in range.
+
+    Scales are (blocks,) where a block has one, (blocks, scales_per_block) where it has more, None where it has none.
+    """
 
     codes: UINT8
     scales: FLOAT32 | None = None
@@ -101,8 +104,6 @@ class Codec(abc.ABC):
 
     id: ClassVar[str]
     """The name in configurations and in :data:`registry`."""
-    has_scale: ClassVar[bool] = True
-    """True if the payload starts with one float32 for each block."""
     commutes_with_sum: ClassVar[bool] = False
     """True if a sum of encoded vectors is a sensible code of the sum, in a dtype that Horovod's allreduce adds."""
     lossless: ClassVar[bool] = False
@@ -117,6 +118,11 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def block_size(self) -> int:
         """Elements that share a scale: the literature's bucket."""
+
+    @property
+    def scales_per_block(self) -> int:
+        """How many float32 numbers >= 0 of each block the payload starts with."""
+        return 1
 
     @property
     @abc.abstractmethod
@@ -159,6 +165,8 @@ class Codec(abc.ABC):
     ) -> tuple[FLOAT32, FLOAT32]:
         """Decode blocks to ``x`` (blocks, elements) and ``step`` (blocks,); the numbers are their products.
 
+        ``scales`` has the shape that :class:`EncodedBlocks` gives it.
+
         Raises WireFormatError for a code that no encoder writes.
         """
 
@@ -174,9 +182,9 @@ class Codec(abc.ABC):
         260
         """
         full, rest = divmod(check_count(num_elements), self.block_size)
-        scale = SCALE_NBYTES if self.has_scale else 0
-        nbytes = full * (scale + self.code_nbytes(self.block_size))
-        return nbytes + scale + self.code_nbytes(rest) if rest else nbytes
+        scales = SCALE_NBYTES * self.scales_per_block
+        nbytes = full * (scales + self.code_nbytes(self.block_size))
+        return nbytes + scales + self.code_nbytes(rest) if rest else nbytes
 
     def payload_bits_per_element(self, num_elements: int) -> float:
         """Return bits on the wire for each number, scales and padding included; 0 for an empty vector.
@@ -337,7 +345,7 @@ class Codec(abc.ABC):
             if not encoded.in_range:
                 raise self.non_finite_error(values, anchor)
             if encoded.scales is not None:
-                all_scales.append(encoded.scales.astype(_SCALE_DTYPE))
+                all_scales.append(encoded.scales.astype(_SCALE_DTYPE).reshape(-1))
             all_codes.append(encoded.codes.reshape(-1))
         return np.concatenate([np.concatenate(all_scales).view(np.uint8), *all_codes])
 
@@ -367,20 +375,22 @@ class Codec(abc.ABC):
         weight32 = self._check_decode(payload, destination, weight)
         key = check_key(key)
         parts = list(self.split(destination.size))
-        num_scales = sum(len(part.indices) for part in parts) if self.has_scale else 0
+        num_scales = self.scales_per_block * sum(len(part.indices) for part in parts)
         all_scales = payload[: SCALE_NBYTES * num_scales].view(_SCALE_DTYPE).astype(np.float32)
         refused = np.flatnonzero(~((all_scales >= 0) & (all_scales < np.inf)))
         if refused.size:
-            block = int(refused[0])
+            first = int(refused[0])
             raise WireFormatError(
-                f"payload of {self}: the scale of block {block} is {all_scales[block]}, not a finite number >= 0"
+                f"payload of {self}: a scale of block {first // self.scales_per_block} is {all_scales[first]}, "
+                "not a finite number >= 0"
             )
+        by_block = all_scales.reshape(-1, self.scales_per_block) if self.scales_per_block > 1 else all_scales
         at = SCALE_NBYTES * num_scales
         for part in parts:
             nbytes = self.code_nbytes(part.elements)
             codes = payload[at : at + len(part.indices) * nbytes].reshape(-1, nbytes)
             at += codes.size
-            scales = all_scales[part.indices] if self.has_scale else None
+            scales = by_block[part.indices] if self.scales_per_block else None
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 x, step = self.decode_blocks(scales, codes, part.elements, key, part.indices)
                 destination[part.start : part.stop] += (x * (step * weight32)[:, None]).reshape(-1)
@@ -396,7 +406,7 @@ class Codec(abc.ABC):
             )
         else:
             largest = float(np.max(np.abs(subtract_anchor(values, anchor))))
-            what = f"the largest magnitude is {largest:g}, so that codes or sums of squares overflow"
+            what = f"the largest magnitude is {largest:g}, so that codes or sums overflow"
         return NonFiniteError(
             f"{self} cannot encode values: {what}. Look for a diverging loss, or lower the learning rate"
         )

@@ -20,7 +20,7 @@ class Cast(Codec):
     Numbers are rounded to the nearest, ties to even. Decoding adds to zero, so that -0.0 comes back as 0.0.
     """
 
-    has_scale = False
+    scales_per_block = 0
     block_size = _BLOCK_SIZE
     unbiased = False
     contractive = True

@@ -97,8 +97,8 @@ def test_payload_size(codec):
     assert codec.payload_nbytes(0) == 0
     assert codec.payload_bits_per_element(0) == 0
     nominal = np.log2(243) / 5 if codec.id == "terngrad" else codec.bits
-    scale = 32 / codec.block_size if codec.has_scale else 0
-    assert nominal + scale <= codec.payload_bits_per_element(1 << 24) <= nominal + scale + 0.05
+    scales = 32 * codec.scales_per_block / codec.block_size
+    assert nominal + scales <= codec.payload_bits_per_element(1 << 24) <= nominal + scales + 0.05
 
 
 @every_codec

@@ -12,7 +12,7 @@ from .cases import ALL_CODECS, NATIVE_SINGLE, REFERENCE, decoded, name, outcome
 
 KEY = 99
 every_codec = pytest.mark.parametrize("codec", ALL_CODECS, ids=name)
-with_scale = pytest.mark.parametrize("codec", [codec for codec in ALL_CODECS if codec.has_scale], ids=name)
+with_scale = pytest.mark.parametrize("codec", [codec for codec in ALL_CODECS if codec.scales_per_block], ids=name)
 every_implementation = pytest.mark.parametrize("implementation", [REFERENCE, *NATIVE_SINGLE], ids=str)
 
 
@@ -39,14 +39,16 @@ def test_wrong_lengths(codec, implementation):
 @every_implementation
 def test_bad_scales(codec, implementation):
     size = 3 * codec.block_size - 5
-    for block in range(3):
+    num_scales = 3 * codec.scales_per_block
+    for i in range(num_scales):
         for bad in (-1.0, -1e-45, np.nan, np.inf, -np.inf):
             payload = payload_of(codec, size)
-            payload[: 4 * 3].view("<f4")[block] = bad
-            with pytest.raises(WireFormatError, match="scale"):
+            payload[: 4 * num_scales].view("<f4")[i] = bad
+            message = f"scale of block {i // codec.scales_per_block} is" if implementation is REFERENCE else "scale"
+            with pytest.raises(WireFormatError, match=message):
                 implementation.decode(codec, payload, size, KEY)
         payload = payload_of(codec, size)
-        payload[: 4 * 3].view("<f4")[block] = -0.0
+        payload[: 4 * num_scales].view("<f4")[i] = -0.0
         implementation.decode(codec, payload, size, KEY)
 
 
@@ -95,4 +97,4 @@ def test_corrupted_bytes_get_the_same_verdict_everywhere(codec):
         for implementation in NATIVE_SINGLE:
             got = outcome(decoded, implementation, codec, payload, size, KEY)
             assert got == expected, (trial, str(implementation))
-    assert (refused > 0) == codec.has_scale
+    assert (refused > 0) == (codec.scales_per_block > 0)

@@ -99,6 +99,7 @@ bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
   p.count = count;
   const int bits = codec->bits, size = codec->block_size;
   int64_t last_nbytes = 0;
+  p.scales_per_block = 1;
   const bool uniform_size = size >= 64 && size <= kMaxBlock && size % 64 == 0;
   auto layout = [&](auto nbytes) {
     p.num_blocks = (count + p.codec.block_size - 1) / p.codec.block_size;
@@ -110,6 +111,7 @@ bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
     case PQ_FP16:
     case PQ_BF16: {
       if (size != kCastBlock) return false;
+      p.scales_per_block = 0;
       const int64_t width = codec->kind == PQ_NONE ? 4 : 2;
       layout([&](int64_t n) { return n * width; });
       break;
@@ -130,7 +132,7 @@ bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
     default: return false;
   }
   if (p.num_blocks > int64_t{UINT32_MAX}) return false;  // the block index is half of the random counter
-  p.scales_nbytes = codec->kind >= PQ_MAXSCALE ? 4 * p.num_blocks : 0;
+  p.scales_nbytes = 4 * p.scales_per_block * p.num_blocks;
   p.payload_nbytes = p.scales_nbytes + (p.num_blocks ? (p.num_blocks - 1) * p.block_nbytes + last_nbytes : 0);
   *plan = p;
   return true;

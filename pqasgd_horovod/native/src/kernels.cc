@@ -152,7 +152,7 @@ float sum_of_squares(const float* v, int64_t padded) {
   return sum.fold();
 }
 
-// Each codec's block functions share this shape: encode_block(v, n, padded, ..) -> finite, codes and scale;
+// Each codec's block functions share this shape: encode_block(v, n, padded, ..) -> finite, codes and the block's scales;
 // decode_block adds n decoded numbers.
 
 struct Uniform {
@@ -185,8 +185,8 @@ struct Uniform {
     return true;
   }
 
-  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, float scale, float weight,
-                              float* destination) {
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, const float* scale,
+                              float weight, float* destination) {
     const bool ternary = plan.codec.kind == PQ_TERNGRAD;
     const int bits = ternary ? 2 : plan.codec.bits;
     const int32_t s = (1 << (bits - 1)) - 1;
@@ -199,7 +199,7 @@ struct Uniform {
       for (int64_t i = 0; i < n; ++i) top = top > codes[i] ? top : codes[i];
       if (top > 2 * s) return PQ_BAD_CODE;
     }
-    const float gw = scale / (float)s * weight;
+    const float gw = *scale / (float)s * weight;
     int64_t i = 0;
     for (; i + W <= n; i += W) {
       const vf x = to_float(load_bytes(codes + i) - s);
@@ -442,7 +442,7 @@ struct Eden {
     return true;
   }
 
-  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t key, uint32_t block, float scale,
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t key, uint32_t block, const float* scale,
                               float weight, float* destination) {
     const int bits_ = plan.codec.bits;
     const int64_t P = eden_padded(n, plan.codec.block_size);
@@ -458,7 +458,7 @@ struct Eden {
         hadamard(u, P, [&](int64_t i) { return dequantize<decltype(b)::value>(table, load_bytes(codes + i)); });
       });
     }
-    const float gw = scale * weight;
+    const float gw = *scale * weight;
     Signs signs{{}, key, block};
     int64_t i = 0;
     for (; i + W <= n; i += W) {
@@ -529,7 +529,7 @@ struct Cast {
     }
   }
 
-  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, float, float weight,
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, const float*, float weight,
                               float* destination) {
     const int kind = plan.codec.kind, width = kind == PQ_NONE ? 4 : 2;
     int64_t i = 0;
@@ -550,13 +550,14 @@ bool encode_blocks(const Plan& plan, const pq_source& source, int64_t start, uin
     const int64_t n = plan.block_elements(block), padded = Codec::padded(plan, n), at = start + block * plan.codec.block_size;
     const float* v = load_block(source, at, n, padded, scratch);
     uint8_t* codes = payload + plan.scales_nbytes + block * plan.block_nbytes;
-    float scale = 0.0f;
-    finite = Codec::encode_block(plan, v, n, padded, key, (uint32_t)block, &scale, codes);
-    if (plan.scales_nbytes) std::memcpy(payload + 4 * block, &scale, 4);
+    float scales[kMaxScales];
+    finite = Codec::encode_block(plan, v, n, padded, key, (uint32_t)block, scales, codes);
+    const int64_t scales_nbytes = 4 * plan.scales_per_block;
+    if (finite) std::memcpy(payload + block * scales_nbytes, scales, (size_t)scales_nbytes);
     if (source.next_residual && finite) {  // the block and its codes are in the first cache
       float* rest = source.next_residual + at;
       std::fill(rest, rest + n, 0.0f);
-      Codec::decode_block(plan, codes, n, key, (uint32_t)block, scale, 1.0f, rest);
+      Codec::decode_block(plan, codes, n, key, (uint32_t)block, scales, 1.0f, rest);
       for (int64_t i = 0; i < n; ++i) rest[i] = v[i] - rest[i];
     }
   }
@@ -566,14 +567,14 @@ bool encode_blocks(const Plan& plan, const pq_source& source, int64_t start, uin
 template <class Codec>
 PQ_INLINE int32_t decode_one(const Plan& plan, const uint8_t* payload, uint64_t key, float weight, int64_t block, int64_t n,
                              float* destination) {
-  float scale = 0.0f;
-  if (plan.scales_nbytes) {
-    std::memcpy(&scale, payload + 4 * block, 4);
-    if (!(scale >= 0.0f && scale < INFINITY)) return PQ_BAD_SCALE;
+  float scales[kMaxScales];
+  for (int k = 0; k < plan.scales_per_block; ++k) {
+    std::memcpy(scales + k, payload + 4 * (block * plan.scales_per_block + k), 4);
+    if (!(scales[k] >= 0.0f && scales[k] < INFINITY)) return PQ_BAD_SCALE;
   }
   const uint8_t* const codes = payload + plan.scales_nbytes + block * plan.block_nbytes;
   prefetch(codes + plan.block_nbytes, plan.block_nbytes);
-  return Codec::decode_block(plan, codes, n, key, (uint32_t)block, scale, weight, destination);
+  return Codec::decode_block(plan, codes, n, key, (uint32_t)block, scales, weight, destination);
 }
 
 template <class Codec>

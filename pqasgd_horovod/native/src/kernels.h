@@ -8,13 +8,15 @@ namespace pqasgd {
 
 constexpr int kMaxBlock = 8192;
 constexpr int kCastBlock = 1024;
+constexpr int kMaxScales = 2;  // of a block
 
 // A codec with its block layout worked out; block sizes are checked before a Plan is made.
 struct Plan {
   pq_codec codec;
   int64_t count;           // elements
   int64_t num_blocks;
-  int64_t scales_nbytes;   // 4 * num_blocks, or 0
+  int32_t scales_per_block;
+  int64_t scales_nbytes;   // of all blocks
   int64_t block_nbytes;    // code bytes of a full block
   int64_t payload_nbytes;
 
