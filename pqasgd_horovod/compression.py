@@ -98,6 +98,16 @@ class CompressionMethods(Generic[Made]):
         """Randomly rotated blocks on the Lloyd-Max levels of the normal law; see ``codecs.eden``."""
         return cls._compressor(codecs.eden(bits=bits, block_size=block_size, rounding=rounding))
 
+    @classmethod
+    def onebit(cls, block_size: int = 1024) -> Made:
+        """The sign, and a mean of the numbers of each sign in a block (1-bit SGD); see ``codecs.onebit``."""
+        return cls._compressor(codecs.onebit(block_size=block_size))
+
+    @classmethod
+    def natural(cls) -> Made:
+        """Stochastic rounding to a power of two (natural compression); see ``codecs.natural``."""
+        return cls._compressor(codecs.natural())
+
 
 def codec_of(compression: Any, argument: str, methods: type[CompressionMethods[Any]]) -> Codec | None:
     """Return the codec that a ``compression=`` stands for; None for a compressor of the user's own.

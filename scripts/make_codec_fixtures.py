@@ -41,6 +41,8 @@ CODECS = [
     *(codecs.eden(bits=bits, rounding="stochastic") for bits in range(1, 9)),
     codecs.eden(bits=3, block_size=64),
     codecs.maxscale(bits=3, block_size=192),
+    codecs.natural(),
+    codecs.onebit(),
 ]
 
 

@@ -40,6 +40,8 @@ def all_codecs() -> st.SearchStrategy[codecs.Codec]:
             block_size=st.sampled_from([64, 128, 256, 512, 1024, 2048, 4096, 8192]),
             rounding=st.sampled_from(["nearest", "stochastic"]),
         ),
+        st.builds(codecs.natural),
+        st.builds(codecs.onebit, block_size=uniform_block),
     )
 
 

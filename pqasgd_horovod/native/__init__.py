@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, NativeLibraryError, WireFormatError
 
 KIND_NONE, KIND_FP16, KIND_BF16, KIND_MAXSCALE, KIND_QSGD, KIND_TERNGRAD, KIND_EDEN = range(7)
+KIND_NATURAL, KIND_ONEBIT = 8, 12
 FLAG_STOCHASTIC = 1
 DTYPE_F32, DTYPE_F64, DTYPE_F16, DTYPE_BF16 = range(4)
 MAX_BLOCK_SIZE = 8192
 CAST_BLOCK_SIZE = 1024
 ISAS = ("avx512", "avx2", "neon", "plain")
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _NONFINITE, _BAD_ARGUMENT, _BAD_LENGTH, _BAD_SCALE, _BAD_CODE = 1, -1, -2, -3, -4
 _NUMPY_DTYPES = {np.dtype(np.float32): DTYPE_F32, np.dtype(np.float64): DTYPE_F64, np.dtype(np.float16): DTYPE_F16}
 ITEMSIZE = {DTYPE_F32: 4, DTYPE_F64: 8, DTYPE_F16: 2, DTYPE_BF16: 2}

@@ -24,6 +24,8 @@ CONFIGURATIONS: dict[str, list[codecs.Codec]] = {
         codecs.eden(bits=3, block_size=8192),
         codecs.eden(bits=7, block_size=128),
     ],
+    "natural": [codecs.natural()],
+    "onebit": [codecs.onebit(), codecs.onebit(block_size=192)],
 }
 """For every registered codec the configurations that the suites run; an id that is not here fails a test."""
 

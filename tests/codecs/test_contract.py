@@ -41,6 +41,10 @@ def error_bound(codec: codecs.Codec, block: np.ndarray) -> float:
         return {"none": 0.0, "bf16": 2.0**-8}[codec.id] * norm
     if codec.id == "fp16":
         return 2.0**-11 * norm + 2.0**-25 * np.sqrt(block.size)  # relative, and half of the smallest subnormal
+    if codec.id == "natural":
+        return norm
+    if codec.id == "onebit":
+        return norm * 1.0001
     if codec.id == "eden":
         padded = max(64, 2 ** int(np.ceil(np.log2(block.size))))
         relative = 3.5 / 2**codec.bits if codec.rounding == "nearest" else 2 * np.sqrt(padded) / (2**codec.bits - 1)
@@ -83,7 +87,8 @@ def test_different_configurations_are_not_equal():
 def test_facts(codec):
     assert codec.lossless == (codec.id == "none")
     assert codec.commutes_with_sum == (codec.id in ("none", "fp16"))
-    rounds_at_random = codec.id in ("maxscale", "qsgd", "terngrad") or codec.config().get("rounding") == "stochastic"
+    rounds_at_random = codec.id in ("maxscale", "qsgd", "terngrad", "natural")
+    rounds_at_random |= codec.config().get("rounding") == "stochastic"
     assert codec.unbiased == (codec.id == "none" or rounds_at_random)
 
 
@@ -238,6 +243,8 @@ def test_tiny_and_huge_numbers(codec):
         (codecs.terngrad(), 0x7F000000),
         (codecs.qsgd(), 0x5F7FFFFF),  # the number before 2^64: its square is below 2^128
         (codecs.eden(), 0x5CFFFFFF),  # before 2^59: likewise 1024 times its square
+        (codecs.natural(), 0x7F000000),
+        (codecs.onebit(), 0x7F7FFFFF),
     ],
     ids=lambda value: value.id if isinstance(value, codecs.Codec) else hex(value),
 )
@@ -283,7 +290,7 @@ def test_key_decides_the_bytes(codec, implementation):
     values = numbers(900)
     first = implementation.encode(codec, values, KEY).tobytes()
     assert implementation.encode(codec, values, KEY).tobytes() == first
-    depends_on_key = codec.id not in ("none", "fp16", "bf16")
+    depends_on_key = codec.id not in ("none", "fp16", "bf16", "onebit")
     for other in (KEY ^ 1, KEY ^ 1 << 63, keys.derive_key(1, 3, 3, 4, 0)):
         assert (implementation.encode(codec, values, other).tobytes() != first) == depends_on_key
 

@@ -107,7 +107,8 @@ def worst_error(codec: codecs.Codec) -> tuple[float, str]:
 def test_contractive_codecs_contract_whatever_they_are_given(codec):
     error, what = worst_error(codec)
     if codec.contractive:
-        assert error < 0.99, what
+        # A sign for each number leaves 1 - 1/d where one of d numbers holds the norm.
+        assert error < (1 - 0.9 / codec.block_size if codec.bits == 1 else 0.99), what
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ NAMES = [
     "terngrad-512",
     *(f"eden-{bits}-1024-{rounding}" for bits in range(1, 9) for rounding in ("nearest", "stochastic")),
     "eden-3-64-nearest",
+    "natural",
+    "onebit-1024",
 ]
 
 

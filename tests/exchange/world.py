@@ -30,6 +30,8 @@ CODECS = {
     "eden1": codecs.eden(bits=1, block_size=128),
     "eden4": codecs.eden(bits=4, block_size=128),
     "eden3-stochastic": codecs.eden(bits=3, block_size=64, rounding="stochastic"),
+    "natural": codecs.natural(),
+    "onebit": codecs.onebit(block_size=128),
 }
 # Carriers do not look into payloads: under mpirun a few codecs stand for all.
 MPI_CODECS = {name: CODECS[name] for name in ("none", "maxscale4", "eden4")}

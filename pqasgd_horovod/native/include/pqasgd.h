@@ -12,10 +12,10 @@
 extern "C" {
 #endif
 
-#define PQ_ABI_VERSION 3
+#define PQ_ABI_VERSION 4
 #define PQ_EXPORT __attribute__((visibility("default")))
 
-enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN };
+enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN, PQ_NATURAL = 8, PQ_ONEBIT = 12 };
 enum pq_flag { PQ_STOCHASTIC = 1 };
 enum pq_dtype { PQ_F32, PQ_F64, PQ_F16, PQ_BF16_BITS };
 enum pq_status {

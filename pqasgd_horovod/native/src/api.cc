@@ -129,6 +129,16 @@ bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
       if (bits < 1 || bits > 8 || !uniform_size || (size & (size - 1))) return false;
       layout([&](int64_t n) { return eden_padded(n, size) * bits / 8; });
       break;
+    case PQ_NATURAL:
+      if (size != kCastBlock) return false;
+      p.scales_per_block = 0;
+      layout([&](int64_t n) { return (n + 7) / 8 + n; });
+      break;
+    case PQ_ONEBIT:
+      if (!uniform_size) return false;
+      p.scales_per_block = 2;
+      layout([&](int64_t n) { return (n + 7) / 8; });
+      break;
     default: return false;
   }
   if (p.num_blocks > int64_t{UINT32_MAX}) return false;  // the block index is half of the random counter

@@ -474,6 +474,113 @@ struct Eden {
   }
 };
 
+// ---- one bit for each number, and what else there may be ----
+
+// word(i) gives the bits of v[i, i + 64); those past n are 0. A block ahead is asked for: the arithmetic waits for memory only.
+template <class F>
+PQ_INLINE void store_words(const float* v, int64_t n, uint8_t* out, F word) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    prefetch(v + i + 1024, 256);
+    const uint64_t w = word(i);
+    std::memcpy(out + i / 8, &w, 8);
+  }
+  if (i < n) {
+    const uint64_t w = word(i);
+    std::memcpy(out + i / 8, &w, (size_t)(n - i + 7) / 8);
+  }
+}
+
+// destination[i] += number(i, bit), with vector(i, bits) giving the numbers of W elements at once.
+template <class Vector, class Number>
+PQ_INLINE void add_by_bits(const uint8_t* in, int64_t n, float* destination, Vector vector, Number number) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    uint64_t word;
+    std::memcpy(&word, in + i / 8, 8);
+    for (int k = 0; k < 4 * H; ++k) add_to(destination + i + k * W, vector(i + k * W, (uint32_t)(word >> (k * W))));
+  }
+  for (; i < n; ++i) destination[i] = destination[i] + number(i, (in[i / 8] >> (i % 8) & 1) != 0);
+}
+
+struct OneBit {
+  static int64_t padded(const Plan&, int64_t n) { return round_up(n, 64); }
+
+  static bool encode_block(const Plan&, const float* v, int64_t n, int64_t, uint64_t, uint32_t, float* scales, uint8_t* out) {
+    Sum64 above, below;
+    int64_t num_below = 0;
+    store_words(v, n, out, [&](int64_t i) {
+      uint64_t word = 0;
+      for (int k = 0; k < Sum64::N; ++k) {
+        const vf x = load<vf>(v + i + k * W);
+        const vi negative = (vi)(x < vf{});
+        above.lane[k] = above.lane[k] + from_bits(bits(x) & ~negative);
+        below.lane[k] = below.lane[k] + from_bits(bits(x) & negative & 0x7fffffff);
+        word |= (uint64_t)sign_bits(negative) << (k * W);
+      }
+      num_below += __builtin_popcountll(word);
+      return word;
+    });
+    scales[0] = above.fold() / (float)std::max<int64_t>(1, n - num_below);
+    scales[1] = below.fold() / (float)std::max<int64_t>(1, num_below);
+    return scales[0] < INFINITY && scales[1] < INFINITY;  // a NaN is above
+  }
+
+  static int32_t decode_block(const Plan&, const uint8_t* in, int64_t n, uint64_t, uint32_t, const float* scales, float weight,
+                              float* destination) {
+    const float above = scales[0] * weight, below = -scales[1] * weight;
+    add_by_bits(
+        in, n, destination, [&](int64_t, uint32_t bits) { return choose(bits, above, below); },
+        [&](int64_t, bool bit) { return bit ? below : above; });
+    return PQ_OK;
+  }
+};
+
+struct Natural {
+  static int64_t padded(const Plan&, int64_t n) { return round_up(n, 64); }
+
+  static bool encode_block(const Plan&, const float* v, int64_t n, int64_t, uint64_t key, uint32_t block, float*, uint8_t* out) {
+    alignas(64) uint8_t codes[kCastBlock];
+    vi tops{};
+    store_words(v, n, out, [&](int64_t i) {
+      vi u[4 * H];
+      uniform16(key, (uint32_t)(i / 64), block, u);
+      uint64_t word = 0;
+      for (int k = 0; k < 4 * H; ++k) {
+        const vi x = load<vi>(v + i + k * W), magnitude = x & 0x7fffffff;
+        tops = max(tops, magnitude);
+        store_bytes(codes + i + k * W, ((vi)((vu)(magnitude + 64) >> 7) + u[k]) >> 16);
+        word |= (uint64_t)sign_bits(x) << (k * W);
+      }
+      return word;
+    });
+    std::memcpy(out + (n + 7) / 8, codes, (size_t)n);
+    int32_t top = 0;
+    for (int k = 0; k < W; ++k) top = std::max(top, tops[k]);
+    return top <= 0x7f000000;
+  }
+
+  static int32_t decode_block(const Plan&, const uint8_t* in, int64_t n, uint64_t, uint32_t, const float*, float weight,
+                              float* destination) {
+    const uint8_t* codes = in + (n + 7) / 8;
+    uint8_t top = 0;
+    for (int64_t i = 0; i < n; ++i) top = top > codes[i] ? top : codes[i];
+    if (top == 255) return PQ_BAD_CODE;
+    add_by_bits(
+        in, n, destination,
+        [&](int64_t i, uint32_t bits) {
+          return from_bits(load_bytes(codes + i) << 23 | (vi)choose(bits, 0.0f, -0.0f)) * weight;
+        },
+        [&](int64_t i, bool bit) {
+          const uint32_t word = (uint32_t)codes[i] << 23 | (uint32_t)bit << 31;
+          float x;
+          std::memcpy(&x, &word, 4);
+          return x * weight;
+        });
+    return PQ_OK;
+  }
+};
+
 // ---- casts ----
 
 struct Cast {
@@ -622,6 +729,8 @@ auto with_codec(const Plan& plan, F f) {
     case PQ_QSGD:
     case PQ_TERNGRAD: return f(Uniform{});
     case PQ_EDEN: return f(Eden{});
+    case PQ_NATURAL: return f(Natural{});
+    case PQ_ONEBIT: return f(OneBit{});
     default: return f(Cast{});
   }
 }

@@ -54,6 +54,7 @@ PQ_INLINE vf clamp(vf x, float limit) {
 }
 PQ_INLINE void store_bytes(uint8_t* p, vi x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x)); }
 PQ_INLINE vi load_bytes(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+PQ_INLINE uint32_t sign_bits(vi x) { return _mm512_movepi32_mask((__m512i)x); }
 PQ_INLINE vi count_if_at_least(vi n, vf x, vf threshold) {  // n + (x >= threshold)
   return (vi)_mm512_mask_add_epi32((__m512i)n, _mm512_cmp_ps_mask((__m512)x, (__m512)threshold, _CMP_GE_OQ), (__m512i)n,
                                    _mm512_set1_epi32(1));
@@ -71,6 +72,7 @@ PQ_INLINE void store_bytes(uint8_t* p, vi x) {
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
 }
 PQ_INLINE vi load_bytes(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+PQ_INLINE uint32_t sign_bits(vi x) { return (uint32_t)_mm256_movemask_ps((__m256)x); }
 PQ_INLINE vf gather(const float* table, vi index) { return (vf)_mm256_i32gather_ps(table, (__m256i)index, 4); }
 PQ_INLINE vi gather(const int32_t* table, vi index) { return (vi)_mm256_i32gather_epi32(table, (__m256i)index, 4); }
 PQ_INLINE vi count_if_at_least(vi n, vf x, vf threshold) { return n - (vi)(x >= threshold); }
@@ -91,6 +93,11 @@ PQ_INLINE vi load_bytes(const uint8_t* p) {
   for (int k = 0; k < W; ++k) x[k] = p[k];
   return x;
 }
+PQ_INLINE uint32_t sign_bits(vi x) {
+  uint32_t bits = 0;
+  for (int k = 0; k < W; ++k) bits |= (uint32_t)x[k] >> 31 << k;
+  return bits;
+}
 template <class T>
 PQ_INLINE auto gather(const T* table, vi index) {
   typename std::conditional<std::is_same<T, float>::value, vf, vi>::type x;
@@ -99,6 +106,17 @@ PQ_INLINE auto gather(const T* table, vi index) {
 }
 PQ_INLINE vi count_if_at_least(vi n, vf x, vf threshold) { return n - (vi)(x >= threshold); }
 #endif
+
+// one in the lanes whose bit is 1, zero in the others; bits past the lanes are ignored.
+PQ_INLINE vf choose(uint32_t bits, float zero, float one) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_mask_blend_ps((__mmask16)bits, (__m512)set1(zero), (__m512)set1(one));
+#else
+  vi lane;
+  for (int k = 0; k < W; ++k) lane[k] = 1 << k;
+  return (set1((int32_t)bits) & lane) == lane ? set1(one) : set1(zero);
+#endif
+}
 
 // Tables of up to 2^kRegisterBits numbers are looked up in registers: gathers cost several times that.
 #if defined(__AVX512F__)
