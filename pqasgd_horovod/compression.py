@@ -99,6 +99,11 @@ class CompressionMethods(Generic[Made]):
         return cls._compressor(codecs.eden(bits=bits, block_size=block_size, rounding=rounding))
 
     @classmethod
+    def signsgd(cls, block_size: int = 1024, scaled: bool | None = None, majority_vote: bool = False) -> Made:
+        """Signs, with a mean magnitude for each block, or alone, or as votes (signSGD); see ``codecs.signsgd``."""
+        return cls._compressor(codecs.signsgd(block_size=block_size, scaled=scaled, majority_vote=majority_vote))
+
+    @classmethod
     def onebit(cls, block_size: int = 1024) -> Made:
         """The sign, and a mean of the numbers of each sign in a block (1-bit SGD); see ``codecs.onebit``."""
         return cls._compressor(codecs.onebit(block_size=block_size))

@@ -47,13 +47,15 @@ class Subject(NamedTuple):
 
 
 def all_codecs() -> list[tuple[str, codecs.Codec]]:
-    """Every registered codec at every width, and eden with stochastic rounding."""
+    """Every registered codec at every width, eden with stochastic rounding, and signs without a scale."""
     found: list[tuple[str, codecs.Codec]] = []
     for codec_id, make in codecs.registry.items():
         fields = {field.name for field in dataclasses.fields(make)}
         variants: list[tuple[str, dict[str, Any]]] = [(codec_id, {})]
         if "rounding" in fields:
             variants.append((f"{codec_id}-stochastic", {"rounding": "stochastic"}))
+        if "scaled" in fields:
+            variants.append((f"{codec_id}-unscaled", {"scaled": False}))
         for name, arguments in variants:
             for bits in range(1, 9) if "bits" in fields else (None,):
                 try:
@@ -92,8 +94,10 @@ def model_delta(seed: int = 0, warm_up: int = 100, steps: int = 8) -> Float32:
     return delta
 
 
-def relative_error(codec: codecs.Codec, values: Float32) -> float:
-    """Return q of one draw, |Q(v) - v|^2 / |v|^2."""
+def relative_error(codec: codecs.Codec, values: Float32) -> float | None:
+    """Return q of one draw, |Q(v) - v|^2 / |v|^2; None for a codec that does not keep the size of v."""
+    if not codec.keeps_scale:
+        return None
     decoded = codec.decode(codec.encode(values, key=1), values.size, key=1)
     error = (decoded - values).astype(np.float64)
     return float(error @ error / (values.astype(np.float64) @ values))
@@ -151,10 +155,14 @@ def _show(row: dict[str, Any]) -> list[str]:
     ]
     texts += [
         f"{row['payload_bits_per_element']:.3f}",
-        f"{row['q_gaussian']:.3g}",
+        _show_q(row["q_gaussian"]),
         f"<= {Q_TARGETS[key]}" if key in Q_TARGETS else "",
     ]
-    return [*texts, f"{row['q_laplace']:.3g}", f"{row['q_delta']:.3g}"]
+    return [*texts, _show_q(row["q_laplace"]), _show_q(row["q_delta"])]
+
+
+def _show_q(q: float | None) -> str:
+    return "-" if q is None else f"{q:.3g}"
 
 
 def main() -> None:

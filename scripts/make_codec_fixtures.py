@@ -43,6 +43,8 @@ CODECS = [
     codecs.maxscale(bits=3, block_size=192),
     codecs.natural(),
     codecs.onebit(),
+    codecs.signsgd(),
+    codecs.signsgd(scaled=False),
 ]
 
 

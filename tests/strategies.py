@@ -42,6 +42,8 @@ def all_codecs() -> st.SearchStrategy[codecs.Codec]:
         ),
         st.builds(codecs.natural),
         st.builds(codecs.onebit, block_size=uniform_block),
+        st.builds(codecs.signsgd, block_size=uniform_block, scaled=st.booleans()),
+        st.builds(codecs.signsgd, block_size=uniform_block, majority_vote=st.booleans()),
     )
 
 

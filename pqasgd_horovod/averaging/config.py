@@ -9,9 +9,9 @@ from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import DEFAULT_BUCKET_CAP_BYTES
+from ..exchange.plan import check_method
 from .feedback import Feedback, check_feedback
 
-EXCHANGE_METHODS = ("auto", "allgather", "two_phase")
 NON_FINITE_POLICIES = ("raise", "propagate")
 DEFAULT_SMALL_TENSOR_THRESHOLD = 1024
 
@@ -24,7 +24,7 @@ class ExchangeConfig:
         codec: what bytes stand for the numbers.
         second_codec: the codec of the mean in the two-phase exchange; None: ``codec``. Its noise is not averaged over
             the ranks, so more bits pay.
-        method: ``"allgather"``, ``"two_phase"``, or ``"auto"``: whichever sends fewer bytes.
+        method: ``"allgather"``, ``"two_phase"``, or ``"auto"``: what the codec needs, or whichever sends fewer bytes.
         small_tensor_threshold: tensors of fewer elements travel uncompressed, together in one message. 0: none does.
         bucket_cap_mb: largest bucket, in MiB of float32. Larger: fewer messages; smaller: more overlap of coding and
             sending.
@@ -33,7 +33,8 @@ class ExchangeConfig:
             that bucket becomes NaN on every rank.
         feedback: None, or :class:`~.feedback.Feedback`: what was not sent is added to what is sent next.
 
-    Raises ArgumentError for other values, and for feedback on a codec that is no contraction.
+    Raises ArgumentError for other values, for codecs that are not fit for the method, and for feedback on a codec that
+    is no contraction.
 
     >>> from pqasgd_horovod import codecs
     >>> ExchangeConfig(codecs.eden(bits=2)).method
@@ -50,10 +51,7 @@ class ExchangeConfig:
     feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in EXCHANGE_METHODS:
-            raise ArgumentError(
-                f"exchange is {self.method!r}; it must be one of {', '.join(map(repr, EXCHANGE_METHODS))}"
-            )
+        check_method(self.method, self.codec, self.second_codec, ("exchange", "compression", "second_compression"))
         if self.nonfinite not in NON_FINITE_POLICIES:
             raise ArgumentError(
                 f"nonfinite is {self.nonfinite!r}; it must be one of {', '.join(map(repr, NON_FINITE_POLICIES))}"
@@ -68,6 +66,14 @@ class ExchangeConfig:
         if self.second_codec is not None:
             coded["second_compression"] = self.second_codec
         check_feedback(self.feedback, coded)
+
+    def check_for_parameters(self) -> None:
+        """Raise ArgumentError unless the codec is fit for changes of parameters, and not for gradients only."""
+        if not self.codec.keeps_scale:
+            raise ArgumentError(
+                f"compression is {self.codec}, which decodes to +-1: it is for gradients, period=1 without an outer "
+                "optimizer. For changes of parameters take one with a scale, such as Compression.signsgd()"
+            )
 
     @property
     def bucket_cap_bytes(self) -> int:

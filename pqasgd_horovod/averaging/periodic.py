@@ -36,6 +36,7 @@ class PeriodicAverager:
         name: str,
         check_consistency: bool = False,
     ) -> None:
+        config.check_for_parameters()
         self._carrier = carrier if carrier is not None and carrier.size > 1 else None
         self._averaging = averaging
         self._config = config

@@ -2,8 +2,8 @@
 
 Every codec is a class in :data:`registry`, and here by its id: ``codecs.none()``, ``codecs.fp16()``, ``codecs.bf16()``,
 ``codecs.maxscale(bits=4)``, ``codecs.qsgd(bits=4)``, ``codecs.terngrad()``, ``codecs.eden(bits=4)``,
-``codecs.natural()``, ``codecs.onebit()``. A new codec is a new file in this folder with a class under ``@register``;
-nothing else needs to know of it.
+``codecs.natural()``, ``codecs.signsgd()``, ``codecs.onebit()``. A new codec is a new file in this folder with a class
+under ``@register``; nothing else needs to know of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time these come from 
     from .eden import Eden as eden  # noqa: F401
     from .natural import Natural as natural  # noqa: F401
     from .sign import OneBit as onebit  # noqa: F401
+    from .sign import SignSgd as signsgd  # noqa: F401
     from .uniform import MaxScale as maxscale  # noqa: F401
     from .uniform import Qsgd as qsgd  # noqa: F401
     from .uniform import TernGrad as terngrad  # noqa: F401
@@ -36,7 +37,7 @@ __all__ = ["Codec", "from_config", "quantize", "register", "registry", *sorted(r
 def quantize(bits: int) -> Codec:
     """Return the codec with the least error at ``bits`` bits for each number, 1 to 8, that is right on average.
 
-    Or nearly so: the docstring of ``eden`` has its bias. Signs alone have a smaller error at 1 bit, 0.36 (``onebit``),
+    Or nearly so: the docstring of ``eden`` has its bias. Signs alone have a smaller error at 1 bit, 0.36 (``signsgd``),
     but one that does not average out over ranks and steps.
 
     The error is q = E|Q(v) - v|^2 / |v|^2, here on Gaussian numbers at the default block sizes. eden* rounds at random;

@@ -138,6 +138,16 @@ class Codec(abc.ABC):
         return False
 
     @property
+    def keeps_scale(self) -> bool:
+        """False if what is decoded has a size of its own, whatever was encoded: fit for gradients only."""
+        return True
+
+    @property
+    def exchange_method(self) -> str | None:
+        """The only exchange that this codec is fit for if both phases are coded by it; None: any."""
+        return None
+
+    @property
     def native_flags(self) -> int:
         """Flags for the native core."""
         return 0
@@ -169,6 +179,10 @@ class Codec(abc.ABC):
 
         Raises WireFormatError for a code that no encoder writes.
         """
+
+    def own_part(self, values: FLOAT32) -> FLOAT32:
+        """Return what the numbers of a shard's owner, who does not code them, count as in the two-phase exchange."""
+        return values
 
     def config(self) -> dict[str, Any]:
         """Return the configuration as a dict that JSON can hold; :func:`from_config` takes it back."""

@@ -1,4 +1,4 @@
-r"""One bit for each number, 1 where it is below zero: ``onebit``.
+r"""One bit for each number, 1 where it is below zero: ``signsgd``, ``onebit``.
 
 Biased: what the signs leave out does not average out over ranks or steps. Train with error feedback.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ArgumentError
 from . import packing
 from .base import FLOAT32, UINT8, UINT32, Codec, EncodedBlocks, register, sum64
 from .uniform import check_block_size
@@ -59,6 +60,110 @@ def mean_of(values: FLOAT32, count: NDArray[np.integer]) -> FLOAT32:
     """Return the sum of each block over ``count`` (blocks,), and 0 where that is 0; both float32."""
     mean: FLOAT32 = sum64(values) / np.maximum(count, 1).astype(np.float32)
     return mean
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SignSgd(Sign):
+    r"""The sign of each number, times the mean magnitude of its block; or the signs alone.
+
+    .. math:: Q(v)_k = \frac{\|v\|_1}{d} \operatorname{sign}(v_k), \qquad
+              \|Q(v) - v\|^2 = \|v\|^2 - \|v\|_1^2 / d
+
+    for blocks of d numbers; sign(0) = 1. ``scaled=False`` leaves the factor out: what is decoded is +-1, for gradients
+    only, with a learning rate that fits. Then take ``small_tensor_threshold=0``, or small tensors move by their mean
+    and all others by 1. Gaussian numbers: q = 0.36.
+
+    One bit for each number, and 32 for each block of ``block_size``, a multiple of 64 from 64 to 8192, if it is scaled.
+    With a scale it is a contraction with :math:`\delta \ge 1/d`, meant for error feedback (EF-signSGD).
+
+    ``majority_vote=True`` is signSGD with majority vote: signs go to the owner of a shard, who counts them, its own
+    too, and sends the sign of their sum to all, which is what is decoded; a tie is +. It makes ``scaled`` False and the
+    exchange the two-phase one. With ``scaled=False`` alone the mean of the signs is what every rank gets. A rank that
+    trains alone codes nothing.
+
+    Raises ArgumentError for other arguments, NonFiniteError from ``encode`` if the magnitudes in a block sum up to more
+    than float32 holds.
+
+    Source: Bernstein, Wang, Azizzadenesheli, Anandkumar, "signSGD: compressed optimisation for non-convex problems",
+    ICML 2018; Bernstein, Zhao, Azizzadenesheli, Anandkumar, "signSGD with majority vote is communication efficient and
+    fault tolerant", ICLR 2019; Karimireddy, Rebjock, Stich, Jaggi, "Error feedback fixes SignSGD and other gradient
+    compression schemes", ICML 2019.
+
+    >>> import numpy as np
+    >>> from pqasgd_horovod import codecs
+    >>> v = np.array([3.0, 0.0, -2.0, 1.0], np.float32)
+    >>> for codec in (codecs.signsgd(), codecs.signsgd(majority_vote=True)):
+    ...     codec.reference_decode(codec.reference_encode(v), 4)
+    array([ 1.5,  1.5, -1.5,  1.5], dtype=float32)
+    array([ 1.,  1., -1.,  1.], dtype=float32)
+    """
+
+    id = "signsgd"
+
+    block_size: int = _BLOCK_SIZE
+    scaled: bool | None = None  # None: unless votes are counted
+    majority_vote: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.majority_vote, bool):
+            raise ArgumentError(f"majority_vote is {self.majority_vote!r}; it must be True or False")
+        if self.scaled is None:
+            object.__setattr__(self, "scaled", not self.majority_vote)
+        if not isinstance(self.scaled, bool):
+            raise ArgumentError(f"scaled is {self.scaled!r}; it must be True or False")
+        if self.scaled and self.majority_vote:
+            raise ArgumentError("scaled is True with majority_vote=True; votes have no scale: leave scaled out")
+
+    @property
+    def scales_per_block(self) -> int:
+        """One if it is scaled."""
+        return 1 if self.scaled else 0
+
+    @property
+    def contractive(self) -> bool:
+        """True with a scale."""
+        return bool(self.scaled)
+
+    @property
+    def keeps_scale(self) -> bool:
+        """True with a scale."""
+        return bool(self.scaled)
+
+    @property
+    def exchange_method(self) -> str | None:
+        """Two-phase for votes; allgather for the mean of signs, which phase two would make a vote of."""
+        if self.scaled:
+            return None
+        return "two_phase" if self.majority_vote else "allgather"
+
+    @property
+    def native_flags(self) -> int:
+        """Whether there is no scale."""
+        from .. import native
+
+        return 0 if self.scaled else native.FLAG_UNSCALED
+
+    def own_part(self, values: FLOAT32) -> FLOAT32:
+        """The signs, unless it is scaled; NaN for what is not finite."""
+        if self.scaled:
+            return values
+        with np.errstate(invalid="ignore"):
+            signs: FLOAT32 = np.where(values < 0, np.float32(-1), np.float32(1)) + (values - values)
+        return signs
+
+    def scales(self, values: FLOAT32, negative: NDArray[np.bool_]) -> tuple[FLOAT32 | None, bool]:
+        """The mean magnitude."""
+        if not self.scaled:
+            return None, True
+        means = mean_of(np.abs(values), np.full(len(values), values.shape[-1]))
+        return means, bool(np.isfinite(means).all())
+
+    def levels(self, scales: FLOAT32 | None, num_blocks: int) -> tuple[FLOAT32, FLOAT32]:
+        """The scale, or 1, for both signs."""
+        both = np.ones(num_blocks, np.float32) if scales is None else scales
+        return both, both
 
 
 @register

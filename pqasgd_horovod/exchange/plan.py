@@ -16,6 +16,11 @@ from .two_phase import TwoPhaseExchange
 from .wire import HEADER_NBYTES
 
 METHODS = ("auto", "allgather", "two_phase")
+_REASONS = {
+    "two_phase": "the owner of a shard counts the votes, and sends the result as a vote",
+    "allgather": "it cannot code the mean of what it decodes to, except as a vote (majority_vote=True)",
+}
+"""Why a codec with that ``exchange_method`` is fit for no other."""
 
 
 def bytes_of_rank(
@@ -50,8 +55,39 @@ def bytes_per_round(method: str, codec: Codec, second_codec: Codec | None, bucke
     return max(bytes_of_rank(method, codec, second_codec, buckets, size, rank)[0] for rank in range(size))
 
 
+def check_method(
+    method: str,
+    codec: Codec,
+    second_codec: Codec | None,
+    names: tuple[str, str, str] = ("method", "codec", "second_codec"),
+) -> None:
+    """Raise ArgumentError unless the codecs are fit for the exchange, and for each other; ``names`` are the arguments'.
+
+    >>> from pqasgd_horovod import codecs
+    >>> check_method("two_phase", codecs.signsgd(scaled=False), codecs.fp16())
+    >>> check_method("allgather", codecs.signsgd(majority_vote=True), None)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    pqasgd_horovod.errors.ArgumentError: method is 'allgather' with codec=SignSgd(...), which is for 'two_phase': ...
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"{names[0]} is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
+    needed = codec.exchange_method
+    if second_codec is None or second_codec == codec:
+        if needed is not None and method not in ("auto", needed):
+            raise ArgumentError(
+                f"{names[0]} is {method!r} with {names[1]}={codec}, which is for {needed!r}: {_REASONS[needed]}"
+            )
+    elif needed == "two_phase" or second_codec.exchange_method is not None:
+        raise ArgumentError(
+            f"{names[2]} is {second_codec} with {names[1]}={codec}; votes are coded alike in both phases: leave "
+            f"{names[2]} out, or take codecs that count no votes and have a scale in phase two"
+        )
+
+
 def choose_exchange(codec: Codec, second_codec: Codec | None, num_elements: int | Sequence[int], size: int) -> str:
-    """Return ``"allgather"`` or ``"two_phase"``, whichever sends less; allgather if equal, as it is less noisy.
+    """Return ``"allgather"`` or ``"two_phase"``: what the codec needs, or whichever sends less.
+
+    If equal it is allgather, as it is less noisy.
 
     ``num_elements`` is that of a bucket, or a sequence with that of each. ``second_codec`` None stands for ``codec``.
 
@@ -61,6 +97,8 @@ def choose_exchange(codec: Codec, second_codec: Codec | None, num_elements: int 
     >>> choose_exchange(codecs.eden(bits=2), codecs.eden(bits=8), 2**20, 3)
     'allgather'
     """
+    if codec.exchange_method is not None and second_codec in (None, codec):
+        return codec.exchange_method
     buckets = [num_elements] if isinstance(num_elements, int) else num_elements
     allgather, two_phase = (
         bytes_per_round(method, codec, second_codec, buckets, size) for method in ("allgather", "two_phase")
@@ -104,8 +142,7 @@ def make_exchange(
     >>> run_ranks(2, program)
     [[0.5, 10.0], [0.5, 10.0]]
     """
-    if method not in METHODS:
-        raise ArgumentError(f"method has to be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    check_method(method, codec, second_codec)
     common: dict[str, Any] = {"name": name, "seed": seed, "digest": digest, "nonfinite": nonfinite}
     if carrier.size == 1:
         return LocalExchange(codec, carrier, buckets, **common)

@@ -3,6 +3,9 @@
 Phase one is an alltoall of codes; the owner adds them up, and its own part **uncoded**. Phase two is an allgather of
 the means, coded again. A rank sends ``(n - 1)/n (b1 + b2) d/8`` bytes, whatever n is.
 
+Signs without a scale, coded as such again, are a majority vote: the owner adds up whole numbers, its own signs too, and
+sends the sign of the sum.
+
 What the second coding does to the noise (derived). Let ``E|Q(v) - v|^2 <= q |v|^2`` in phase one and q2 likewise in
 phase two, ``m`` the mean of the ranks' numbers and ``o`` the owner. Both codings unbiased and independent,
 
@@ -47,6 +50,7 @@ class _Bucket:
 class TwoPhaseExchange(MessageExchange):
     """``mean = Q2(sum over r, in rank order, of (1/n) v'_r)``; ``v'_r = Q(v_r)``, but ``v'_o = v_o`` for the owner o.
 
+    More exactly ``v'_o = codec.own_part(v_o)``; and 1 takes the place of 1/n where the second codec keeps no scale.
     Shard o of bucket b is tensor number ``t = b n + o``: rank r's values have the key ``derive_key(seed, r, step, t,
     0)``, the owner's mean ``derive_key(seed, o, step, t, 1)``.
     """

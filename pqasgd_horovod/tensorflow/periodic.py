@@ -85,6 +85,7 @@ class PeriodicAverager:
         name: str,
         check_consistency: bool = False,
     ) -> None:
+        config.check_for_parameters()
         self._carrier = carrier
         self.averaging = averaging
         self._config = config

@@ -496,3 +496,17 @@ def test_schedules_that_are_not_allowed(arguments, text):
 def test_exchange_settings_that_are_not_allowed(arguments, text):
     with pytest.raises(ArgumentError, match=text):
         ExchangeConfig(codecs.none(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ExchangeConfig(codecs.signsgd(majority_vote=True)), ExchangeConfig(codecs.signsgd(scaled=False), codecs.fp16())],
+    ids=["votes", "signs"],
+)
+def test_signs_without_a_scale_are_not_for_changes_of_parameters(config):
+    """Every parameter would move by 1; also of a rank that is alone, so that a program fails where it is tried out."""
+    for carrier in (None, *run_ranks(2, lambda carrier: carrier)):
+        with pytest.raises(
+            ArgumentError, match=r"compression is SignSgd\(.*, which decodes to \+-1: it is for gradients"
+        ):
+            PeriodicAverager(carrier, PeriodicAveraging(period=2), config, name="t")

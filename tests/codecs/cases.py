@@ -25,6 +25,12 @@ CONFIGURATIONS: dict[str, list[codecs.Codec]] = {
         codecs.eden(bits=7, block_size=128),
     ],
     "natural": [codecs.natural()],
+    "signsgd": [
+        codecs.signsgd(),
+        codecs.signsgd(block_size=192),
+        codecs.signsgd(scaled=False),
+        codecs.signsgd(block_size=192, majority_vote=True),
+    ],
     "onebit": [codecs.onebit(), codecs.onebit(block_size=192)],
 }
 """For every registered codec the configurations that the suites run; an id that is not here fails a test."""

@@ -43,8 +43,8 @@ def error_bound(codec: codecs.Codec, block: np.ndarray) -> float:
         return 2.0**-11 * norm + 2.0**-25 * np.sqrt(block.size)  # relative, and half of the smallest subnormal
     if codec.id == "natural":
         return norm
-    if codec.id == "onebit":
-        return norm * 1.0001
+    if codec.id in ("signsgd", "onebit"):
+        return norm * 1.0001 if codec.keeps_scale else norm + np.sqrt(block.size)
     if codec.id == "eden":
         padded = max(64, 2 ** int(np.ceil(np.log2(block.size))))
         relative = 3.5 / 2**codec.bits if codec.rounding == "nearest" else 2 * np.sqrt(padded) / (2**codec.bits - 1)
@@ -89,7 +89,12 @@ def test_facts(codec):
     assert codec.commutes_with_sum == (codec.id in ("none", "fp16"))
     rounds_at_random = codec.id in ("maxscale", "qsgd", "terngrad", "natural")
     rounds_at_random |= codec.config().get("rounding") == "stochastic"
+    signs_only = codec.config().get("scaled") is False
     assert codec.unbiased == (codec.id == "none" or rounds_at_random)
+    assert codec.keeps_scale == (not signs_only)
+    votes = codec.config().get("majority_vote") is True
+    assert codec.exchange_method == ("two_phase" if votes else "allgather" if signs_only else None)
+    assert codec.contractive or codec.id not in ("none", "fp16", "bf16", "natural", "onebit")
 
 
 @every_codec
@@ -202,7 +207,8 @@ def test_zeros_stay_zeros(codec, implementation):
         for zero in (0.0, -0.0):
             payload = implementation.encode(codec, np.full(size, zero, np.float32), KEY)
             assert payload.tobytes() == codec.reference_encode(np.full(size, zero, np.float32), KEY).tobytes()
-            assert implementation.decode(codec, payload, size, KEY).tobytes() == bytes(4 * size)
+            expected = np.full(size, 0 if codec.keeps_scale else 1, np.float32)
+            assert implementation.decode(codec, payload, size, KEY).tobytes() == expected.tobytes()
 
 
 @every_codec
@@ -244,9 +250,11 @@ def test_tiny_and_huge_numbers(codec):
         (codecs.qsgd(), 0x5F7FFFFF),  # the number before 2^64: its square is below 2^128
         (codecs.eden(), 0x5CFFFFFF),  # before 2^59: likewise 1024 times its square
         (codecs.natural(), 0x7F000000),
+        (codecs.signsgd(), 0x7F7FFFFF),
+        (codecs.signsgd(scaled=False), 0x7F7FFFFF),
         (codecs.onebit(), 0x7F7FFFFF),
     ],
-    ids=lambda value: value.id if isinstance(value, codecs.Codec) else hex(value),
+    ids=lambda value: name(value) if isinstance(value, codecs.Codec) else hex(value),
 )
 @every_implementation
 def test_range(codec, largest, implementation):
@@ -290,7 +298,7 @@ def test_key_decides_the_bytes(codec, implementation):
     values = numbers(900)
     first = implementation.encode(codec, values, KEY).tobytes()
     assert implementation.encode(codec, values, KEY).tobytes() == first
-    depends_on_key = codec.id not in ("none", "fp16", "bf16", "onebit")
+    depends_on_key = codec.id not in ("none", "fp16", "bf16", "signsgd", "onebit")
     for other in (KEY ^ 1, KEY ^ 1 << 63, keys.derive_key(1, 3, 3, 4, 0)):
         assert (implementation.encode(codec, values, other).tobytes() != first) == depends_on_key
 

@@ -41,6 +41,7 @@ def gaussian() -> np.ndarray:
         (codecs.eden(bits=3), 0.0357, 0.02),
         (codecs.eden(bits=4), 0.0096, 0.02),
         (codecs.natural(), 0.0815, 0.02),
+        (codecs.signsgd(), 1 - 2 / np.pi, 0.02),
         (codecs.onebit(), 1 - 2 / np.pi, 0.02),
     ],
     ids=str,

@@ -112,7 +112,15 @@ def test_contractive_codecs_contract_whatever_they_are_given(codec):
 
 
 @pytest.mark.parametrize(
-    "codec", [codecs.maxscale(bits=3), codecs.terngrad(), codecs.qsgd(bits=3), codecs.eden(bits=1)], ids=name
+    "codec",
+    [
+        codecs.maxscale(bits=3),
+        codecs.terngrad(),
+        codecs.qsgd(bits=3),
+        codecs.eden(bits=1),
+        codecs.signsgd(scaled=False),
+    ],
+    ids=name,
 )
 def test_the_others_do_not(codec):
     assert not codec.contractive

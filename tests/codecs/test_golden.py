@@ -28,6 +28,8 @@ NAMES = [
     "eden-3-64-nearest",
     "natural",
     "onebit-1024",
+    "signsgd-1024-True-False",
+    "signsgd-1024-False-False",
 ]
 
 

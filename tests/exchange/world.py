@@ -32,6 +32,9 @@ CODECS = {
     "eden3-stochastic": codecs.eden(bits=3, block_size=64, rounding="stochastic"),
     "natural": codecs.natural(),
     "onebit": codecs.onebit(block_size=128),
+    "signsgd": codecs.signsgd(block_size=128),
+    "signs": codecs.signsgd(block_size=128, scaled=False),
+    "votes": codecs.signsgd(block_size=128, majority_vote=True),
 }
 # Carriers do not look into payloads: under mpirun a few codecs stand for all.
 MPI_CODECS = {name: CODECS[name] for name in ("none", "maxscale4", "eden4")}
@@ -54,6 +57,7 @@ def reference_mean(
     """Return the mean of each bucket by the codecs' NumPy specifications, one rank and one shard after the other."""
     size = len(values)
     weight = np.float32(1.0 / size)
+    second = second_codec or codec
     means = []
     start = 0
     for bucket, num_elements in enumerate(buckets):
@@ -65,7 +69,7 @@ def reference_mean(
                 key = derive_key(SEED, rank, step, bucket, 0)
                 codec.reference_decode_add(codec.reference_encode(part, key), mean, key, weight)
         else:
-            second = second_codec or codec
+            weight = weight if second.keeps_scale else np.float32(1)
             for owner, shard in enumerate(cut_shards(num_elements, size, shard_alignment(codec, second))):
                 tensor = bucket * size + owner
                 total = np.zeros(shard.num_elements, np.float32)
@@ -73,7 +77,7 @@ def reference_mean(
                     piece = part[shard.start : shard.stop]
                     key = derive_key(SEED, rank, step, tensor, 0)
                     if rank == owner:
-                        total += piece * weight
+                        total += codec.own_part(piece) * weight
                     else:
                         codec.reference_decode_add(codec.reference_encode(piece, key), total, key, weight)
                 key = derive_key(SEED, owner, step, tensor, 1)

@@ -142,6 +142,22 @@ def test_a_coded_tape_gives_the_decoded_mean_by_the_specification(op):
         assert_replicas_equal(gradients)
 
 
+@several_ranks
+def test_votes():
+    """In a graph as elsewhere: the two-phase exchange, and the sign of the sum of all ranks' signs."""
+    variables = make_variables()
+    votes = {"compression": hvd.Compression.signsgd(majority_vote=True), "small_tensor_threshold": 0}
+    for step in range(3):
+        gradients = gradients_by_tape(hvd.DistributedGradientTape(tf.GradientTape(), **votes), variables, step)
+        for i, gradient in enumerate(gradients):
+            total = sum(np.where(gradients_of(step, rank)[i] < 0, -1, 1) for rank in range(hvd.size()))
+            np.testing.assert_array_equal(gradient.numpy(), np.where(total < 0, np.float32(-1), np.float32(1)))
+    with pytest.raises(ArgumentError, match="exchange is 'allgather' with compression=SignSgd"):
+        wrap(**votes, exchange="allgather")
+    with pytest.raises(ArgumentError, match="is for gradients, period=1"):
+        wrap(**votes, period=4)
+
+
 def test_a_tape_in_a_function_is_traced_once():
     model = make_model()
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)

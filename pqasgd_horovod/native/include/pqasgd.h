@@ -15,8 +15,8 @@ extern "C" {
 #define PQ_ABI_VERSION 4
 #define PQ_EXPORT __attribute__((visibility("default")))
 
-enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN, PQ_NATURAL = 8, PQ_ONEBIT = 12 };
-enum pq_flag { PQ_STOCHASTIC = 1 };
+enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN, PQ_SIGNSGD, PQ_NATURAL, PQ_ONEBIT = 12 };
+enum pq_flag { PQ_STOCHASTIC = 1, PQ_UNSCALED = 2 };
 enum pq_dtype { PQ_F32, PQ_F64, PQ_F16, PQ_BF16_BITS };
 enum pq_status {
   PQ_OK = 0,
@@ -72,7 +72,8 @@ PQ_EXPORT int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, i
                       float weight, float* destination);
 
 /* destination = sum over r, in order, of weight * decoded_r; a NULL payload stands for own[own_start, own_start + count).
- * With a base, which is another array of `count` numbers: destination = base + that sum. */
+ * With a base, which is another array of `count` numbers: destination = base + that sum. Where the codec is PQ_UNSCALED the own
+ * numbers, too, count as their signs. */
 PQ_EXPORT int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
                   const uint64_t* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
                   const float* base, float* destination);
@@ -127,7 +128,7 @@ PQ_EXPORT int32_t pq_allgather_land(const pq_codec* codec, const pq_bucket* buck
 /* Two-phase: rank r owns [shards[r], shards[r + 1]) of the bucket; shards has size + 1 entries, from 0 to num_elements.
  * pack: one message to each other rank, in rank order; the own shard is not coded, its next residual is 0. mean: the mean of the
  * own shard, in `mean`, as a message to all; `flags` are those of pack. residual and next_residual are those of the own shard's
- * mean, or NULL. land: as for allgather. */
+ * mean, or NULL; where second_codec is PQ_UNSCALED `mean` is the sum: a vote. land: as for allgather. */
 PQ_EXPORT int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const int64_t* shards, const pq_source* source,
                                     int64_t start, uint8_t* messages, int64_t messages_nbytes);
 PQ_EXPORT int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,

@@ -134,9 +134,10 @@ bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
       p.scales_per_block = 0;
       layout([&](int64_t n) { return (n + 7) / 8 + n; });
       break;
+    case PQ_SIGNSGD:
     case PQ_ONEBIT:
       if (!uniform_size) return false;
-      p.scales_per_block = 2;
+      p.scales_per_block = codec->kind == PQ_ONEBIT ? 2 : codec->flags & PQ_UNSCALED ? 0 : 1;
       layout([&](int64_t n) { return (n + 7) / 8; });
       break;
     default: return false;

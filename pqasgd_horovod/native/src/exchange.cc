@@ -259,8 +259,10 @@ int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, c
     payloads.insert(payloads.begin() + b.rank, nullptr);
     std::vector<uint64_t> keys;
     for (int32_t sender = 0; sender < b.size; ++sender) keys.push_back(key_of(b, sender, shard_tensor(b, b.rank), kValues));
-    int32_t status = pq_reduce(codec, b.size, payloads.data(), nbytes, keys.data(), (float)(1.0 / b.size), source, first, count,
-                               nullptr, mean);
+    // Of a sum only the sign is sent: as it is a whole number, a tie is 0 exactly.
+    const float weight = second_codec->flags & PQ_UNSCALED ? 1.0f : (float)(1.0 / b.size);
+    int32_t status =
+        pq_reduce(codec, b.size, payloads.data(), nbytes, keys.data(), weight, source, first, count, nullptr, mean);
     if (status == PQ_BAD_ARGUMENT) return status;
     if (status < 0) {
       flags |= malformed(status);

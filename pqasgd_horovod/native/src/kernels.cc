@@ -130,13 +130,17 @@ PQ_INLINE void round_to_levels(const float* v, int64_t padded, float inv, float 
   }
 }
 
+int32_t largest_lane(vi x) {
+  int32_t top = x[0];
+  for (int k = 1; k < W; ++k) top = std::max(top, x[k]);
+  return top;
+}
+
 float max_abs(const float* v, int64_t padded) {
   vi m[4] = {};
   for (int64_t i = 0; i < padded; i += 4 * W)
     for (int k = 0; k < 4; ++k) m[k] = max(m[k], bits(load<vf>(v + i + k * W)) & 0x7fffffff);
-  const vi all = max(max(m[0], m[1]), max(m[2], m[3]));
-  int32_t top = 0;
-  for (int k = 0; k < W; ++k) top = std::max(top, all[k]);
+  const int32_t top = largest_lane(max(max(m[0], m[1]), max(m[2], m[3])));
   float f;
   std::memcpy(&f, &top, 4);
   return f;
@@ -153,9 +157,18 @@ float sum_of_squares(const float* v, int64_t padded) {
 }
 
 // Each codec's block functions share this shape: encode_block(v, n, padded, ..) -> finite, codes and the block's scales;
-// decode_block adds n decoded numbers.
+// decode_block adds n decoded numbers; add_own adds what the numbers of a shard's owner count as, who does not code them.
 
-struct Uniform {
+struct AddsItself {
+  static PQ_INLINE void add_own(const Plan&, const float* v, int64_t n, float weight, float* sum) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = v[i] * weight;
+      sum[i] = sum[i] + x;
+    }
+  }
+};
+
+struct Uniform : AddsItself {
   static int64_t padded(const Plan&, int64_t n) { return round_up(n, 64); }
 
   static bool encode_block(const Plan& plan, const float* v, int64_t n, int64_t padded, uint64_t key, uint32_t block,
@@ -369,7 +382,7 @@ PQ_INLINE auto with_bits(int bits, F f) {
   }
 }
 
-struct Eden {
+struct Eden : AddsItself {
   static int64_t padded(const Plan& plan, int64_t n) { return eden_padded(n, plan.codec.block_size); }
 
 #if defined(__AVX512F__)
@@ -503,7 +516,61 @@ PQ_INLINE void add_by_bits(const uint8_t* in, int64_t n, float* destination, Vec
   for (; i < n; ++i) destination[i] = destination[i] + number(i, (in[i / 8] >> (i % 8) & 1) != 0);
 }
 
-struct OneBit {
+// destination += below where the bit is 1, above elsewhere.
+PQ_INLINE void add_levels(const uint8_t* in, int64_t n, float above, float below, float* destination) {
+  add_by_bits(
+      in, n, destination, [&](int64_t, uint32_t bits) { return choose(bits, above, below); },
+      [&](int64_t, bool bit) { return bit ? below : above; });
+}
+
+struct SignSgd {
+  static int64_t padded(const Plan&, int64_t n) { return round_up(n, 64); }
+
+  static bool encode_block(const Plan& plan, const float* v, int64_t n, int64_t, uint64_t, uint32_t, float* scale, uint8_t* out) {
+    if (!plan.scales_per_block) {
+      vi tops{};
+      store_words(v, n, out, [&](int64_t i) {
+        uint64_t word = 0;
+        for (int k = 0; k < 4 * H; ++k) {
+          const vf x = load<vf>(v + i + k * W);
+          tops = max(tops, bits(x) & 0x7fffffff);
+          word |= (uint64_t)sign_bits(bits(x + vf{})) << (k * W);  // -0 + 0 is 0
+        }
+        return word;
+      });
+      return largest_lane(tops) < kInfBits;
+    }
+    Sum64 sum;
+    store_words(v, n, out, [&](int64_t i) {
+      uint64_t word = 0;
+      for (int k = 0; k < Sum64::N; ++k) {
+        const vf x = load<vf>(v + i + k * W);
+        sum.lane[k] = sum.lane[k] + abs(x);
+        word |= (uint64_t)sign_bits(bits(x + vf{})) << (k * W);
+      }
+      return word;
+    });
+    *scale = sum.fold() / (float)n;
+    return *scale < INFINITY;
+  }
+
+  static int32_t decode_block(const Plan& plan, const uint8_t* in, int64_t n, uint64_t, uint32_t, const float* scale, float weight,
+                              float* destination) {
+    const float level = plan.scales_per_block ? *scale * weight : weight;
+    add_levels(in, n, level, -level, destination);
+    return PQ_OK;
+  }
+
+  static PQ_INLINE void add_own(const Plan& plan, const float* v, int64_t n, float weight, float* sum) {
+    if (plan.scales_per_block) return AddsItself::add_own(plan, v, n, weight, sum);
+    for (int64_t i = 0; i < n; ++i) {
+      const float sign = v[i] < 0.0f ? -weight : weight;
+      sum[i] = sum[i] + (sign + (v[i] - v[i]));  // NaN if v is not finite: that must not become a sign
+    }
+  }
+};
+
+struct OneBit : AddsItself {
   static int64_t padded(const Plan&, int64_t n) { return round_up(n, 64); }
 
   static bool encode_block(const Plan&, const float* v, int64_t n, int64_t, uint64_t, uint32_t, float* scales, uint8_t* out) {
@@ -528,15 +595,12 @@ struct OneBit {
 
   static int32_t decode_block(const Plan&, const uint8_t* in, int64_t n, uint64_t, uint32_t, const float* scales, float weight,
                               float* destination) {
-    const float above = scales[0] * weight, below = -scales[1] * weight;
-    add_by_bits(
-        in, n, destination, [&](int64_t, uint32_t bits) { return choose(bits, above, below); },
-        [&](int64_t, bool bit) { return bit ? below : above; });
+    add_levels(in, n, scales[0] * weight, -scales[1] * weight, destination);
     return PQ_OK;
   }
 };
 
-struct Natural {
+struct Natural : AddsItself {
   static int64_t padded(const Plan&, int64_t n) { return round_up(n, 64); }
 
   static bool encode_block(const Plan&, const float* v, int64_t n, int64_t, uint64_t key, uint32_t block, float*, uint8_t* out) {
@@ -555,9 +619,7 @@ struct Natural {
       return word;
     });
     std::memcpy(out + (n + 7) / 8, codes, (size_t)n);
-    int32_t top = 0;
-    for (int k = 0; k < W; ++k) top = std::max(top, tops[k]);
-    return top <= 0x7f000000;
+    return largest_lane(tops) <= 0x7f000000;
   }
 
   static int32_t decode_block(const Plan&, const uint8_t* in, int64_t n, uint64_t, uint32_t, const float*, float weight,
@@ -583,7 +645,7 @@ struct Natural {
 
 // ---- casts ----
 
-struct Cast {
+struct Cast : AddsItself {
   // Memory takes the time, and stands still while several passes over a block take place: so they are short.
   static constexpr int64_t kPiece = 64;
 
@@ -609,8 +671,7 @@ struct Cast {
       narrow(kind, v + i, kPiece, out + i * width);
     }
     narrow(kind, v + i, n - i, out + i * width);
-    int32_t top = 0;
-    for (int k = 0; k < W; ++k) top = std::max(top, tops[k]);
+    int32_t top = largest_lane(tops);
     for (; i < n; ++i) {
       int32_t b;
       std::memcpy(&b, v + i, 4);
@@ -709,11 +770,7 @@ int32_t reduce_blocks(const Plan& plan, int32_t num_payloads, const uint8_t* con
         const int32_t status = decode_one<Codec>(plan, payloads[r], keys[r], weight, block, n, sum);
         if (status != PQ_OK) return status;
       } else {
-        const float* v = load_block(*own, own_start + at, n, n, scratch);
-        for (int64_t i = 0; i < n; ++i) {
-          const float x = v[i] * weight;
-          sum[i] = sum[i] + x;
-        }
+        Codec::add_own(plan, load_block(*own, own_start + at, n, n, scratch), n, weight, sum);
       }
     }
     if (base)
@@ -729,6 +786,7 @@ auto with_codec(const Plan& plan, F f) {
     case PQ_QSGD:
     case PQ_TERNGRAD: return f(Uniform{});
     case PQ_EDEN: return f(Eden{});
+    case PQ_SIGNSGD: return f(SignSgd{});
     case PQ_NATURAL: return f(Natural{});
     case PQ_ONEBIT: return f(OneBit{});
     default: return f(Cast{});
