@@ -85,7 +85,7 @@ def DistributedOptimizer(
         averaging: the strategy: :class:`PeriodicAveraging`.
         second_compression: codec of the mean in the two-phase exchange, by default ``compression``. More bits there
             mean less noise.
-        exchange: ``"allgather"``, ``"two_phase"``, or ``"auto"``: whichever sends fewer bytes.
+        exchange: ``"allgather"``, ``"two_phase"``, or ``"auto"``: what the codec needs, or whichever sends fewer bytes.
         small_tensor_threshold: tensors of fewer elements (biases, norms) travel uncompressed, together in one message.
             0: none does.
         bucket_cap_mb: largest bucket, in MiB of float32. Larger: fewer messages; smaller: more overlap.

@@ -69,7 +69,7 @@ def parse_arguments(
     training.add_argument("--threads", type=positive(int), help="per rank (cores / ranks on the machine)")
 
     sending = parser.add_argument_group("communication")
-    compressions = ("stock", *CASTS, *QUANTIZERS, "terngrad")
+    compressions = ("stock", *CASTS, *QUANTIZERS, "terngrad", "natural", "signsgd", "onebit")
     sending.add_argument("--compression", choices=compressions, help="what bytes stand for the numbers (quantize)")
     sending.add_argument("--bits", type=positive(int), help=f"per number, of a quantizer ({DEFAULT_BITS})")
     sending.add_argument(
