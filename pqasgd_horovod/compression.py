@@ -63,7 +63,8 @@ class CodecCompressor:
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items() if key != "id")
-        return f"Compression.{self.codec.id}({arguments})" if arguments else f"Compression.{self.codec.id}"
+        is_method = hasattr(CompressionMethods, self.codec.id)  # the casts are attributes
+        return f"Compression.{self.codec.id}({arguments})" if is_method else f"Compression.{self.codec.id}"
 
 
 class CompressionMethods(Generic[Made]):

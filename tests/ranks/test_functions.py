@@ -23,6 +23,9 @@ COMPRESSIONS = [
     hvd.Compression.qsgd(bits=8),
     hvd.Compression.terngrad(),
     hvd.Compression.eden(bits=2, rounding="stochastic"),
+    hvd.Compression.natural(),
+    hvd.Compression.signsgd(),
+    hvd.Compression.onebit(block_size=512),
 ]
 
 

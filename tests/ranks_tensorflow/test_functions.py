@@ -32,6 +32,9 @@ COMPRESSIONS = [
     hvd.Compression.quantize(bits=3),
     hvd.Compression.qsgd(bits=8),
     hvd.Compression.terngrad(),
+    hvd.Compression.natural(),
+    hvd.Compression.signsgd(),
+    hvd.Compression.onebit(block_size=512),
 ]
 
 
@@ -60,8 +63,8 @@ def test_allreduce_eager_and_traced(compression, exchange):
     else:
         # Twice the noise of one rank's numbers at two bits or three levels, q = 1.6, is below this.
         assert np.linalg.norm(mean - exact) < 2 * np.linalg.norm(numbers())
-        # Each call draws noise of its own, and the casts draw none.
-        assert np.array_equal(mean, second) == (compression.codec.id in ("fp16", "bf16"))
+        # Each call draws noise of its own, and casts and signs draw none.
+        assert np.array_equal(mean, second) == (compression.codec.id in ("fp16", "bf16", "signsgd", "onebit"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
