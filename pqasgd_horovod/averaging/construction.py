@@ -17,6 +17,16 @@ from .strategy import PeriodicAveraging
 _constructed: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 
+def check_process_set(horovod: Any, process_set: Any) -> None:
+    """Raise ArgumentError if Horovod is not initialised, or does not know the process set."""
+    if not horovod.is_initialized():
+        raise ArgumentError("Horovod is not initialised: call hvd.init() first")
+    if process_set.process_set_id is None:
+        raise ArgumentError(
+            f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
+        )
+
+
 class Membership:
     """One optimizer's place among the ranks: its name, alike on all of them, and its carrier unless it is alone.
 
@@ -29,12 +39,7 @@ class Membership:
     """
 
     def __init__(self, horovod: Any, process_set: Any, make_carrier: Callable[[Any], Carrier]) -> None:
-        if not horovod.is_initialized():
-            raise ArgumentError("Horovod is not initialised: call hvd.init() before hvd.DistributedOptimizer")
-        if process_set.process_set_id is None:
-            raise ArgumentError(
-                f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
-            )
+        check_process_set(horovod, process_set)
         self.name = ""
         self.carrier: Carrier | None = None
         self.description: dict[str, Any] = {}

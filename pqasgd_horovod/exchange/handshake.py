@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def verify_same(
         document = text.encode()
         message = np.frombuffer(len(document).to_bytes(_LENGTH_NBYTES, "little") + document, np.uint8)
         received = carrier.allgather(f"{name}.handshake.description", message).wait(timeout)
-        raise MismatchError(_describe_difference(_split_documents(received, carrier.size)))
+        raise MismatchError(describe_difference(_split_documents(received, carrier.size)))
     return int.from_bytes(digest[:8].tobytes(), "little")
 
 
@@ -93,10 +93,13 @@ def _fields(value: object, path: str) -> Iterator[tuple[str, str]]:
         yield path, json.dumps(value)
 
 
-def _describe_difference(descriptions: list[dict[str, Any]]) -> str:
-    """Name the first field, in the order of the lowest rank that has it, in which the descriptions differ."""
+def describe_difference(descriptions: Sequence[Mapping[str, Any]]) -> str:
+    """Name the first field in which the ranks' descriptions differ, in the order of the lowest rank that has it."""
     tables = [dict(_fields(description, "")) for description in descriptions]
-    for path in dict.fromkeys(path for table in tables for path in table):
+    keys = dict.fromkeys(key for description in descriptions for key in description)
+    # What only a higher rank has comes with its likes: which tensor is missing says more than how many there are.
+    paths = dict.fromkeys(path for key in keys for d in descriptions if key in d for path, _ in _fields(d[key], key))
+    for path in paths:
         values = [table.get(path, "absent") for table in tables]
         if len(set(values)) > 1:
             listing = format_by_rank(enumerate(map(_shorten, values)))

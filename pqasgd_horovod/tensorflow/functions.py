@@ -19,10 +19,11 @@ from ..exchange.base import NonFinitePolicy
 from ..exchange.carriers import Bytes
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.wire import format_by_rank
-from .carrier import HorovodCarrier, allgather
+from .carrier import HorovodCarrier
 from .compression import Compression, codec_of
 from .graph import GraphChannel, Problems
-from .library import ops, register_explainer, translate
+from .library import ops
+from .meeting import MeetingPoint
 from .traced import Traced, after, counter, outside_of_graphs, run_once
 from .variables import DTYPES, VariableSpec, name_of, unwrap
 
@@ -214,10 +215,7 @@ def compressed_allreduce(
         with outside_of_graphs():
             _allreduces[identity] = _Allreduce(tensor, carrier, config, op, label)
     allreduce = _allreduces[identity]
-    try:
-        return allreduce.traced(allreduce.run, tensor)
-    except tf.errors.OpError as error:
-        raise translate(error) from None
+    return allreduce.traced(allreduce.run, tensor)
 
 
 _NEW = -1  # no digest
@@ -232,8 +230,9 @@ class _Allreduce:
         self.traced = Traced()
         self._name, self._carrier = name, carrier
         self._description = {"tensor": kind, "op": str(op), "exchange": config.config()}
-        self._meeting = register_explainer(self._explain)
-        self._announce()
+        self._meeting = MeetingPoint(carrier, f"{name}.meeting", self._explain)
+        # Under the name where others may be about to exchange a tensor that they know.
+        self._meeting.tell([_NEW, 0], HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(carrier, self._description, name)
         plan = plan_channel(FlatLayout([spec]), config, compressed=True, name=name, index=0)
         self._problems = Problems(name, config.nonfinite)
@@ -242,25 +241,16 @@ class _Allreduce:
         self._factor = float(carrier.size) if op == horovod.Sum else 1.0
         self._digest = digest & 2**63 - 1
 
-    def _announce(self) -> None:
-        """Tell of a new tensor under the name where others may be about to exchange one that they know."""
-        handle = self._carrier.launch(f"{self._name}.meeting", self._gather, tf.constant([_NEW, 0], tf.int64))
-        self._explain(0, handle.wait(HANDSHAKE_TIMEOUT_SECONDS).view(np.uint8))
-
-    def _gather(self, record: tf.Tensor) -> tf.Tensor:
-        return allgather(record, f"{self._name}.meeting", self._carrier.process_set)
-
     def run(self, tensor: tf.Tensor) -> tf.Tensor:
         """Exchange one tensor."""
         calls = self._calls.value()
-        record = tf.stack([tf.constant(self._digest, tf.int64), calls])
-        with after(ops.pqasgd_agree(own=record, gathered=self._gather(record), explainer=self._meeting)):
+        with after(self._meeting.agree(tf.stack([tf.constant(self._digest, tf.int64), calls]))):
             counted = self._calls.assign_add(1)
             flags = self._channel.exchange([tensor], calls, calls)
         with after(self._problems.verdict(flags), counted):
             return self._channel.means([tensor], self._factor)[0]
 
-    def _explain(self, flags: int, data: Bytes) -> None:
+    def _explain(self, data: Bytes) -> None:
         records = data.view(np.int64).reshape(-1, 2).tolist()
         if all(record == records[0] for record in records):
             return

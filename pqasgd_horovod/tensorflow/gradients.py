@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +18,26 @@ from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError
-from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
+from ..exchange.handshake import verify_same
 from .carrier import HorovodCarrier, allgather
 from .graph import GraphChannel, Problems
 from .meeting import Meeting
 from .residuals import Residuals
 from .traced import Traced, after, counter, outside_of_graphs, when
-from .variables import NO_ERROR, VariableSpec, describe_together, describe_variables
+from .variables import NO_ERROR, VariableSpec, describe_variables, unwrap
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
+Groups = int | tuple[tuple[Any, ...], ...]  # how many, or of which variables
+
+
+def first_computed(gradients: Sequence[Gradient]) -> list[tf.Tensor]:
+    """Return what backward most likely computes first: nothing of ours may run in a step that fails before it.
+
+    A graph that fails (an iterator that has ended, a check of the user's) has run whatever did not depend on what
+    failed; the other ranks, which may not even be in that step, would be left with half a step.
+    """
+    last = next((gradient for gradient in reversed(gradients) if gradient is not None), None)
+    return [] if last is None else [last.values if isinstance(last, tf.IndexedSlices) else last]
 
 
 class GradientState(tf.Module):
@@ -47,10 +59,39 @@ class GradientSettings:
 
     op: Any = horovod.Average
     gradient_predivide_factor: float = 1.0
-    groups: Any = None
+    groups: Groups = 0
     sparse_as_dense: bool = False
     device_dense: str = ""
     device_sparse: str = ""
+
+
+def check_groups(groups: Any, num_groups: int, *, positions: bool = False) -> Groups:
+    """Return ``groups``, or ``num_groups`` if there are none; raise ArgumentError unless they are allowed.
+
+    ``positions``: in the place of variables there may be their positions, as in what was saved.
+    """
+    chosen = groups or num_groups
+    if isinstance(chosen, int) and chosen >= 0:
+        return chosen
+    allowed = (tf.Variable, int) if positions else tf.Variable
+    if isinstance(chosen, list | tuple) and all(isinstance(group, list | tuple) for group in chosen):
+        lists = tuple(map(tuple, chosen))
+        if all(isinstance(unwrap(member), allowed) for group in lists for member in group):
+            return lists
+    raise ArgumentError(f"groups is {chosen!r}; it must be a number, 0 or more, or a list of lists of variables")
+
+
+def place_groups(groups: Groups, variables: Sequence[Any]) -> Groups:
+    """Return ``groups`` with variables where they have positions; raise ArgumentError if there is no such variable."""
+    if isinstance(groups, int):
+        return groups
+    for position in itertools.chain(*groups):
+        if isinstance(position, int) and not 0 <= position < len(variables):
+            raise ArgumentError(
+                f"groups has the variable at position {position}, and {len(variables)} are trained: an optimizer that "
+                "was saved with groups needs the model that it was saved with; load the weights alone for another"
+            )
+    return tuple(tuple(variables[m] if isinstance(m, int) else m for m in group) for group in groups)
 
 
 def layout_of(specs: Sequence[VariableSpec], gradients: Sequence[Gradient]) -> list[tuple[str, str]]:
@@ -62,19 +103,31 @@ def layout_of(specs: Sequence[VariableSpec], gradients: Sequence[Gradient]) -> l
     return [(spec.name, f"{spec.description} {kind}") for spec, kind in zip(specs, kinds, strict=True)]
 
 
+def check_some(gradients: Sequence[Gradient]) -> None:
+    """Raise ArgumentError if there is no gradient at all."""
+    if all(gradient is None for gradient in gradients):
+        raise ArgumentError("gradients are all None: there is nothing to average")
+
+
 class GradientAverager(abc.ABC):
     """Replaces gradients by their mean, or sum, over the ranks.
 
     What has a gradient is looked at in the first call, and is the same on every rank and in every later call. Sparse
     gradients (``tf.IndexedSlices``) travel as they are, by two allgathers, unless ``sparse_as_dense``. ``carrier`` is
-    None for a rank that trains alone; then gradients are what they were.
+    None for a rank that trains alone; then gradients are what they were. ``meeting`` is where the ranks meet before
+    each average, by default one under this averager's own name.
     """
 
-    def __init__(self, carrier: HorovodCarrier | None, settings: GradientSettings, *, name: str) -> None:
+    def __init__(
+        self, carrier: HorovodCarrier | None, settings: GradientSettings, *, name: str, meeting: Meeting | None = None
+    ) -> None:
         with outside_of_graphs():
             self.state = GradientState()
-            self._total_steps = counter("total_steps")
+            # Of this process: how many averages have begun, and how many are over.
+            self._total_steps, self._over = counter("total_steps"), counter("over")
             self._sparse_sent, self._sparse_received = counter("sparse_sent"), counter("sparse_received")
+        if carrier is not None:
+            self._meeting = meeting or Meeting(carrier, name)
         self._carrier = carrier
         self._settings = settings
         self._name = name
@@ -85,17 +138,26 @@ class GradientAverager(abc.ABC):
     def average(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         """Return the means, in the order of ``gradients``; where there is no gradient there is none after.
 
-        Raises ArgumentError if other variables have gradients than in the first call.
+        Raises ArgumentError if other variables have gradients than in the first call, on this rank and any other that
+        has others, and DesynchronizedError on the rest.
         """
+        try:
+            specs = describe_variables(variables)
+            if self._settings.sparse_as_dense:
+                gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+            present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+            layout = layout_of([specs[i] for i in present], [gradients[i] for i in present])
+            self._check_layout(layout, gradients)
+        except ArgumentError as error:
+            with outside_of_graphs():
+                self._tell_of(error)
+            raise
         if self._layout is None:
             with outside_of_graphs():
-                specs = describe_together(variables, self._carrier, f"{self._name}.layout")
-        else:
-            specs = describe_variables(variables)
-        if self._settings.sparse_as_dense:
-            gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
-        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        self._check_layout([specs[i] for i in present], [gradients[i] for i in present])
+                self._num_elements = sum(specs[i].numel for i in present)
+                dense = [i for i in present if not isinstance(gradients[i], tf.IndexedSlices)]
+                self._build([specs[i] for i in dense], [variables[i] for i in dense], layout)
+            self._layout = layout
         result = list(gradients)
         if self._carrier is None:
             self._count()
@@ -105,42 +167,49 @@ class GradientAverager(abc.ABC):
             result[i] = mean
         return result
 
-    def _check_layout(self, specs: Sequence[VariableSpec], gradients: Sequence[Gradient]) -> None:
-        layout = layout_of(specs, gradients)
+    def regroup(self, groups: Groups) -> None:
+        """Let Horovod fuse these gradients; before the first average."""
+        self._settings = dataclasses.replace(self._settings, groups=groups)
+
+    def _check_layout(self, layout: list[tuple[str, str]], gradients: Sequence[Gradient]) -> None:
         if self._layout is None:
-            if not layout:
-                raise ArgumentError("gradients are all None: there is nothing to average")
-            with outside_of_graphs():
-                dense = [spec for spec, g in zip(specs, gradients, strict=True) if not isinstance(g, tf.IndexedSlices)]
-                self._num_elements = sum(spec.numel for spec in specs)
-                self._build(dense, layout)
-            self._layout = layout
+            check_some(gradients)
         elif layout != self._layout:
-            with outside_of_graphs():
-                self._tell_of_change()
             changed = sorted(set(layout) ^ set(self._layout)) or "their order"
             raise ArgumentError(
                 f"the gradients are not those of the first step; what differs: {changed}. Every step has to compute "
                 "gradients of the same variables, on every rank: make another optimizer or tape for others"
             )
 
+    def _tell_of(self, error: ArgumentError) -> None:
+        """Let the others know where they are, or will be, that this rank cannot average with them; collective."""
+        if self._carrier is None:
+            return
+        if self._layout is None:
+            verify_same(self._carrier, {"error": f"ArgumentError: {error}"}, f"{self._name}.layout")
+        else:
+            steps = self._total_steps.numpy()
+            self._meeting.tell(Purpose.LAYOUT, steps, steps)
+
     def _average(self, gradients: list[Gradient]) -> list[Gradient]:
         dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
-        with after(self._meet()):
+        with after(self._meet(gradients)):
             means = iter(self._average_dense(dense) if dense else ())
             result = [
                 self._average_sparse(i, gradient) if isinstance(gradient, tf.IndexedSlices) else next(means)
                 for i, gradient in enumerate(gradients)
             ]
             self._count()
+        with after(*tf.nest.flatten(result, expand_composites=True)):
+            self._over.assign_add(1)
         return result
 
-    def _meet(self) -> tf.Operation | None:
-        """Return what makes sure that every rank is about to average the same gradients; Horovod's own are not."""
-        return None
-
-    def _tell_of_change(self) -> None:  # noqa: B027 - Horovod has no way to tell
-        """Let the others know, who may be about to average, that this rank has other gradients."""
+    def _meet(self, gradients: Sequence[Gradient]) -> tf.Operation:
+        """Return what makes sure that every rank is about to average the same gradients."""
+        # A name may be used again when an average before it in the same graph is over.
+        with after(*first_computed(gradients), self._over.value()):
+            steps = self._total_steps.value()
+            return self._meeting.agree(Purpose.AVERAGE, steps, steps)
 
     def _count(self) -> None:
         self.state.steps.assign_add(1)
@@ -176,8 +245,8 @@ class GradientAverager(abc.ABC):
         )
 
     @abc.abstractmethod
-    def _build(self, dense: Sequence[VariableSpec], layout: list[tuple[str, str]]) -> None:
-        """Prepare to average gradients like ``dense``; collective."""
+    def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
+        """Prepare to average the dense gradients, of these variables; collective."""
 
     @abc.abstractmethod
     def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -196,28 +265,18 @@ class CodedGradients(GradientAverager):
     r"""Replace gradients :math:`g_i` by :math:`\frac1n \sum_i Q(g_i)`, a bucket as soon as its gradients are there."""
 
     def __init__(
-        self, carrier: HorovodCarrier | None, settings: GradientSettings, config: ExchangeConfig, *, name: str
-    ) -> None:
-        super().__init__(carrier, settings, name=name)
+        self, carrier: HorovodCarrier | None, settings: GradientSettings, config: ExchangeConfig, *, name: str,
+        meeting: Meeting | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(carrier, settings, name=name, meeting=meeting)
         self._config = config
         self._channels: list[tuple[GraphChannel, list[int]]] = []
         if carrier is not None:
             self._problems = Problems(name, config.nonfinite)
             with outside_of_graphs():
                 self._claimed = counter("claimed")
-            self._meeting = Meeting(carrier, name)
 
-    def _meet(self) -> tf.Operation:
-        # It depends on no gradient, so that it is over when the first of them is there.
-        steps = self.state.steps.value()
-        return self._meeting.agree(Purpose.AVERAGE, steps, steps)[0]
-
-    def _tell_of_change(self) -> None:
-        if self._carrier is not None:
-            steps = int(self.state.steps)
-            self._meeting.check(self._meeting.announce(Purpose.LAYOUT, steps, steps).wait(HANDSHAKE_TIMEOUT_SECONDS))
-
-    def _build(self, dense: Sequence[VariableSpec], layout: list[tuple[str, str]]) -> None:
+    def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
         if self._carrier is None:
             return
         digest = self._agree(layout, exchange=self._config.config())
@@ -228,8 +287,10 @@ class CodedGradients(GradientAverager):
             plan_channel(FlatLayout(members), self._config, compressed=compressed, name=self._name, index=index)
             for index, (members, compressed) in enumerate(parts)
         ]
-        self.state.residuals = Residuals([plan.layout.num_elements for plan in plans if plan.feedback])
-        residuals = iter(self.state.residuals)
+        sizes = [plan.layout.num_elements for plan in plans if plan.feedback]
+        if sizes:
+            self.state.residuals = Residuals(sizes)
+        residuals = iter(self.state.residuals or ())
         for plan, (members, _) in zip(plans, parts, strict=True):
             fed = next(residuals) if plan.feedback else ()
             channel = GraphChannel(plan, self._carrier, digest, self._problems, None, residuals=fed)
@@ -237,7 +298,8 @@ class CodedGradients(GradientAverager):
 
     def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
         assert self._carrier is not None
-        when(self._claimed > 0, None, self._claim)
+        if self.state.residuals is not None:
+            when(self._claimed > 0, None, self._claim)
         steps = self.state.steps.value()
         exchanged = [
             (channel, positions, channel.exchange([gradients[i] for i in positions], steps, steps))
@@ -270,28 +332,29 @@ class StockGradients(GradientAverager):
 
     def __init__(
         self, carrier: HorovodCarrier | None, settings: GradientSettings, compression: Any, itemsize: int | None, *,
-        name: str,
+        name: str, meeting: Meeting | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(carrier, settings, name=name)
+        super().__init__(carrier, settings, name=name, meeting=meeting)
         self._compression = compression
         self._itemsize = itemsize
         self._dense: list[VariableSpec] = []
         self._groups: list[list[int]] | None = None
 
-    def _build(self, dense: Sequence[VariableSpec], layout: list[tuple[str, str]]) -> None:
+    def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
         self._dense = list(dense)
-        if self._carrier is not None:
-            self._agree(layout)
         groups = self._settings.groups
         if isinstance(groups, int) and groups > 0:
             self._groups = [part.tolist() for part in np.array_split(range(len(dense)), groups) if part.size]
-        elif groups:
-            position = {spec.name: i for i, spec in enumerate(dense)}
-            self._groups = [
-                [position[spec.name] for spec in describe_variables(group) if spec.name in position] for group in groups
-            ]
+        elif not isinstance(groups, int):
+            position = {id(unwrap(variable)): i for i, variable in enumerate(variables)}
+            keys = ([id(unwrap(member)) for member in group] for group in groups)
+            found = ([position[key] for key in group if key in position] for group in keys)
+            self._groups = [group for group in found if group]
             grouped = {i for group in self._groups for i in group}
             self._groups += [[i] for i in range(len(dense)) if i not in grouped]
+        if self._carrier is not None:
+            factor = self._settings.gradient_predivide_factor
+            self._agree(layout, groups=self._groups, gradient_predivide_factor=factor)
 
     def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
         assert self._carrier is not None

@@ -30,10 +30,19 @@ from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier, allgather
 from .compression import CodecCompressor, Compression, codec_of
-from .gradients import CodedGradients, GradientAverager, GradientSettings, StockGradients
+from .gradients import (
+    CodedGradients,
+    GradientAverager,
+    GradientSettings,
+    StockGradients,
+    check_groups,
+    first_computed,
+    place_groups,
+)
+from .meeting import Meeting
 from .periodic import PeriodicAverager
-from .traced import counter, outside_of_graphs, run_once, when
-from .variables import name_of, unwrap
+from .traced import after, counter, outside_of_graphs, run_once, when
+from .variables import name_of, refused_together, unwrap
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -65,9 +74,14 @@ class DistributedMethods(_Inner):
         """Make the optimizer's variables, and agree with the other ranks on what is averaged; collective."""
         if self.built:
             return
-        super().build(variables)
         variables = list(variables)
         settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
+        membership = self._pqasgd_membership.value
+        with outside_of_graphs(), refused_together(membership.carrier, f"{membership.name}.layout"):
+            settings["groups"] = place_groups(settings["groups"], variables)
+        if isinstance(averager, GradientAverager):
+            averager.regroup(settings["groups"])
+        super().build(variables)
         with outside_of_graphs():
             if settings["backward_passes_per_step"] > 1:
                 self._pqasgd_sums = [
@@ -128,10 +142,13 @@ class DistributedMethods(_Inner):
     def _step(self, grads: list[Any], variables: list[Any]) -> None:
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):
-            averager.before_step()
+            computed = first_computed(grads)
+            with after(*computed):
+                averager.before_step()
             learning_rate = keras.ops.convert_to_tensor(self.learning_rate)  # of this step: apply() counts it
             super().apply(grads, variables)
-            averager.count_step(learning_rate)
+            with after(*computed):
+                averager.count_step(learning_rate)
             return
         shared = [i for i, variable in enumerate(variables) if not self._is_local(variable)]
         means = averager.average([grads[i] for i in shared], [variables[i] for i in shared])
@@ -157,8 +174,20 @@ class DistributedMethods(_Inner):
     def get_config(self) -> dict[str, Any]:
         """Return a configuration that ``from_config`` and Keras' ``load_model`` take back."""
         settings = dict(self._pqasgd_settings.value)
+        if not isinstance(settings["groups"], int):
+            settings["groups"] = self._positions_of(settings["groups"])
         inner = self._inner_class.from_config(super().get_config())
         return {"optimizer": keras.saving.serialize_keras_object(inner), **settings}
+
+    def _positions_of(self, groups: Sequence[Sequence[Any]]) -> list[list[int]]:
+        """Return groups by positions among what is trained: Keras does not keep paths when a model is loaded."""
+        model = None if self.built else self._find_model()
+        if not self.built and model is None:
+            logger.warning("groups are not saved: the optimizer is not built, nor compiled with a model")
+        variables = self._trainable_variables if self.built else [] if model is None else model.trainable_variables
+        positions = {id(unwrap(variable)): i for i, variable in enumerate(variables)}
+        placed = ([m if isinstance(m, int) else positions.get(id(unwrap(m))) for m in group] for group in groups)
+        return [[position for position in group if position is not None] for group in placed]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
@@ -442,8 +471,9 @@ def distribute(
         if _scales_loss(optimizer) and strategy.exchanges_gradients and not stock:
             # An overflow is what a loss scale looks for, not an error.
             config = ExchangeConfig(**{**vars(config), "nonfinite": "propagate"})
+        groups = check_groups(groups, num_groups, positions=True)
         gradients = GradientSettings(
-            op, gradient_predivide_factor, groups or num_groups, sparse_as_dense, device_dense, device_sparse
+            op, gradient_predivide_factor, groups, sparse_as_dense, device_dense, device_sparse
         )
         compressor = compression if codec is None else CodecCompressor(codec)
         averager = make_averager(strategy, config, gradients, compressor, stock, membership, check_consistency)
@@ -470,8 +500,7 @@ def distribute(
             "scale_local_gradients": scale_local_gradients,
             "device_dense": device_dense,
             "device_sparse": device_sparse,
-            # Lists of variables mean nothing to another model: which of them Horovod fuses is forgotten.
-            "num_groups": groups if isinstance(groups, int) and groups else num_groups,
+            "groups": groups,
             "process_set": None if process_set is horovod.global_process_set else list(process_set.ranks),
         }
         wrapped._distribute(settings, membership, averager, model)
@@ -494,12 +523,13 @@ def make_averager(
     stock: bool,
     membership: Membership,
     check_consistency: bool,
+    meeting: Meeting | None = None,
 ) -> PeriodicAverager | GradientAverager:
     """Return what averages: replicas, coded gradients, or gradients as Horovod does."""
     carrier: Any = membership.carrier
     if not averaging.exchanges_gradients:
         return PeriodicAverager(carrier, averaging, config, name=membership.name, check_consistency=check_consistency)
     if not stock:
-        return CodedGradients(carrier, gradients, config, name=membership.name)
+        return CodedGradients(carrier, gradients, config, name=membership.name, meeting=meeting)
     itemsize = 2 if config.codec.id == "fp16" else None
-    return StockGradients(carrier, gradients, compressor, itemsize, name=membership.name)
+    return StockGradients(carrier, gradients, compressor, itemsize, name=membership.name, meeting=meeting)

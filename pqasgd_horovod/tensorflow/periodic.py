@@ -18,13 +18,13 @@ from ..errors import CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Bytes, Handle
 from ..exchange.handshake import verify_same
 from ..exchange.wire import format_by_rank
-from .carrier import HorovodCarrier, allgather
+from .carrier import HorovodCarrier
 from .graph import GraphChannel, Problems
-from .library import ops, register_explainer, translate
-from .meeting import Meeting
+from .library import ops
+from .meeting import Meeting, MeetingPoint
 from .residuals import Residuals
 from .traced import Traced, after, counter, outside_of_graphs, when
-from .variables import NO_ERROR, VariableSpec, describe_together, unwrap
+from .variables import NO_ERROR, VariableSpec, describe_variables, refused_together, unwrap
 
 _COUNTERS = ("steps", "rounds", "steps_since_average", "steps_since_round", "period", "has_dropped")
 
@@ -163,13 +163,14 @@ class PeriodicAverager:
                 ]
             )
         self._meeting = Meeting(self._carrier, self._name)
-        self._start = register_explainer(self._explain_start)
-        self._consistency = register_explainer(self._explain_consistency)
+        self._start = MeetingPoint(self._carrier, f"{self._name}.start", self._explain_start)
+        self._consistency = MeetingPoint(self._carrier, f"{self._name}.consistency", self._explain_consistency)
 
     def _agree_on_layout(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[list[VariableSpec], int]:
         """Return the specs of all variables and the digest of what the ranks agree on."""
         name = f"{self._name}.layout"
-        specs = describe_together([*parameters, *buffers], self._carrier, name)
+        with refused_together(self._carrier, name):
+            specs = describe_variables([*parameters, *buffers])
         if self._carrier is None:
             return specs, 0
         first = len(parameters)
@@ -203,7 +204,7 @@ class PeriodicAverager:
         digests = [ops.pqasgd_digest(tensors=tf.split(anchor, layout.sizes())) for anchor, layout in self._anchors()]
         counters = [getattr(self.state, name).value() for name in _COUNTERS]
         record = tf.concat([tf.stack(counters), *digests], 0)
-        self._agree(record, "start", self._start)
+        self._start.agree(record)
         self._started.assign(1)
 
     def _anchors(self) -> list[tuple[tf.Variable, FlatLayout]]:
@@ -218,11 +219,6 @@ class PeriodicAverager:
             anchor.assign(tf.concat(flat, 0))
             _clear(anchor, cleared)
         self.state.anchored.assign(1)
-
-    def _agree(self, record: tf.Tensor, what: str, explainer: int) -> tf.Operation:
-        assert self._carrier is not None
-        gathered = allgather(record, f"{self._name}.{what}", self._carrier.process_set)
-        return ops.pqasgd_agree(own=record, gathered=gathered, explainer=explainer)
 
     @property
     def _has_outer(self) -> bool:
@@ -249,7 +245,7 @@ class PeriodicAverager:
         assert self.state is not None
         if self._carrier is not None:
             steps, rounds = self.state.steps.value(), self.state.rounds.value()
-            agreed, details = self._meeting.agree(Purpose.AVERAGE, steps, rounds, self._detail())
+            agreed, details = self._meeting.agree_on_details(Purpose.AVERAGE, steps, rounds, self._detail())
             with after(agreed):
                 self._average_selected(rounds, details)
         else:
@@ -341,7 +337,7 @@ class PeriodicAverager:
             self._advance(details)
         if self._check_consistency and self._channels:
             anchors = [anchor.value() for anchor, _ in self._anchors()]
-            self._agree(ops.pqasgd_digest(tensors=anchors), "consistency", self._consistency)
+            self._consistency.agree(ops.pqasgd_digest(tensors=anchors))
         with after(done):
             self._seconds.assign_add(ops.pqasgd_clock() - began)
 
@@ -371,11 +367,8 @@ class PeriodicAverager:
         if timeout is not None:
             self._wait_for_all(timeout)
         steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())
-        details = self._meeting.check(self._meeting.announce(Purpose.AVERAGE, steps, rounds, detail).wait())
-        try:
-            self._traced(self._average, tf.constant(details, tf.int64))
-        except tf.errors.OpError as error:
-            raise translate(error) from None
+        details = self._meeting.tell_details(Purpose.AVERAGE, steps, rounds, detail)
+        self._traced(self._average, tf.constant(details, tf.int64))
 
     def _wait_for_all(self, timeout: float) -> None:
         """Wait under a name of its own: whoever gives up and trains on meets the others under the usual one."""
@@ -406,7 +399,7 @@ class PeriodicAverager:
 
     # ---- what is wrong, in words ----
 
-    def _explain_start(self, flags: int, data: Bytes) -> None:
+    def _explain_start(self, data: Bytes) -> None:
         assert self._carrier is not None
         names = [
             *_COUNTERS,
@@ -419,7 +412,7 @@ class PeriodicAverager:
             f"of the values: {_difference(names, data, self._carrier.size)}"
         )
 
-    def _explain_consistency(self, flags: int, data: Bytes) -> None:
+    def _explain_consistency(self, data: Bytes) -> None:
         assert self._carrier is not None
         names = [channel.plan.name for channel in self._channels]
         raise MismatchError(

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
-from ..averaging.construction import Membership, construct_together
-from ..errors import ArgumentError
+from ..averaging.construction import Membership, check_process_set, construct_together
+from ..averaging.meeting import Purpose
+from ..errors import ArgumentError, DesynchronizedError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
+from ..exchange.carriers import Bytes
+from ..exchange.handshake import describe_difference
+from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of
-from .gradients import CodedGradients, GradientAverager, GradientSettings, StockGradients, layout_of
-from .optimizer import check_op, scaled
-from .traced import outside_of_graphs
-from .variables import describe_variables, name_of, unwrap
-
-_averagers: dict[tuple[Any, ...], GradientAverager] = {}
-_compressors: dict[tuple[Any, ...], Any] = {}
+from .gradients import GradientAverager, GradientSettings, check_groups, check_some, layout_of
+from .meeting import Meeting
+from .optimizer import check_op, make_averager, scaled
+from .traced import after, counter, outside_of_graphs
+from .variables import NO_ERROR, describe_variables, name_of, unwrap
 
 
 class TapeState(tf.Module):
@@ -46,6 +50,134 @@ def tape_state() -> TapeState:
     >>> checkpoint = tf.train.Checkpoint(tapes=hvd.tape_state())
     """
     return _state
+
+
+class _Tapes:
+    """All tapes of one process set: the lists of variables that went through them, and what averages each of them.
+
+    The ranks meet these lists together, so that they are the same, in the same order, on all of them.
+    """
+
+    def __init__(self, process_set: Any) -> None:
+        self._process_set = process_set
+        alone = not process_set.included() or process_set.size() == 1
+        self.carrier = None if alone else HorovodCarrier(process_set)
+        self.met = counter("met")
+        self.lists: list[dict[str, Any]] = []
+        self.averagers: dict[tuple[Any, ...], GradientAverager] = {}
+        self._compressors: dict[tuple[Any, ...], Any] = {}
+
+    def averager_of(self, sources: list[Any], gradients: list[Any], settings: dict[str, Any]) -> GradientAverager:
+        """Return what averages such gradients: made once, though a tape is made in every step."""
+        try:
+            layout = layout_of(describe_variables(sources), gradients)
+            check_some(gradients)
+            identity = (tuple(layout), *_identity(settings))
+            self._check_compressor(identity, settings["compressor"])
+        except ArgumentError as error:
+            with outside_of_graphs():
+                self._refuse(error)
+            raise
+        if identity not in self.averagers:
+            with outside_of_graphs():
+                averager = self._construct(layout, settings)
+            self.averagers[identity] = averager
+            _state.add(averager.state)
+        return self.averagers[identity]
+
+    def _check_compressor(self, identity: tuple[Any, ...], compressor: Any) -> None:
+        before = self._compressors.setdefault(identity, compressor)
+        if before != compressor:
+            raise ArgumentError(
+                f"compression is another {type(before).__name__} object than before for these variables: a compressor "
+                "of your own has to be made once, outside of the traced function"
+            )
+
+    def _refuse(self, error: ArgumentError) -> None:
+        """Let the others know, whatever they are about to do, that this rank cannot go on; collective."""
+        self._meet({"error": f"ArgumentError: {error}"})
+        with construct_together(Membership(horovod, self._process_set, HorovodCarrier)):
+            raise error
+
+    def _construct(self, layout: list[tuple[str, str]], settings: dict[str, Any]) -> GradientAverager:
+        config, gradients, kind = _identity(settings)
+        description = {
+            **NO_ERROR,
+            "sources": dict(layout),
+            "source_order": [name for name, _ in layout],
+            "exchange": config.config(),
+            "arguments": {key: str(value) for key, value in vars(gradients).items()},
+            "compression": kind.__name__,
+        }
+        meeting = self._meet(description)
+        averaging = PeriodicAveraging(period=1)
+        membership = Membership(horovod, self._process_set, HorovodCarrier)
+        with construct_together(membership):
+            averager: Any = make_averager(
+                averaging, config, settings["gradients"], settings["compressor"], settings["stock"], membership, False,
+                meeting,
+            )  # fmt: skip
+            membership.describe("DistributedGradientTape", averaging, config, op=gradients.op, check_consistency=False)
+            membership.description.update(description)
+        self.lists.append(description)
+        return averager
+
+    def _meet(self, description: dict[str, Any]) -> _TapeMeeting | None:
+        """Go on if every rank has a list of variables that is new to it, or raise the same error on all of them."""
+        if self.carrier is None:
+            return None
+        meeting = _TapeMeeting(self, self.carrier, description)
+        meeting.tell(Purpose.LAYOUT, 0, 0)
+        return meeting
+
+
+class _TapeMeeting(Meeting):
+    """Where all tapes meet, for one list of variables: a rank also says which list it is, and describes a new one."""
+
+    def __init__(self, tapes: _Tapes, carrier: HorovodCarrier, description: dict[str, Any]) -> None:
+        super().__init__(carrier, "pqasgd.tapes")
+        self._tapes = tapes
+        self._index = len(tapes.lists)
+        self._description = description
+
+    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> tf.Operation:
+        """Return the op that raises DesynchronizedError on every rank unless all are about to average this list."""
+        # Tapes in one graph meet one after the other, in the order of the program: there is one name for all of them.
+        with after(self._tapes.met.value()):
+            agreed = super().agree(purpose, steps, rounds, self._index)
+        with after(agreed):
+            self._tapes.met.assign_add(1)
+        return agreed
+
+    def tell(self, purpose: Purpose, steps: int, rounds: int, detail: int = 0, **options: Any) -> None:
+        """Say outside of any graph what this list is, and raise likewise."""
+        text = json.dumps(self._description).encode()
+        super().tell(purpose, steps, rounds, len(text), text=text, **options)
+
+    def _explain(self, data: Bytes) -> None:
+        words = data.view(np.int64)
+        purposes, intents, descriptions = set(), [], []
+        while words.size:
+            purpose, steps, _, detail = words[:4].tolist()
+            end = 4 if purpose == Purpose.AVERAGE else 4 - (-detail // 8)
+            if purpose == Purpose.AVERAGE:
+                intents.append(f"averaging list {detail} for the {steps + 1}. time")
+                descriptions.append(self._tapes.lists[detail])
+            else:
+                descriptions.append(json.loads(words[4:end].tobytes()[:detail]))
+                intents.append("meeting a new list" if descriptions[-1]["error"] is None else "raising an error")
+            purposes.add(purpose)
+            words = words[end:]
+        if purposes == {Purpose.LAYOUT} or len(set(intents)) == 1:
+            return  # what their new lists are is compared next
+        difference = f"; {describe_difference(descriptions)}" if any(d != descriptions[0] for d in descriptions) else ""
+        raise DesynchronizedError(
+            f"{self._name}: the ranks do not average the same lists of variables: {format_by_rank(enumerate(intents))}"
+            f"{difference}. Every rank has to take gradients of the same sources, by the same tapes, in the same order"
+        )
+
+
+_tapes: dict[tuple[int, ...], _Tapes] = {}
 
 
 class _DistributedTape:
@@ -95,62 +227,34 @@ class _DistributedTape:
         return tf.nest.pack_sequence_as(sources, gradients)
 
     def _average(self, gradients: list[Any], sources: list[Any]) -> list[Any]:
-        layout = layout_of(describe_variables(sources), gradients)
-        return _averager_of(layout, self._settings).average(gradients, sources)
+        return self._tapes().averager_of(sources, gradients, self._settings).average(gradients, sources)
+
+    def _tapes(self) -> _Tapes:
+        process_set = self._settings["process_set"]
+        check_process_set(horovod, process_set)
+        ranks = tuple(process_set.ranks)
+        if ranks not in _tapes:
+            with outside_of_graphs():
+                _tapes[ranks] = _Tapes(process_set)
+        return _tapes[ranks]
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of all tapes with the same settings, as an optimizer's."""
-        averagers = [averager for key, averager in _averagers.items() if key[1:] == _identity(self._settings)]
+        identity = _identity(self._settings)
+        averagers = [averager for key, averager in self._tapes().averagers.items() if key[1:] == identity]
         if len(averagers) != 1:
             raise ArgumentError(f"communication_stats: {len(averagers)} lists of variables have gone through this tape")
         return averagers[0].communication_stats()
 
 
 def _identity(settings: dict[str, Any]) -> tuple[Any, ...]:
-    process_set = tuple(settings["process_set"].ranks)
     gradients: GradientSettings = settings["gradients"]
-    groups = gradients.groups
-    if isinstance(groups, tuple):  # variables cannot be compared, their names can
-        gradients = dataclasses.replace(gradients, groups=tuple(tuple(map(name_of, group)) for group in groups))
+    if not isinstance(gradients.groups, int):  # variables cannot be compared, their names can
+        names = tuple(tuple(map(name_of, group)) for group in gradients.groups)
+        gradients = dataclasses.replace(gradients, groups=names)
     compressor = settings["compressor"]
     kind = compressor if isinstance(compressor, type) else type(compressor)
-    return (process_set, settings["config"], gradients, kind)
-
-
-def _averager_of(layout: list[tuple[str, str]], settings: dict[str, Any]) -> GradientAverager:
-    """Return what averages such gradients: made once, though a tape is made in every step."""
-    identity = (tuple(layout), *_identity(settings))
-    compressor = _compressors.setdefault(identity, settings["compressor"])
-    if compressor != settings["compressor"]:
-        raise ArgumentError(
-            f"compression is another {type(compressor).__name__} object than before for these variables: a compressor "
-            "of your own has to be made once, outside of the traced function"
-        )
-    if identity not in _averagers:
-        with outside_of_graphs():
-            membership = Membership(horovod, settings["process_set"], HorovodCarrier)
-            with construct_together(membership):
-                carrier: Any = membership.carrier
-                config: ExchangeConfig = settings["config"]
-                averager: GradientAverager
-                if settings["stock"]:
-                    itemsize = 2 if config.codec.id == "fp16" else None
-                    averager = StockGradients(
-                        carrier, settings["gradients"], settings["compressor"], itemsize, name=membership.name
-                    )
-                else:
-                    averager = CodedGradients(carrier, settings["gradients"], config, name=membership.name)
-                membership.describe(
-                    "DistributedGradientTape",
-                    PeriodicAveraging(period=1),
-                    config,
-                    op=settings["gradients"].op,
-                    check_consistency=False,
-                    sources=dict(layout),
-                )
-            _averagers[identity] = averager
-            _state.add(averager.state)
-    return _averagers[identity]
+    return (settings["config"], gradients, kind)
 
 
 def DistributedGradientTape(
@@ -200,7 +304,6 @@ def DistributedGradientTape(
         seed,
         nonfinite,
     )
-    lists = groups or num_groups
     settings = {
         "stock": stock,
         "config": config,
@@ -208,7 +311,7 @@ def DistributedGradientTape(
         "gradients": GradientSettings(
             op,
             gradient_predivide_factor,
-            tuple(map(tuple, lists)) if isinstance(lists, list) else lists,
+            check_groups(groups, num_groups),
             sparse_as_dense,
             device_dense,
             device_sparse,

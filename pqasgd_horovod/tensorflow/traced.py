@@ -9,6 +9,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops.variables import default_variable_creator_v2
 
+from .library import translate
+
 
 class Traced:
     """Calls a function in the graph that is being traced, or eagerly as a ``tf.function`` that is kept."""
@@ -17,12 +19,15 @@ class Traced:
         self._functions: dict[Callable[..., Any], Any] = {}
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return ``function(*arguments)``."""
+        """Return ``function(*arguments)``; called eagerly it raises this package's errors, not TensorFlow's."""
         if not tf.executing_eagerly():
             return function(*arguments)
         if function not in self._functions:
             self._functions[function] = tf.function(function, autograph=False)
-        return self._functions[function](*arguments)
+        try:
+            return self._functions[function](*arguments)
+        except tf.errors.OpError as error:
+            raise translate(error) from None
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -73,13 +74,14 @@ def describe_variables(variables: Sequence[Any]) -> list[VariableSpec]:
 
 
 NO_ERROR = {"error": None}
-"""A part of what ranks compare under the name that :func:`describe_together` was given."""
+"""A part of what ranks compare under the name that :func:`refused_together` was given."""
 
 
-def describe_together(variables: Sequence[Any], carrier: Carrier | None, name: str) -> list[VariableSpec]:
-    """Return :func:`describe_variables`; an error that some ranks have is compared with what the others describe."""
+@contextlib.contextmanager
+def refused_together(carrier: Carrier | None, name: str) -> Iterator[None]:
+    """Compare an ArgumentError that some ranks have with what the others describe under ``name``, and raise it."""
     try:
-        return describe_variables(variables)
+        yield
     except ArgumentError as error:
         if carrier is not None:
             verify_same(carrier, {"error": f"ArgumentError: {error}"}, name)

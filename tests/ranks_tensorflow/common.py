@@ -160,7 +160,7 @@ def told(error: Exception) -> str:
     """What this package says in an error, be it its own or one that a graph has raised."""
     if type(error).__name__ in KINDS:
         return f"{type(error).__name__}: {error}"
-    for line in str(error).splitlines():
+    for line in reversed(str(error).splitlines()):  # of a trace it begins with lines of our source
         found = re.search(f"\\b(?:{'|'.join(KINDS)}): .*", line)
         if found:
             return re.sub(r" \[Op:.*", "", found[0])

@@ -277,6 +277,49 @@ def test_two_lists_of_variables_in_one_program():
     assert_replicas_equal([*one, *two, *three])
 
 
+@pytest.mark.parametrize("compression", [EDEN4, hvd.Compression.none], ids=["coded", "none"])
+def test_several_averages_in_one_graph(compression):
+    """Two tapes, of which one is persistent and averages the same variables again: each name is used once at a time."""
+    one, two = make_variables()[:2], make_variables()[2:]
+
+    def step():
+        with tf.GradientTape(persistent=True) as inner, tf.GradientTape() as other:
+            targets = [
+                tf.add_n([tf.reduce_sum(v * v) for v in variables]) * (1.0 + hvd.rank()) for variables in (one, two)
+            ]
+        tape = hvd.DistributedGradientTape(inner, compression=compression)
+        other = hvd.DistributedGradientTape(other, compression=compression)
+        gradients = [tape.gradient(targets[0], one) for _ in range(3)]
+        return [*gradients, other.gradient(targets[1], two)]
+
+    traced = tf.function(step)
+    for _ in range(5):
+        for gradients in traced():
+            assert_replicas_equal(gradients)
+    for gradient, variable in zip(step()[0], one, strict=True):
+        expected = (1.0 + hvd.size()) * variable.numpy()
+        error = np.linalg.norm(gradient.numpy() - expected) / np.linalg.norm(expected)
+        assert error < (0.2 if compression is EDEN4 else 1e-6)  # 4 bits: q = 0.0096
+
+
+@pytest.mark.parametrize("compression", [EDEN4, hvd.Compression.none], ids=["coded", "none"])
+def test_a_batch_of_another_size_on_one_rank_traces_anew_and_is_averaged(compression):
+    model = make_model()
+
+    @tf.function
+    def step(inputs):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(inputs) ** 2)
+        return hvd.DistributedGradientTape(tape, compression=compression).gradient(loss, model.trainable_variables)
+
+    for number in range(3):
+        inputs = np.random.default_rng([number, hvd.rank()]).standard_normal((8, 30))[
+            : 5 if number and hvd.rank() == 0 else 8
+        ]
+        assert_replicas_equal(step(tf.constant(inputs, tf.float32)))
+    assert step.experimental_get_tracing_count() == 1 + (hvd.rank() == 0)
+
+
 def test_sources_keep_their_structure_and_none_stays_none():
     variables = make_variables()
     tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=EDEN4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import keras
 import numpy as np
@@ -243,19 +244,135 @@ def test_a_step_counter_that_one_rank_alone_has_restored():
     assert_equal(values(variables), before)
 
 
+AVERAGERS = pytest.mark.parametrize(
+    "options",
+    [{"compression": EDEN4}, {}, {"compression": hvd.Compression.fp16}, {"num_groups": 2}],
+    ids=["coded", "none", "fp16", "groups"],
+)
+TRACED = pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+
+
+@AVERAGERS
+@TRACED
 @pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one-rank"])
-def test_another_list_of_gradients(everywhere):
+def test_another_list_of_gradients(options, traced, everywhere):
     variables = make_variables()
-    optimizer = wrap(compression=EDEN4)
-    apply(optimizer, variables, range(2))
+    optimizer = wrap(**options)
+    optimizer.build(variables)
+    step = tf.function(optimizer.apply) if traced else optimizer.apply
+    for number in range(2):
+        step(list(map(tf.constant, gradients_of(number))))
     gradients = list(map(tf.constant, gradients_of(2)))
     if everywhere or hvd.rank() == 0:
         gradients[1] = None
     before = values(variables)
     kind = "ArgumentError" if everywhere else "DesynchronizedError"
-    text = assert_raises_everywhere(kind, lambda: optimizer.apply_gradients(zip(gradients, variables, strict=True)))
-    assert ("v1" if everywhere else "rank 0") in text
+    text = assert_raises_everywhere(kind, lambda: step(gradients))
+    assert ("v1" if everywhere else "laying out its tensors after 2 steps and 2 averages on rank 0") in text
     assert_equal(values(variables), before)
+    step(list(map(tf.constant, gradients_of(2))))
+    assert_replicas_equal(variables)
+
+
+@AVERAGERS
+def test_a_layer_that_one_rank_freezes_between_two_fits(options):
+    model = compiled(wrap(**options))
+    fit(model, 2)
+    if hvd.rank() == 0:
+        model.layers[1].trainable = False
+        model.make_train_function(force=True)
+    before = weights(model)
+    text = assert_raises_everywhere("DesynchronizedError", lambda: fit(model, 2))
+    assert "rank 0" in text
+    assert_equal(weights(model), before)
+
+
+@AVERAGERS
+def test_a_variable_that_one_rank_cannot_average_any_more(options):
+    variables = make_variables()
+    optimizer = wrap(**options)
+    apply(optimizer, variables, range(2))
+    if hvd.rank() == 0:
+        variables[1] = tf.Variable(tf.ones([60], tf.complex64))
+    before = values(variables)
+    averager = optimizer._pqasgd_averager.value
+    gradients = list(map(tf.constant, gradients_of(2)))
+    text = assert_raises_everywhere("DesynchronizedError", lambda: averager.average(gradients, variables))
+    assert "rank 0" in text
+    assert_equal(values(variables), before)
+
+
+@AVERAGERS
+def test_no_gradient_at_all_on_one_rank(options):
+    variables = make_variables()
+    optimizer = wrap(**options)
+    gradients = [None] * 4 if hvd.rank() == 0 else list(map(tf.constant, gradients_of(0)))
+    averager = optimizer._pqasgd_averager.value
+    text = assert_raises_everywhere("MismatchError", lambda: averager.average(gradients, variables))
+    assert "gradients are all None" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"groups": 1 + (hvd.rank() == 0)},
+        {"groups": 2 * (hvd.rank() == 0)},
+        {"gradient_predivide_factor": 1.0 + (hvd.rank() == 0)},
+    ],
+    ids=["numbers", "none", "factor"],
+)
+def test_settings_of_horovods_average(options):
+    variables = make_variables()
+    text = assert_raises_everywhere("MismatchError", lambda: apply(wrap(**options), variables, [0]))
+    assert next(iter(options)) in text
+
+
+class Fails(Exception):
+    """Planted."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("optimizer", {"compression": EDEN4}),
+        ("optimizer", {}),
+        ("optimizer", {"compression": EDEN4, "period": 3}),
+        ("tape", {"compression": EDEN4}),
+        ("tape", {}),
+    ],
+    ids=["coded", "none", "period3", "coded-tape", "none-tape"],
+)
+def test_a_step_that_fails_on_one_rank_alone_is_no_step(options, kind):
+    """Its input is not there, after everything that does not depend on it has run."""
+    model = make_model()
+    optimizer = wrap(keras.optimizers.SGD(0.1), **options) if kind == "optimizer" else keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    broken = tf.Variable(0)
+
+    def late(inputs, fails):
+        time.sleep(0.5 * bool(fails))
+        if fails:
+            raise Fails
+        return inputs
+
+    @tf.function
+    def step(inputs):
+        inputs = tf.ensure_shape(tf.numpy_function(late, [inputs, broken], tf.float32), [8, 30])
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(inputs) ** 2)
+        if kind == "tape":
+            tape = hvd.DistributedGradientTape(tape, **options)
+        optimizer.apply(tape.gradient(loss, [v.value for v in model.trainable_variables]), model.trainable_variables)
+
+    for number in range(6):
+        inputs = tf.constant(examples(1, first=number)[0])
+        if hvd.rank() == 0 and number in (1, 4):
+            broken.assign(1)
+            with pytest.raises(tf.errors.OpError, match="Fails"):
+                step(inputs)
+            broken.assign(0)
+        step(inputs)
+    assert_replicas_equal(model)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
@@ -300,6 +417,82 @@ def test_a_replica_that_was_changed_behind_its_back_is_found():
     assert "replicas differ after an average" in text
 
 
+TAPES = pytest.mark.parametrize(
+    "options", [{"compression": EDEN4}, {}, {"compression": hvd.Compression.fp16}], ids=["coded", "none", "fp16"]
+)
+
+
+def step_by_tape(traced, **options):
+    """A function that computes gradients of sums of squares, and averages them."""
+
+    def step(variables):
+        with hvd.DistributedGradientTape(tf.GradientTape(), **options) as tape:
+            target = tf.add_n([tf.reduce_sum(tf.math.real(v * v)) for v in variables]) * (1.0 + hvd.rank())
+        return tape.gradient(target, variables)
+
+    return tf.function(step) if traced else step
+
+
+@TAPES
+@TRACED
+def test_a_tape_meets_new_variables_on_one_rank_only(options, traced):
+    variables = make_variables()
+    step = step_by_tape(traced, seed=1 + traced, **options)  # tapes of other tests have other seeds
+    for _ in range(2):
+        assert_replicas_equal(step(variables))
+    mine = variables[:3] if hvd.rank() == 0 else variables
+    for _ in range(2):
+        text = assert_raises_everywhere("DesynchronizedError", lambda: step(mine))
+        assert re.search(r"a new list on rank 0; averaging list \d+ for the \d+\. time on rank", text)
+        assert re.search(r'sources\.v3:0: it is absent on rank 0; "float32 \[40, 5\] dense" on rank', text)
+    assert_replicas_equal(step(variables))
+    assert_replicas_equal(step(variables[:3]))
+
+
+@TAPES
+@TRACED
+def test_tapes_of_variables_that_all_ranks_know_in_another_order(options, traced):
+    lists = make_variables()[:2], make_variables()[2:]
+    step = step_by_tape(traced, **options)
+
+    def both(order):
+        return [gradient for variables in lists[::order] for gradient in step(variables)]
+
+    both = tf.function(both) if traced else both
+    assert_replicas_equal(both(1))
+    text = assert_raises_everywhere("DesynchronizedError", lambda: both(-1 if hvd.rank() else 1))
+    assert re.search(r"averaging list \d+ for the .* on rank 0; averaging list \d+ for the .* on rank", text)
+    assert "sources.v0:0: it is " in text
+    assert_replicas_equal(both(-1))
+
+
+@TRACED
+def test_new_variables_that_are_not_the_same_ones(traced):
+    variables = make_variables()
+    step = step_by_tape(traced, seed=3)
+    text = assert_raises_everywhere("MismatchError", lambda: step(variables[:3] if hvd.rank() == 0 else variables))
+    assert "sources.v3:0: it is absent on rank 0" in text
+
+
+@TAPES
+@pytest.mark.parametrize("first", [True, False], ids=["at-first", "later"])
+def test_a_source_that_one_rank_cannot_average(options, first):
+    variables = make_variables()
+    step = step_by_tape(False, seed=4, **options)
+    if not first:
+        step(variables)
+    if hvd.rank() == 0:
+        variables[1] = tf.Variable(tf.ones([3], tf.complex64), name="v1")
+    if first:  # each rank has its own error
+        error = ArgumentError if hvd.rank() == 0 else MismatchError
+        with pytest.raises(error, match="has dtype complex64"):
+            step(variables)
+    else:
+        text = assert_raises_everywhere("DesynchronizedError", lambda: step(variables))
+        assert "raising an error on rank 0" in text
+        assert "has dtype complex64" in text
+
+
 class Doubled:
     """A compressor of the user's own, an object."""
 
@@ -324,4 +517,7 @@ def test_a_compressor_made_anew_in_each_trace_is_refused_on_all_ranks():
     for _ in range(2):
         assert_replicas_equal(tf.function(step)(kept))
     text = assert_raises_everywhere("ArgumentError", tf.function(anew))
+    assert "has to be made once, outside of the traced function" in text
+    calls = tf.function(anew) if hvd.rank() == 0 else lambda: tf.function(step)(kept)
+    text = assert_raises_everywhere("DesynchronizedError", calls)
     assert "has to be made once, outside of the traced function" in text

@@ -178,6 +178,35 @@ def test_horovods_load_model_wraps_a_plain_optimizer_and_keeps_what_it_was(tmp_p
         hvd_keras.load_model(tmp_path / "bare.keras")
 
 
+@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")  # Keras, of any optimizer without steps
+@pytest.mark.parametrize("built", [False, True], ids=["at-once", "after-steps"])
+def test_groups_of_variables_are_found_again(built, tmp_path):
+    """By position: a model that is loaded has other paths, as Keras makes them."""
+
+    def grouped(model):
+        return [
+            [next(i for i, v in enumerate(model.trainable_variables) if v is member) for member in group]
+            for group in model.optimizer._pqasgd_settings.value["groups"]
+        ]
+
+    model = make_model()
+    kernel, bias, *_, last = model.trainable_variables
+    compiled(wrap(sgd(), groups=[[last, kernel], [bias]]), model)
+    if built:
+        train(model, range(2))
+    model.save(tmp_path / f"rank{hvd.rank()}.keras")
+    loaded = keras.models.load_model(tmp_path / f"rank{hvd.rank()}.keras")
+    for each in (model, loaded):
+        train(each, range(2, 4))
+        assert grouped(each) == [[5, 0], [1]]
+    assert_equal(weights(loaded), weights(model))
+    config = model.optimizer.get_config()
+    assert config == loaded.optimizer.get_config()
+    smaller = type(model.optimizer).from_config(config)
+    text = assert_raises_everywhere("ArgumentError", lambda: smaller.build(make_variables()))
+    assert "groups has the variable at position 5, and 4 are trained" in text
+
+
 def test_a_file_of_other_settings_or_of_another_world_is_refused_with_the_reason_and_nothing_changes():
     saved = wrap(sgd(), period=2, compression=EDEN2)
     variables = make_variables()
