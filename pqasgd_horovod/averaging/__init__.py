@@ -8,10 +8,11 @@ from .periodic import PeriodicAverager
 from .schedule import AdaptivePeriod, GrowingPeriod, PostLocal
 from .selection import Rotation
 from .strategy import PeriodicAveraging, SparseAveraging
-from .vector import TensorView
+from .vector import ArrayView, TensorView
 
 __all__ = [
     "AdaptivePeriod",
+    "ArrayView",
     "ExchangeConfig",
     "Feedback",
     "GradientAverager",

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import native
+from ..errors import ArgumentError
 from .feedback import Residuals
 
 AnchorArray = NDArray[np.float32] | NDArray[np.float64]
@@ -46,6 +47,38 @@ class TensorView(TensorSpec, Protocol):
     def pointer(self) -> int:
         """Return where the elements are now; raise ArgumentError if type, size or order in memory have changed."""
         ...
+
+
+_CODES = {
+    np.dtype(np.float16): native.DTYPE_F16,
+    np.dtype(np.float32): native.DTYPE_F32,
+    np.dtype(np.float64): native.DTYPE_F64,
+}
+
+
+class ArrayView:
+    """A NumPy array as an averager sees it, for programs without a framework; assign ``array`` to move it.
+
+    The array is contiguous, of float16, float32 or float64. :meth:`pointer` raises ArgumentError if it has been
+    replaced by one of another type or shape.
+
+    >>> ArrayView("x", np.zeros(3, np.float32)).description
+    'float32 (3,)'
+    """
+
+    def __init__(self, name: str, array: NDArray[np.floating]) -> None:
+        self.name = name
+        self.array = array
+        self.dtype = _CODES[array.dtype]
+        self.numel = array.size
+        self.description = f"{array.dtype} {array.shape}"
+
+    def pointer(self) -> int:
+        """Return where the elements are now."""
+        array = self.array
+        if f"{array.dtype} {array.shape}" != self.description or not array.flags.c_contiguous:
+            raise ArgumentError(f"{self.name} was {self.description} and is another array now")
+        return array.ctypes.data
 
 
 def anchor_dtype(tensor: TensorSpec) -> np.dtype:

@@ -1,34 +1,10 @@
-"""NumPy arrays in the place of a framework's tensors."""
+"""NumPy arrays in the place of a framework's tensors, and means by the specification."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pqasgd_horovod import native
-from pqasgd_horovod.averaging import ExchangeConfig
-from pqasgd_horovod.errors import ArgumentError
-
-DTYPES = {
-    np.dtype(np.float32): native.DTYPE_F32,
-    np.dtype(np.float64): native.DTYPE_F64,
-    np.dtype(np.float16): native.DTYPE_F16,
-}
-
-
-class ArrayView:
-    """An array as an averager sees it; assign ``array`` to move it."""
-
-    def __init__(self, name: str, array: np.ndarray) -> None:
-        self.name = name
-        self.array = array
-        self.dtype = DTYPES[array.dtype]
-        self.numel = array.size
-        self.description = f"{array.dtype} {array.shape}"
-
-    def pointer(self) -> int:
-        if f"{self.array.dtype} {self.array.shape}" != self.description:
-            raise ArgumentError(f"{self.name} was {self.description} and is another array now")
-        return self.array.ctypes.data
+from pqasgd_horovod.averaging import ArrayView, ExchangeConfig
 
 
 def make_views(shapes: dict[str, tuple[int, str]], seed: int) -> list[ArrayView]:

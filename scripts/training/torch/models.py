@@ -1,4 +1,4 @@
-"""One model per dataset, each of more than a million parameters, nearly all of them in weight matrices."""
+"""A model per dataset, of more than a million parameters, nearly all in weight matrices; and a smaller one."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ class CifarNet(nn.Sequential):
             nn.ReLU(),
             nn.Linear(hidden, 10),
         )
+
+
+class SmallCifarNet(nn.Sequential):
+    """Four convolutions with batch normalization, 0.28 million parameters, made to be quick on one core.
+
+    (N, 3, 32, 32) -> (N, 10). Two strides at the beginning leave 8 x 8 pixels to the layers that have the weights.
+    """
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for (before, after), stride in zip(pairwise([3, 40, 64, 128, 160]), [2, 2, 1, 1], strict=True):
+            layers += [
+                nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(inplace=True),
+            ]
+        layers.insert(9, nn.MaxPool2d(2))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, 10))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 class CharacterTransformer(nn.Module):
