@@ -182,14 +182,14 @@ def fit(points: Sequence[Point]) -> Slopes:
 
 
 def _least_squares(y: NDArray[Any], *x: NDArray[Any]) -> list[tuple[float, float]]:
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     design = np.stack([np.ones_like(y), *x], axis=1)
     coefficients = np.linalg.lstsq(design, y)[0]
     freedom = len(y) - design.shape[1]
     variance = np.square(y - design @ coefficients).sum() / freedom
     deviations = np.sqrt(np.diag(variance * np.linalg.inv(design.T @ design)))
-    halves = t.ppf(0.975, freedom) * deviations
+    halves = stdtrit(freedom, 0.975) * deviations
     return [(float(c), float(half)) for c, half in list(zip(coefficients, halves, strict=True))[1:]]
 
 

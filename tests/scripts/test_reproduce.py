@@ -10,11 +10,11 @@ import pytest
 import reproduce
 
 METHODS = {method.name: method for method in reproduce.METHODS}
-RANKS, STEPS, DIMENSION = (2, 4, 8), (256, 1024), 4096
+RANKS, STEPS, DIMENSION = (2, 4), (256, 512, 1024), 4096
 LARGEST_RATIOS = {
-    "SGD": 1.001, "QG, 2 bits": 1.07, "SPA, period 4": 1.05, "PQASGD, 2 bits, period 4": 1.10, "the same, two-phase exchange": 1.17,
+    "SGD": 1.001, "QG, 2 bits": 1.06, "SPA, period 4": 1.02, "PQASGD, 2 bits, period 4": 1.09,
 }  # fmt: skip
-NAMES = {broken: [m.name for m in reproduce.METHODS if bool(m.breaks) == broken] for broken in (False, True)}
+BREAKING = [method.name for method in reproduce.METHODS if method.breaks]
 
 
 def points_of(method):
@@ -29,32 +29,31 @@ def sgd():
     return points_of(METHODS["SGD"])
 
 
-@pytest.mark.parametrize("name", NAMES[False])
+@pytest.mark.parametrize("name", LARGEST_RATIOS)
 def test_the_gradient_falls_as_one_over_the_root_of_nk(name, sgd):
     points = sgd if name == "SGD" else points_of(METHODS[name])
-    print(name, reproduce.fit(points), [p.gradient / q.gradient for p, q in zip(points, sgd, strict=True)])
     for slope, half in reproduce.fit(points):
-        assert abs(slope + 0.5) < 0.06
-        assert half < 0.06
-    # The quantizer's noise of q = 0.13, the drift of a short period, and in the two-phase exchange more noise.
+        assert abs(slope + 0.5) < 0.05
+        assert half < 0.03
+    # The quantizer's noise of q = 0.13, and the drift of a short period.
     ratios = [point.gradient / reference.gradient for point, reference in zip(points, sgd, strict=True)]
     assert max(ratios) < LARGEST_RATIOS[name]
 
 
-@pytest.mark.parametrize("name", NAMES[True])
+@pytest.mark.parametrize("name", BREAKING)
 def test_it_does_not_where_a_condition_is_broken(name, sgd):
     points = points_of(METHODS[name])
     slopes = reproduce.fit(points)
-    assert slopes.both[0] > -0.4
-    assert slopes.ranks[0] > -0.3  # more ranks help less, or not at all
-    assert points[-1].gradient > 4 * sgd[-1].gradient
+    assert slopes.both[0] > -0.2
+    assert slopes.ranks[0] > -0.2  # more ranks help less, or not at all
+    assert points[-1].gradient > 3 * sgd[-1].gradient
 
 
 def test_the_fit_finds_the_exponents_it_is_given():
     generator = np.random.default_rng(0)
     points = [
         reproduce.Point("", n, k, 0, 3 * n**-0.25 * k**-0.75 * np.exp(generator.normal(0, 0.01)))
-        for n, k in itertools.product(RANKS, STEPS)
+        for n, k in itertools.product((2, 4, 8), (256, 1024))
     ]
     points += [reproduce.Point("", 1, 64, 0, 1e9)]  # which does not count
     slopes = reproduce.fit(points)
