@@ -198,7 +198,7 @@ def make_table(methods: Sequence[Method], points: Sequence[Point]) -> str:
     rows = []
     for method in methods:
         slopes = fit([point for point in points if point.method == method.name])
-        rows.append([method.name, *(f"{slope:.2f} ± {half:.2f}" for slope, half in slopes), method.breaks or "holds"])
+        rows.append([method.name, *(f"{slope:.3f} ± {half:.3f}" for slope, half in slopes), method.breaks or "holds"])
     return format_table(["method", "in nK", "in n", "in K", "condition"], rows)
 
 
@@ -232,7 +232,10 @@ def draw(methods: Sequence[Method], points: Sequence[Point], path: Path) -> None
         ]
         axis.legend(handles=handles, loc="lower left", frameon=False, fontsize=9.5)
     axes[0].set_ylabel("mean of |∇f|² over the steps, relative to the start")
-    handles = [Line2D([], [], color="#555555", marker=markers[n], linestyle="", label=f"n = {n}") for n in ranks]
+    handles = [
+        Line2D([], [], color="#555555", marker=markers[n], markerfacecolor="none", linestyle="", label=f"n = {n}")
+        for n in ranks
+    ]
     handles.append(Line2D([], [], color="#888888", linestyle="--", label="1 / √(nK)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle("Squared gradient norm of a non-convex function, learning rate √(n/K)", weight="bold")
@@ -257,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             gradient = simulate(method, num_ranks, steps, seed)
             points.append(Point(method.name, num_ranks, steps, seed, gradient))
         print(f"{method.name}: done after {time.perf_counter() - started:.0f} s", flush=True)
-    print(f"\nSlopes in log-log, with 95 % intervals; theory has -0.50\n\n{make_table(METHODS, points)}\n")
+    print(f"\nSlopes in log-log, with 95 % intervals; theory has -0.5\n\n{make_table(METHODS, points)}\n")
     report = {
         "points": [point._asdict() for point in points],
         "slopes": {m.name: fit([p for p in points if p.method == m.name])._asdict() for m in METHODS},

@@ -19,7 +19,7 @@ from pqasgd_horovod.exchange.carriers.threads import ThreadCarrier, run_ranks
 from training.batches import batches_after, count_steps
 from training.data import Task
 from training.schedule import warmup_cosine
-from training.torch.models import SmallCifarNet
+from training.torch.models import SmallCifarNet, average_buffers
 from training.torch.threads import ThreadedOptimizer
 
 Options = Mapping[str, Any]
@@ -99,19 +99,18 @@ def train_in_threads(task: Task, settings: argparse.Namespace, options: Options,
     return _summarize(models[0], task, settings, losses, stats) | {"cpu_seconds": time.process_time() - started}
 
 
-def train_with_horovod(task: Task, settings: argparse.Namespace, options: Options) -> dict[str, Any]:
-    """Train on the ranks of the launcher, this process being one of them; return what came of it."""
+def train_with_horovod(task: Task, settings: argparse.Namespace, options: Options) -> dict[str, Any] | None:
+    """Train on the ranks of the launcher, this process being one of them; return on rank 0 what came of it."""
     hvd: Any = importlib.import_module("pqasgd_horovod.torch")
-
     hvd.init()
     worker = Worker(task, settings, hvd.rank(), hvd.size())
     named_parameters = worker.model.named_parameters()
     optimizer = hvd.DistributedOptimizer(worker.optimizer, named_parameters, seed=settings.seed, **options)
     losses = worker.train(optimizer, nullcontext())
-    for name, buffer in worker.model.named_buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(hvd.allreduce(buffer, name=f"buffer.{name}"))
+    average_buffers(hvd, worker.model)
     gathered = hvd.allgather_object((losses, optimizer.communication_stats()), name="result")
+    if hvd.rank() != 0:
+        return None
     return _summarize(worker.model, task, settings, *zip(*gathered, strict=True))
 
 

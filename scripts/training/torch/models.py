@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,15 @@ def make_model(task: Task, dataset: str) -> nn.Module:
     if dataset == "text":
         return CharacterTransformer(task.num_classes, context=task.train.inputs.shape[1])
     return DigitsNet()
+
+
+@torch.no_grad()
+def average_buffers(hvd: Any, model: torch.nn.Module) -> None:
+    """Replace BatchNorm's statistics, which each rank gathers on its own data, by their mean over the ranks."""
+    saved = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.copy_(hvd.allreduce(buffer, name=f"buffer.{name}"))
 
 
 class DigitsNet(nn.Sequential):
