@@ -226,7 +226,7 @@ def draw(methods: Sequence[Method], points: Sequence[Point], path: Path) -> None
         axis.plot(samples, np.mean(reference) / np.sqrt(samples), "--", color="#888888", linewidth=1.2, zorder=0)
         axis.set(xscale="log", yscale="log", xlabel="n K: gradients of all ranks together", title=title)
         handles = [
-            Line2D([], [], color=method.color, label=f"{method.name}: slope {slope:.2f} ± {half:.2f}")
+            Line2D([], [], color=method.color, label=f"{method.name}: slope {slope:.3f} ± {half:.3f}")
             for method in chosen
             for slope, half in [fit([p for p in points if p.method == method.name]).both]
         ]
