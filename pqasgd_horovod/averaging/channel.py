@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -18,12 +19,17 @@ from ..exchange import make_exchange
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 from ..exchange.layout import shard_alignment
+from ..exchange.plan import bytes_per_round, choose_exchange
 from .config import ExchangeConfig
 from .feedback import Residuals
 from .outer import Coefficients
 from .selection import All, Selection
 from .state import Arrays, no_arrays
+from .statistics import ring_allreduce_nbytes
+from .strategy import PeriodicAveraging
 from .vector import AnchorArray, FlatLayout, FlatVector, TensorSpec, anchor_dtype
+
+logger = logging.getLogger("pqasgd_horovod")
 
 Spec = TypeVar("Spec", bound=TensorSpec)
 
@@ -82,6 +88,28 @@ def plan_channel(
         ),
         feedback=config.feedback is not None and not codec.lossless,
     )
+
+
+def warn_of_size(plans: Sequence[ChannelPlan], carrier: Carrier, averaging: PeriodicAveraging) -> None:
+    """Say so, on one rank, if the first rounds send more than Horovod's allreduce in fp16 would in as many steps."""
+    size = carrier.size
+    nbytes = 0
+    for plan in plans:
+        method = plan.method
+        if method == "auto":
+            method = choose_exchange(plan.codec, plan.second_codec, plan.sizes, size)
+        nbytes += bytes_per_round(method, plan.codec, plan.second_codec, plan.sizes, size)
+    steps = int(averaging.schedule.next_period(0, False)) * averaging.selection.num_fragments
+    of_fp16 = steps * ring_allreduce_nbytes(sum(plan.layout.num_elements for plan in plans), size, itemsize=2)
+    if carrier.rank == 0 and nbytes > 1.05 * of_fp16:
+        logger.warning(
+            "%d step(s) send %.3g MB from each of %d ranks: more than the %.3g MB of Horovod with Compression.fp16. "
+            "Use fewer bits, a longer period, or exchange='two_phase', whose bytes do not grow with the ranks",
+            steps,
+            nbytes / 1e6,
+            size,
+            of_fp16 / 1e6,
+        )
 
 
 class Channel:

@@ -13,7 +13,7 @@ from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.wire import format_by_rank
-from .channel import Channel, ChannelSet, plan_channel, split_by_size
+from .channel import Channel, ChannelSet, plan_channel, split_by_size, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
@@ -87,18 +87,18 @@ class GradientAverager:
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
         large, small = split_by_size(tensors, self._config.small_tensor_threshold)
         arrays = self._arrays()
+        vectors = [
+            (FlatVector(members), compressed) for members, compressed in ((large, True), (small, False)) if members
+        ]
+        plans = [
+            plan_channel(vector, self._config, compressed=compressed, name=self._name, index=int(not compressed))
+            for vector, compressed in vectors
+        ]
+        warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
         self._channels.replace(
             [
-                Channel(
-                    vector := FlatVector(members),
-                    plan_channel(vector, self._config, compressed=compressed, name=self._name, index=index),
-                    None,
-                    carrier=self._carrier,
-                    config=self._config,
-                    digest=digest,
-                )
-                for index, (members, compressed) in enumerate(((large, True), (small, False)))
-                if members
+                Channel(vector, plan, None, carrier=self._carrier, config=self._config, digest=digest)
+                for plan, (vector, _) in zip(plans, vectors, strict=True)
             ]
         )
         self._restored = no_arrays()

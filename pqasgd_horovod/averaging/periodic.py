@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
-from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel
+from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
 from .pace import Pace, check_learning_rates
@@ -91,24 +91,22 @@ class PeriodicAverager:
             digests.update(digest_tensors(vector, anchor))
             layout.append((vector, anchor, compressed))
         digest = self._agree(parameters, buffers, digests)
+        plans = [
+            plan_channel(
+                vector,
+                self._config,
+                compressed=compressed,
+                name=self._name,
+                index=index,
+                selection=self._averaging.selection,
+            )
+            for index, (vector, _, compressed) in enumerate(layout)
+        ]
+        warn_of_size(plans, self._carrier, self._averaging)
         self._channels.replace(
             [
-                Channel(
-                    vector,
-                    plan_channel(
-                        vector,
-                        self._config,
-                        compressed=compressed,
-                        name=self._name,
-                        index=index,
-                        selection=self._averaging.selection,
-                    ),
-                    anchor,
-                    carrier=self._carrier,
-                    config=self._config,
-                    digest=digest,
-                )
-                for index, (vector, anchor, compressed) in enumerate(layout)
+                Channel(vector, plan, anchor, carrier=self._carrier, config=self._config, digest=digest)
+                for plan, (vector, anchor, _) in zip(plans, layout, strict=True)
             ]
         )
         self._buffer_names = buffer_names

@@ -12,8 +12,8 @@ import horovod.tensorflow as horovod
 import numpy as np
 import tensorflow as tf
 
-from ..averaging import ExchangeConfig
-from ..averaging.channel import plan_channel, split_by_size
+from ..averaging import ExchangeConfig, PeriodicAveraging
+from ..averaging.channel import plan_channel, split_by_size, warn_of_size
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.vector import FlatLayout
@@ -287,6 +287,7 @@ class CodedGradients(GradientAverager):
             plan_channel(FlatLayout(members), self._config, compressed=compressed, name=self._name, index=index)
             for index, (members, compressed) in enumerate(parts)
         ]
+        warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
         sizes = [plan.layout.num_elements for plan in plans if plan.feedback]
         if sizes:
             self.state.residuals = Residuals(sizes)

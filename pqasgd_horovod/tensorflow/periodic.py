@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
-from ..averaging.channel import group_tensors, plan_channel
+from ..averaging.channel import group_tensors, plan_channel, warn_of_size
 from ..averaging.meeting import Purpose
 from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
@@ -148,6 +148,7 @@ class PeriodicAverager:
         if self._carrier is None:
             return
         self._problems = Problems(self._name, self._config.nonfinite)
+        warn_of_size(plans, self._carrier, self.averaging)
         residuals = iter(self.state.residuals)
         for index, (plan, (members, _, _), layout) in enumerate(zip(plans, groups, layouts, strict=True)):
             anchor = self.state.anchors[index]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import numpy as np
 import pytest
 
 from pqasgd_horovod import codecs
-from pqasgd_horovod.averaging import ExchangeConfig, PeriodicAverager, PeriodicAveraging
+from pqasgd_horovod.averaging import ExchangeConfig, PeriodicAverager, PeriodicAveraging, SparseAveraging
 from pqasgd_horovod.errors import (
     ArgumentError,
     CollectiveTimeoutError,
@@ -510,3 +511,37 @@ def test_signs_without_a_scale_are_not_for_changes_of_parameters(config):
             ArgumentError, match=r"compression is SignSgd\(.*, which decodes to \+-1: it is for gradients"
         ):
             PeriodicAverager(carrier, PeriodicAveraging(period=2), config, name="t")
+
+
+def sizes_warned_of(caplog, size: int, averaging: PeriodicAveraging, **options: object) -> list[str]:
+    config = ExchangeConfig(small_tensor_threshold=0, **options)  # type: ignore[arg-type]
+    caplog.clear()
+
+    def program(carrier):
+        averager = PeriodicAverager(carrier, averaging, config, name="test")
+        averager.prepare(make_views({"w": (2**17, "float32")}, seed=1))
+
+    with caplog.at_level(logging.WARNING, "pqasgd_horovod"):
+        run_ranks(size, program)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_more_bytes_than_in_half_precision_are_said_loudly(caplog):
+    (text,) = sizes_warned_of(caplog, 5, PeriodicAveraging(period=1), codec=codecs.maxscale(bits=8), method="allgather")
+    assert text.startswith("1 step(s) send 0.529 MB from each of 5 ranks: more than the 0.419 MB of Horovod")
+    (text,) = sizes_warned_of(caplog, 3, PeriodicAveraging(period=1), codec=codecs.none(), method="two_phase")
+    assert "0.699 MB from each of 3 ranks: more than the 0.349 MB" in text
+
+
+@pytest.mark.parametrize(
+    ("averaging", "options"),
+    [
+        (PeriodicAveraging(period=1), {"codec": codecs.maxscale(bits=8)}),
+        (PeriodicAveraging(period=2), {"codec": codecs.none(), "method": "two_phase"}),
+        (SparseAveraging(period=4), {"codec": codecs.none(), "method": "two_phase"}),
+        (PeriodicAveraging(period=1), {"codec": codecs.bf16()}),
+    ],
+    ids=["auto", "seldom", "sparse", "bf16"],
+)
+def test_fewer_bytes_are_not(caplog, averaging, options):
+    assert sizes_warned_of(caplog, 5, averaging, **options) == []

@@ -71,4 +71,4 @@ def test_it_writes_the_table_the_picture_and_the_report(tmp_path, capsys, monkey
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "period grows as fast as K" in output
-    assert f"{report['slopes']['SGD']['both'][0]:.2f} ±" in output
+    assert f"{report['slopes']['SGD']['both'][0]:.3f} ±" in output
