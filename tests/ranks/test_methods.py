@@ -17,7 +17,7 @@ TABLE = pathlib.Path(__file__).parents[2] / "docs" / "methods.md"
 ROW = re.compile(r"^\| (.+?) \| `(.+?)`(.*) \|$", re.MULTILINE)
 METHODS = {name: (call, rest) for name, call, rest in ROW.findall(TABLE.read_text()) if not call.startswith("hvd.")}
 STEPS = 300
-TEST_LOSS = 0.45  # 2.3 at the start, 0.13 with full communication; few and long periods are the slowest
+TEST_LOSS = 0.5  # 2.3 at the start, 0.13 with full communication; few and long periods are the slowest
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
