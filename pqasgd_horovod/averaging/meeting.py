@@ -37,9 +37,9 @@ def out_of_step_error(name: str, intents: Sequence[tuple[Purpose, int, int]]) ->
     """Return the error of ranks that are about to do different things: purpose, steps and rounds of each."""
     listing = format_by_rank((rank, purpose.describe(*counters)) for rank, (purpose, *counters) in enumerate(intents))
     return DesynchronizedError(
-        f"{name}: the ranks are out of step: {listing}. Every rank has to take the same number of steps, and to call "
-        "flush(), state_dict() in the middle of a period, load_state_dict() and add_param_group() alike; restart from "
-        "a checkpoint"
+        f"{name}: the ranks are out of step: {listing}. Every rank has to take the same number of steps, with the same "
+        "variables, and to call flush(), state_dict() in the middle of a period, load_state_dict() and "
+        "add_param_group() alike; restart from a checkpoint"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -108,14 +109,26 @@ class HorovodCarrier:
         return HorovodHandle(run, name)
 
 
+@contextlib.contextmanager
+def constant_names() -> Iterator[None]:
+    """Let collectives have the names that they are given; without it a second one in a graph would get a number.
+
+    So whoever may come twice in one graph has to see to it that the first is over by then.
+    """
+    with tf.name_scope("pqasgd"):  # which gets the number, and is left out where ``ignore_name_scope``
+        yield
+
+
 def allgather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
     """Horovod's allgather of a tensor, matched by ``name`` whatever scopes and functions it is traced in."""
-    return mpi_ops.allgather(tensor, name=name, ignore_name_scope=True, process_set=process_set)
+    with constant_names():
+        return mpi_ops.allgather(tensor, name=name, ignore_name_scope=True, process_set=process_set)
 
 
 def alltoall(tensor: tf.Tensor, splits: Sequence[int], name: str, process_set: Any) -> tf.Tensor:
     """Horovod's alltoall of a tensor's parts, matched by ``name`` likewise."""
-    received, _ = mpi_ops.alltoall(
-        tensor, tf.constant(splits, tf.int32), name=name, ignore_name_scope=True, process_set=process_set
-    )
+    with constant_names():
+        received, _ = mpi_ops.alltoall(
+            tensor, tf.constant(splits, tf.int32), name=name, ignore_name_scope=True, process_set=process_set
+        )
     return received

@@ -24,7 +24,7 @@ from .compression import Compression, codec_of
 from .graph import GraphChannel, Problems
 from .library import ops
 from .meeting import MeetingPoint
-from .traced import Traced, after, counter, outside_of_graphs, run_once
+from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, run_once
 from .variables import DTYPES, VariableSpec, name_of, unwrap
 
 
@@ -149,9 +149,11 @@ def broadcast_variables(
 
 
 _allreduces: dict[tuple[Any, ...], _Allreduce] = {}
+_turns: dict[tuple[Any, ...], Turns] = {}
 _unnamed: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 
+@as_written
 def compressed_allreduce(
     tensor: tf.Tensor,
     compression: Any = None,
@@ -172,8 +174,8 @@ def compressed_allreduce(
     Args:
         tensor: float16, bfloat16, float32 or float64, any fixed shape; the same type and shape on every rank.
         compression: one of :class:`Compression`; by default 4 bits.
-        name: matches the call between ranks; give one to each call in a traced function. Without a name all calls count
-            as one, in their order.
+        name: matches the call between ranks. Calls of one name, or of none, take turns, in their order; in a traced
+            function those of other names run side by side.
         op: ``Average`` or ``Sum``.
         process_set: the ranks that take part.
         second_compression: see ``DistributedOptimizer``, as for the following.
@@ -230,6 +232,7 @@ class _Allreduce:
         self.traced = Traced()
         self._name, self._carrier = name, carrier
         self._description = {"tensor": kind, "op": str(op), "exchange": config.config()}
+        self._turns = _turns.setdefault((name, tuple(carrier.process_set.ranks)), Turns())
         self._meeting = MeetingPoint(carrier, f"{name}.meeting", self._explain)
         # Under the name where others may be about to exchange a tensor that they know.
         self._meeting.tell([_NEW, 0], HANDSHAKE_TIMEOUT_SECONDS)
@@ -243,12 +246,15 @@ class _Allreduce:
 
     def run(self, tensor: tf.Tensor) -> tf.Tensor:
         """Exchange one tensor."""
-        calls = self._calls.value()
+        with after(self._turns.begin()):
+            calls = self._calls.value()
         with after(self._meeting.agree(tf.stack([tf.constant(self._digest, tf.int64), calls]))):
             counted = self._calls.assign_add(1)
             flags = self._channel.exchange([tensor], calls, calls)
         with after(self._problems.verdict(flags), counted):
-            return self._channel.means([tensor], self._factor)[0]
+            result = self._channel.means([tensor], self._factor)[0]
+        self._turns.end(result)
+        return result
 
     def _explain(self, data: Bytes) -> None:
         records = data.view(np.int64).reshape(-1, 2).tolist()

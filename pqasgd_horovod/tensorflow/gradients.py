@@ -19,11 +19,11 @@ from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbyte
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError
 from ..exchange.handshake import verify_same
-from .carrier import HorovodCarrier, allgather
+from .carrier import HorovodCarrier, allgather, constant_names
 from .graph import GraphChannel, Problems
 from .meeting import Meeting
 from .residuals import Residuals
-from .traced import Traced, after, counter, outside_of_graphs, when
+from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, unwrap
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
@@ -123,8 +123,8 @@ class GradientAverager(abc.ABC):
     ) -> None:
         with outside_of_graphs():
             self.state = GradientState()
-            # Of this process: how many averages have begun, and how many are over.
-            self._total_steps, self._over = counter("total_steps"), counter("over")
+            self._turns = Turns()
+            self._total_steps = counter("total_steps")
             self._sparse_sent, self._sparse_received = counter("sparse_sent"), counter("sparse_received")
         if carrier is not None:
             self._meeting = meeting or Meeting(carrier, name)
@@ -135,6 +135,7 @@ class GradientAverager(abc.ABC):
         self._num_elements = 0
         self._traced = Traced()
 
+    @as_written
     def average(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         """Return the means, in the order of ``gradients``; where there is no gradient there is none after.
 
@@ -200,14 +201,12 @@ class GradientAverager(abc.ABC):
                 for i, gradient in enumerate(gradients)
             ]
             self._count()
-        with after(*tf.nest.flatten(result, expand_composites=True)):
-            self._over.assign_add(1)
+        self._turns.end(*tf.nest.flatten(result, expand_composites=True))
         return result
 
     def _meet(self, gradients: Sequence[Gradient]) -> tf.Operation:
         """Return what makes sure that every rank is about to average the same gradients."""
-        # A name may be used again when an average before it in the same graph is over.
-        with after(*first_computed(gradients), self._over.value()):
+        with after(*first_computed(gradients), self._turns.begin()):
             steps = self._total_steps.value()
             return self._meeting.agree(Purpose.AVERAGE, steps, steps)
 
@@ -369,16 +368,17 @@ class StockGradients(GradientAverager):
             "process_set": self._carrier.process_set,
             "ignore_name_scope": True,
         }
-        if self._groups is None:
-            return [
-                horovod.allreduce(gradient, name=f"{self._name}.gradient.{i}", **options)
-                for i, gradient in enumerate(gradients)
-            ]
         result: list[tf.Tensor] = list(gradients)
+        if self._groups is None:
+            for i, gradient in enumerate(gradients):
+                with constant_names():
+                    result[i] = horovod.allreduce(gradient, name=f"{self._name}.gradient.{i}", **options)
+            return result
         for index, group in enumerate(self._groups):
-            means = horovod.grouped_allreduce(
-                [gradients[i] for i in group], name=f"{self._name}.group.{index}", **options
-            )
+            with constant_names():
+                means = horovod.grouped_allreduce(
+                    [gradients[i] for i in group], name=f"{self._name}.group.{index}", **options
+                )
             for i, mean in zip(group, means, strict=True):
                 result[i] = mean
         return result

@@ -41,7 +41,7 @@ from .gradients import (
 )
 from .meeting import Meeting
 from .periodic import PeriodicAverager
-from .traced import after, counter, outside_of_graphs, run_once, when
+from .traced import after, as_written, counter, outside_of_graphs, run_once, when
 from .variables import name_of, refused_together, unwrap
 
 logger = logging.getLogger("pqasgd_horovod")
@@ -70,6 +70,7 @@ class DistributedMethods(_Inner):
 
     # ---- Keras ----
 
+    @as_written
     def build(self, variables: Sequence[Any]) -> None:
         """Make the optimizer's variables, and agree with the other ranks on what is averaged; collective."""
         if self.built:

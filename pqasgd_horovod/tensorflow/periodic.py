@@ -23,7 +23,7 @@ from .graph import GraphChannel, Problems
 from .library import ops
 from .meeting import Meeting, MeetingPoint
 from .residuals import Residuals
-from .traced import Traced, after, counter, outside_of_graphs, when
+from .traced import Traced, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, refused_together, unwrap
 
 _COUNTERS = ("steps", "rounds", "steps_since_average", "steps_since_round", "period", "has_dropped")
@@ -100,6 +100,7 @@ class PeriodicAverager:
         self._traced = Traced()
         self.state: PeriodicState | None = None
 
+    @as_written
     def build(self, parameters: Sequence[Any], buffers: Sequence[Any] = ()) -> None:
         """Lay out the variables and agree on that; collective.
 
@@ -188,6 +189,7 @@ class PeriodicAverager:
 
     # ---- in a graph, or eagerly ----
 
+    @as_written
     def before_step(self) -> None:
         """Before the first local update: take anchors, which must be the same on every rank."""
         if self._carrier is not None:
@@ -225,6 +227,7 @@ class PeriodicAverager:
     def _has_outer(self) -> bool:
         return self.averaging.outer.coefficients(1.0) is not None
 
+    @as_written
     def count_step(self, learning_rate: tf.Tensor | float = 0.0) -> None:
         """Count a local step, taken or skipped, and average if the schedule says so; collective then.
 

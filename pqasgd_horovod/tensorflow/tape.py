@@ -26,7 +26,7 @@ from .compression import CodecCompressor, Compression, codec_of
 from .gradients import GradientAverager, GradientSettings, check_groups, check_some, layout_of
 from .meeting import Meeting
 from .optimizer import check_op, make_averager, scaled
-from .traced import after, counter, outside_of_graphs
+from .traced import Turns, after, as_written, outside_of_graphs
 from .variables import NO_ERROR, describe_variables, name_of, unwrap
 
 
@@ -62,11 +62,12 @@ class _Tapes:
         self._process_set = process_set
         alone = not process_set.included() or process_set.size() == 1
         self.carrier = None if alone else HorovodCarrier(process_set)
-        self.met = counter("met")
+        self.turns = Turns()
         self.lists: list[dict[str, Any]] = []
         self.averagers: dict[tuple[Any, ...], GradientAverager] = {}
         self._compressors: dict[tuple[Any, ...], Any] = {}
 
+    @as_written
     def averager_of(self, sources: list[Any], gradients: list[Any], settings: dict[str, Any]) -> GradientAverager:
         """Return what averages such gradients: made once, though a tape is made in every step."""
         try:
@@ -82,11 +83,12 @@ class _Tapes:
             with outside_of_graphs():
                 averager = self._construct(layout, settings)
             self.averagers[identity] = averager
+            self._compressors[identity] = settings["compressor"]
             _state.add(averager.state)
         return self.averagers[identity]
 
     def _check_compressor(self, identity: tuple[Any, ...], compressor: Any) -> None:
-        before = self._compressors.setdefault(identity, compressor)
+        before = self._compressors.get(identity, compressor)
         if before != compressor:
             raise ArgumentError(
                 f"compression is another {type(before).__name__} object than before for these variables: a compressor "
@@ -142,11 +144,9 @@ class _TapeMeeting(Meeting):
 
     def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> tf.Operation:
         """Return the op that raises DesynchronizedError on every rank unless all are about to average this list."""
-        # Tapes in one graph meet one after the other, in the order of the program: there is one name for all of them.
-        with after(self._tapes.met.value()):
+        with after(self._tapes.turns.begin()):
             agreed = super().agree(purpose, steps, rounds, self._index)
-        with after(agreed):
-            self._tapes.met.assign_add(1)
+        self._tapes.turns.end(agreed)
         return agreed
 
     def tell(self, purpose: Purpose, steps: int, rounds: int, detail: int = 0, **options: Any) -> None:
@@ -161,7 +161,7 @@ class _TapeMeeting(Meeting):
             purpose, steps, _, detail = words[:4].tolist()
             end = 4 if purpose == Purpose.AVERAGE else 4 - (-detail // 8)
             if purpose == Purpose.AVERAGE:
-                intents.append(f"averaging list {detail} for the {steps + 1}. time")
+                intents.append(f"averaging list {detail} after {steps} averages of it")
                 descriptions.append(self._tapes.lists[detail])
             else:
                 descriptions.append(json.loads(words[4:end].tobytes()[:detail]))
@@ -232,11 +232,11 @@ class _DistributedTape:
     def _tapes(self) -> _Tapes:
         process_set = self._settings["process_set"]
         check_process_set(horovod, process_set)
-        ranks = tuple(process_set.ranks)
-        if ranks not in _tapes:
+        identity = (process_set.process_set_id, *process_set.ranks)
+        if identity not in _tapes:
             with outside_of_graphs():
-                _tapes[ranks] = _Tapes(process_set)
-        return _tapes[ranks]
+                _tapes[identity] = _Tapes(process_set)
+        return _tapes[identity]
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of all tapes with the same settings, as an optimizer's."""

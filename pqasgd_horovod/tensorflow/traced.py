@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.ops.variables import default_variable_creator_v2
 
 from .library import translate
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def as_written(function: F) -> F:
+    """Decorate a function that AutoGraph is to leave alone: it would rewrite all that is called here, in minutes."""
+    left_alone: F = tf.autograph.experimental.do_not_convert(function)
+    return left_alone
 
 
 class Traced:
@@ -72,3 +80,22 @@ def when(condition: Any, then: Callable[[], None] | None, otherwise: Callable[[]
 def after(*ready: Any) -> Any:
     """What is made in this context runs when ``ready`` ops and tensors are done; eager ones, which are None, are."""
     return tf.control_dependencies([item for item in ready if item is not None])
+
+
+class Turns:
+    """What comes to a name more than once in a graph takes turns, in the order of the program.
+
+    Nothing else orders collectives, and Horovod refuses one whose name is in use.
+    """
+
+    def __init__(self) -> None:
+        self._ended = counter("turns")  # TensorFlow orders what reads and writes a variable
+
+    def begin(self) -> tf.Tensor:
+        """Return what is there when the turns before are over."""
+        return self._ended.value()
+
+    def end(self, *ready: Any) -> None:
+        """Let the next turn begin when ``ready`` ops and tensors are done."""
+        with after(*ready):
+            self._ended.assign_add(1)

@@ -67,6 +67,21 @@ def test_allreduce_eager_and_traced(compression, exchange):
         assert np.array_equal(mean, second) == (compression.codec.id in ("fp16", "bf16", "signsgd", "onebit"))
 
 
+@pytest.mark.parametrize("name", [None, "one"])
+def test_several_allreduces_in_one_graph_which_one_rank_runs_eagerly(name):
+    def reduce(step):
+        """Two tensors, and one of them again."""
+        ones = tf.ones([7]) * float(hvd.rank() + step)
+        return [hvd.compressed_allreduce(t, hvd.Compression.none, name) for t in (ones, tf.ones([3]), ones * 2.0)]
+
+    traced = tf.function(reduce)
+    for step in range(4):
+        results = (reduce if step % 2 and hvd.rank() == 0 else traced)(step)
+        mean = (hvd.size() - 1) / 2 + step
+        for result, value in zip(results, (mean, 1.0, 2 * mean), strict=True):
+            np.testing.assert_array_equal(result.numpy(), np.full(result.shape, value, np.float32))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_allreduce_of_all_types_sums_and_sizes(dtype):
     tensor = tf.fill((4, 6), tf.cast(hvd.rank(), dtype))
