@@ -8,17 +8,28 @@ BigCrush.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 UINT32 = NDArray[np.uint32]
 
+SHARED_RANK = 0xFFFFFF
+"""The rank in shared keys: no rank has it."""
 KEY_ROUNDS = 20
 STREAM_ROUNDS = 13
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 _SIGN_COUNTER = 0x80000000
 _MASK32 = 0xFFFFFFFF
+
+
+class Keys(NamedTuple):
+    """The keys of one payload: the sender's own, and one that is the same on every rank and in every phase."""
+
+    own: int
+    shared: int = 0
 
 
 def threefry2x32(key: int, c0: UINT32 | int, c1: UINT32 | int, rounds: int) -> tuple[UINT32, UINT32]:
@@ -58,6 +69,15 @@ def derive_key(seed: int, rank: int, step: int, tensor: int, phase: int) -> int:
     a0, a1 = threefry2x32(seed, step & _MASK32, (step >> 32) & _MASK32, KEY_ROUNDS)
     b0, b1 = threefry2x32(int(a0) | int(a1) << 32, tensor & _MASK32, rank | phase << 24, KEY_ROUNDS)
     return int(b0) | int(b1) << 32
+
+
+def derive_shared_key(seed: int, step: int, tensor: int) -> int:
+    """Return the 64-bit key that all ranks share, in both phases of an exchange: of random numbers to be drawn alike.
+
+    >>> derive_shared_key(1, 2, 3) == derive_key(1, SHARED_RANK, 2, 3, phase=0)
+    True
+    """
+    return derive_key(seed, SHARED_RANK, step, tensor, 0)
 
 
 def uniform16(key: int, block_index: UINT32 | int, num_elements: int) -> UINT32:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, NonFiniteError, WireFormatError
+from ..keys import Keys
 
 if TYPE_CHECKING:
     from ..native import CodecSpec
@@ -99,7 +100,8 @@ class Codec(abc.ABC):
 
     For a vector :math:`v` the decoded vector :math:`Q(v)` has the error :math:`E\|Q(v) - v\|^2 \le q \|v\|^2`.
     Subclasses are frozen dataclasses: hashable, and equal if and only if their configurations are equal. They state
-    facts that other parts rely on, and define functions on a two-dimensional array of blocks.
+    facts that other parts rely on, and define what a vector becomes: :class:`BlockCodec` for codes of independent
+    blocks, of which nearly all codecs are.
     """
 
     id: ClassVar[str]
@@ -117,12 +119,7 @@ class Codec(abc.ABC):
     @property
     @abc.abstractmethod
     def block_size(self) -> int:
-        """Elements that share a scale: the literature's bucket."""
-
-    @property
-    def scales_per_block(self) -> int:
-        """How many float32 numbers >= 0 of each block the payload starts with."""
-        return 1
+        """Elements that are coded together: the literature's bucket. Vectors are best cut at its multiples."""
 
     @property
     @abc.abstractmethod
@@ -162,32 +159,6 @@ class Codec(abc.ABC):
         )
 
     @abc.abstractmethod
-    def code_nbytes(self, elements: int) -> int:
-        """Bytes that the codes of one block of ``elements`` numbers take, 1 <= elements <= block_size."""
-
-    @abc.abstractmethod
-    def encode_blocks(self, values: FLOAT32, key: int, index: UINT32) -> EncodedBlocks:
-        """Encode blocks: ``values`` is (blocks, elements) and finite, ``index`` (blocks,) has their positions."""
-
-    @abc.abstractmethod
-    def decode_blocks(
-        self, scales: FLOAT32 | None, codes: UINT8, elements: int, key: int, index: UINT32
-    ) -> tuple[FLOAT32, FLOAT32]:
-        """Decode blocks to ``x`` (blocks, elements) and ``step`` (blocks,); the numbers are their products.
-
-        ``scales`` has the shape that :class:`EncodedBlocks` gives it.
-
-        Raises WireFormatError for a code that no encoder writes.
-        """
-
-    def own_part(self, values: FLOAT32) -> FLOAT32:
-        """Return what the numbers of a shard's owner, who does not code them, count as in the two-phase exchange."""
-        return values
-
-    def config(self) -> dict[str, Any]:
-        """Return the configuration as a dict that JSON can hold; :func:`from_config` takes it back."""
-        return {"id": self.id, **dataclasses.asdict(self)}
-
     def payload_nbytes(self, num_elements: int) -> int:
         """Return the exact number of bytes that ``num_elements`` numbers become.
 
@@ -195,10 +166,25 @@ class Codec(abc.ABC):
         >>> codecs.eden(bits=2).payload_nbytes(1024)  # 4 for the scale, 256 for the codes
         260
         """
-        full, rest = divmod(check_count(num_elements), self.block_size)
-        scales = SCALE_NBYTES * self.scales_per_block
-        nbytes = full * (scales + self.code_nbytes(self.block_size))
-        return nbytes + scales + self.code_nbytes(rest) if rest else nbytes
+
+    @abc.abstractmethod
+    def encode_vector(self, values: FLOAT32, keys: Keys) -> UINT8 | None:
+        """Return the payload of a vector of finite numbers; None if one is beyond the codec's range."""
+
+    @abc.abstractmethod
+    def add_decoded(self, payload: UINT8, destination: FLOAT32, keys: Keys, weight: np.float32) -> None:
+        """Add ``weight`` times the decoded vector; ``payload`` has the right length.
+
+        Raises WireFormatError for what no encoder writes.
+        """
+
+    def own_part(self, values: FLOAT32, shared_key: int = 0) -> FLOAT32:
+        """Return what the numbers of a shard's owner, who does not code them, count as in the two-phase exchange."""
+        return values
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration as a dict that JSON can hold; :func:`from_config` takes it back."""
+        return {"id": self.id, **dataclasses.asdict(self)}
 
     def payload_bits_per_element(self, num_elements: int) -> float:
         """Return bits on the wire for each number, scales and padding included; 0 for an empty vector.
@@ -219,13 +205,20 @@ class Codec(abc.ABC):
             yield Blocks(np.array([full], np.uint32), rest, full * self.block_size)
 
     def encode(
-        self, values: np.ndarray, key: int = 0, *, anchor: np.ndarray | None = None, out: UINT8 | None = None
+        self,
+        values: np.ndarray,
+        key: int = 0,
+        *,
+        shared_key: int = 0,
+        anchor: np.ndarray | None = None,
+        out: UINT8 | None = None,
     ) -> UINT8:
         """Return the payload of ``values - anchor``, made by the native core.
 
         Args:
             values: contiguous vector, float16, float32 or float64. Numbers beyond float32 count as not finite.
             key: 64-bit key of all random numbers; see :func:`pqasgd_horovod.keys.derive_key`.
+            shared_key: 64-bit key of what all ranks draw alike; only ``randomk`` does.
             anchor: None, or a contiguous float32 or float64 vector of the same length. The difference is taken in its
                 dtype, then rounded to float32.
             out: None, or a contiguous uint8 vector of ``payload_nbytes(len(values))`` to write to.
@@ -245,7 +238,7 @@ class Codec(abc.ABC):
         from .. import native
 
         check_values(values, anchor)
-        key = check_key(key)
+        keys = check_keys(key, shared_key)
         expected = self.payload_nbytes(values.size)
         if out is None:
             out = np.empty(expected, np.uint8)
@@ -254,11 +247,11 @@ class Codec(abc.ABC):
             if out.size != expected:
                 raise ArgumentError(f"out has {out.size} bytes; {self} makes {expected} bytes of {values.size} numbers")
         source = native.Source.from_arrays([values], anchor)
-        if not native.encode(self.native_spec, source, 0, values.size, key, out):
+        if not native.encode(self.native_spec, source, 0, values.size, keys, out):
             raise self.non_finite_error(values, anchor)
         return out
 
-    def decode(self, payload: UINT8, num_elements: int, key: int = 0) -> FLOAT32:
+    def decode(self, payload: UINT8, num_elements: int, key: int = 0, *, shared_key: int = 0) -> FLOAT32:
         """Return the ``num_elements`` float32 numbers that ``payload`` stands for; see :meth:`decode_add`.
 
         >>> import numpy as np
@@ -268,17 +261,20 @@ class Codec(abc.ABC):
         array([ 3., -1.,  0.], dtype=float32)
         """
         destination = np.zeros(check_count(num_elements), np.float32)
-        self.decode_add(payload, destination, key)
+        self.decode_add(payload, destination, key, shared_key=shared_key)
         return destination
 
-    def decode_add(self, payload: UINT8, destination: FLOAT32, key: int = 0, weight: float = 1.0) -> None:
+    def decode_add(
+        self, payload: UINT8, destination: FLOAT32, key: int = 0, weight: float = 1.0, *, shared_key: int = 0
+    ) -> None:
         """Add ``weight`` times the decoded vector to ``destination`` with the native core.
 
         Args:
-            payload: contiguous uint8 vector from :meth:`encode` with the same key.
+            payload: contiguous uint8 vector from :meth:`encode` with the same keys.
             destination: contiguous float32 vector, as long as the payload has numbers. Unspecified after an error.
             key: the 64-bit key of the payload.
             weight: finite number, rounded to float32.
+            shared_key: the 64-bit key that all ranks share.
 
         Raises ArgumentError for arguments other than these, WireFormatError if the payload is truncated or corrupted.
 
@@ -292,15 +288,22 @@ class Codec(abc.ABC):
         from .. import native
 
         weight32 = self._check_decode(payload, destination, weight)
-        native.decode_add(self.native_spec, payload, destination.size, check_key(key), float(weight32), destination)
+        keys = check_keys(key, shared_key)
+        native.decode_add(self.native_spec, payload, destination.size, keys, float(weight32), destination)
 
     def encode_with_feedback(
-        self, values: np.ndarray, residual: FLOAT32, key: int = 0, *, anchor: np.ndarray | None = None
+        self,
+        values: np.ndarray,
+        residual: FLOAT32,
+        key: int = 0,
+        *,
+        shared_key: int = 0,
+        anchor: np.ndarray | None = None,
     ) -> tuple[UINT8, FLOAT32]:
         r"""Return the payload of :math:`u = (v - a) + r`, and what it leaves to the next round, :math:`u - Q(u)`.
 
-        By the native core, in one walk. ``values``, ``key`` and ``anchor`` are as for :meth:`encode`; ``residual`` is a
-        contiguous float32 vector as long as ``values``, as is the second result. Each operation is rounded to float32.
+        By the native core. ``values``, the keys and ``anchor`` are as for :meth:`encode`; ``residual`` is a contiguous
+        float32 vector as long as ``values``, as is the second result. Each operation is rounded to float32.
 
         Raises as :meth:`encode`.
 
@@ -314,15 +317,21 @@ class Codec(abc.ABC):
         from .. import native
 
         check_feedback(values, anchor, residual)
-        key = check_key(key)
+        keys = check_keys(key, shared_key)
         payload, rest = np.empty(self.payload_nbytes(values.size), np.uint8), np.empty(values.size, np.float32)
         source = native.Source.from_arrays([values], anchor, (residual, rest))
-        if not native.encode(self.native_spec, source, 0, values.size, key, payload):
+        if not native.encode(self.native_spec, source, 0, values.size, keys, payload):
             raise self.non_finite_error(subtract_anchor(values, anchor) + residual)
         return payload, rest
 
     def reference_encode_with_feedback(
-        self, values: np.ndarray, residual: FLOAT32, key: int = 0, *, anchor: np.ndarray | None = None
+        self,
+        values: np.ndarray,
+        residual: FLOAT32,
+        key: int = 0,
+        *,
+        shared_key: int = 0,
+        anchor: np.ndarray | None = None,
     ) -> tuple[UINT8, FLOAT32]:
         """Do what :meth:`encode_with_feedback` does, by the NumPy specification.
 
@@ -335,10 +344,12 @@ class Codec(abc.ABC):
         check_feedback(values, anchor, residual)
         with np.errstate(over="ignore", invalid="ignore"):
             total: FLOAT32 = subtract_anchor(values, anchor) + residual
-        payload = self.reference_encode(total, key)
-        return payload, total - self.reference_decode(payload, values.size, key)
+        payload = self.reference_encode(total, key, shared_key=shared_key)
+        return payload, total - self.reference_decode(payload, values.size, key, shared_key=shared_key)
 
-    def reference_encode(self, values: np.ndarray, key: int = 0, *, anchor: np.ndarray | None = None) -> UINT8:
+    def reference_encode(
+        self, values: np.ndarray, key: int = 0, *, shared_key: int = 0, anchor: np.ndarray | None = None
+    ) -> UINT8:
         """Return what :meth:`encode` returns, computed by the NumPy specification.
 
         >>> import numpy as np
@@ -347,23 +358,14 @@ class Codec(abc.ABC):
         '803f'
         """
         check_values(values, anchor)
-        key = check_key(key)
+        keys = check_keys(key, shared_key)
         difference = subtract_anchor(values, anchor)
-        if not np.isfinite(difference).all():
+        payload = self.encode_vector(difference, keys) if np.isfinite(difference).all() else None
+        if payload is None:
             raise self.non_finite_error(values, anchor)
-        all_scales, all_codes = [np.empty(0, _SCALE_DTYPE)], [np.empty(0, np.uint8)]
-        for part in self.split(values.size):
-            blocks = difference[part.start : part.stop].reshape(-1, part.elements)
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                encoded = self.encode_blocks(blocks, key, part.indices)
-            if not encoded.in_range:
-                raise self.non_finite_error(values, anchor)
-            if encoded.scales is not None:
-                all_scales.append(encoded.scales.astype(_SCALE_DTYPE).reshape(-1))
-            all_codes.append(encoded.codes.reshape(-1))
-        return np.concatenate([np.concatenate(all_scales).view(np.uint8), *all_codes])
+        return payload
 
-    def reference_decode(self, payload: UINT8, num_elements: int, key: int = 0) -> FLOAT32:
+    def reference_decode(self, payload: UINT8, num_elements: int, key: int = 0, *, shared_key: int = 0) -> FLOAT32:
         """Return what :meth:`decode` returns, computed by the NumPy specification.
 
         >>> import numpy as np
@@ -373,10 +375,12 @@ class Codec(abc.ABC):
         array([ 2.,  0., -2.], dtype=float32)
         """
         destination = np.zeros(check_count(num_elements), np.float32)
-        self.reference_decode_add(payload, destination, key)
+        self.reference_decode_add(payload, destination, key, shared_key=shared_key)
         return destination
 
-    def reference_decode_add(self, payload: UINT8, destination: FLOAT32, key: int = 0, weight: float = 1.0) -> None:
+    def reference_decode_add(
+        self, payload: UINT8, destination: FLOAT32, key: int = 0, weight: float = 1.0, *, shared_key: int = 0
+    ) -> None:
         """Do what :meth:`decode_add` does, by the NumPy specification.
 
         >>> import numpy as np
@@ -387,27 +391,7 @@ class Codec(abc.ABC):
         array([3.], dtype=float32)
         """
         weight32 = self._check_decode(payload, destination, weight)
-        key = check_key(key)
-        parts = list(self.split(destination.size))
-        num_scales = self.scales_per_block * sum(len(part.indices) for part in parts)
-        all_scales = payload[: SCALE_NBYTES * num_scales].view(_SCALE_DTYPE).astype(np.float32)
-        refused = np.flatnonzero(~((all_scales >= 0) & (all_scales < np.inf)))
-        if refused.size:
-            first = int(refused[0])
-            raise WireFormatError(
-                f"payload of {self}: a scale of block {first // self.scales_per_block} is {all_scales[first]}, "
-                "not a finite number >= 0"
-            )
-        by_block = all_scales.reshape(-1, self.scales_per_block) if self.scales_per_block > 1 else all_scales
-        at = SCALE_NBYTES * num_scales
-        for part in parts:
-            nbytes = self.code_nbytes(part.elements)
-            codes = payload[at : at + len(part.indices) * nbytes].reshape(-1, nbytes)
-            at += codes.size
-            scales = by_block[part.indices] if self.scales_per_block else None
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                x, step = self.decode_blocks(scales, codes, part.elements, key, part.indices)
-                destination[part.start : part.stop] += (x * (step * weight32)[:, None]).reshape(-1)
+        self.add_decoded(payload, destination, check_keys(key, shared_key), weight32)
 
     def non_finite_error(self, values: np.ndarray, anchor: np.ndarray | None = None) -> NonFiniteError:
         """Return the error for numbers that this codec cannot send, naming the first that is not finite, if any."""
@@ -439,6 +423,82 @@ class Codec(abc.ABC):
         if not math.isfinite(weight32):
             raise ArgumentError(f"weight is {weight!r}; it must be a finite float32 number")
         return weight32
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCodec(Codec):
+    """A codec of independent blocks: first the scales of all of them, then their codes.
+
+    Subclasses define functions on a two-dimensional array of blocks.
+    """
+
+    @property
+    def scales_per_block(self) -> int:
+        """How many float32 numbers >= 0 of each block the payload starts with."""
+        return 1
+
+    @abc.abstractmethod
+    def code_nbytes(self, elements: int) -> int:
+        """Bytes that the codes of one block of ``elements`` numbers take, 1 <= elements <= block_size."""
+
+    @abc.abstractmethod
+    def encode_blocks(self, values: FLOAT32, key: int, index: UINT32) -> EncodedBlocks:
+        """Encode blocks: ``values`` is (blocks, elements) and finite, ``index`` (blocks,) has their positions."""
+
+    @abc.abstractmethod
+    def decode_blocks(
+        self, scales: FLOAT32 | None, codes: UINT8, elements: int, key: int, index: UINT32
+    ) -> tuple[FLOAT32, FLOAT32]:
+        """Decode blocks to ``x`` (blocks, elements) and ``step`` (blocks,); the numbers are their products.
+
+        ``scales`` has the shape that :class:`EncodedBlocks` gives it.
+
+        Raises WireFormatError for a code that no encoder writes.
+        """
+
+    def payload_nbytes(self, num_elements: int) -> int:
+        """Return the exact number of bytes that ``num_elements`` numbers become."""
+        full, rest = divmod(check_count(num_elements), self.block_size)
+        scales = SCALE_NBYTES * self.scales_per_block
+        nbytes = full * (scales + self.code_nbytes(self.block_size))
+        return nbytes + scales + self.code_nbytes(rest) if rest else nbytes
+
+    def encode_vector(self, values: FLOAT32, keys: Keys) -> UINT8 | None:
+        """Encode all blocks."""
+        all_scales, all_codes = [np.empty(0, _SCALE_DTYPE)], [np.empty(0, np.uint8)]
+        for part in self.split(values.size):
+            blocks = values[part.start : part.stop].reshape(-1, part.elements)
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                encoded = self.encode_blocks(blocks, keys.own, part.indices)
+            if not encoded.in_range:
+                return None
+            if encoded.scales is not None:
+                all_scales.append(encoded.scales.astype(_SCALE_DTYPE).reshape(-1))
+            all_codes.append(encoded.codes.reshape(-1))
+        return np.concatenate([np.concatenate(all_scales).view(np.uint8), *all_codes])
+
+    def add_decoded(self, payload: UINT8, destination: FLOAT32, keys: Keys, weight: np.float32) -> None:
+        """Decode all blocks, and add them."""
+        parts = list(self.split(destination.size))
+        num_scales = self.scales_per_block * sum(len(part.indices) for part in parts)
+        all_scales = payload[: SCALE_NBYTES * num_scales].view(_SCALE_DTYPE).astype(np.float32)
+        refused = np.flatnonzero(~((all_scales >= 0) & (all_scales < np.inf)))
+        if refused.size:
+            first = int(refused[0])
+            raise WireFormatError(
+                f"payload of {self}: a scale of block {first // self.scales_per_block} is {all_scales[first]}, "
+                "not a finite number >= 0"
+            )
+        by_block = all_scales.reshape(-1, self.scales_per_block) if self.scales_per_block > 1 else all_scales
+        at = SCALE_NBYTES * num_scales
+        for part in parts:
+            nbytes = self.code_nbytes(part.elements)
+            codes = payload[at : at + len(part.indices) * nbytes].reshape(-1, nbytes)
+            at += codes.size
+            scales = by_block[part.indices] if self.scales_per_block else None
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                x, step = self.decode_blocks(scales, codes, part.elements, keys.own, part.indices)
+                destination[part.start : part.stop] += (x * (step * weight)[:, None]).reshape(-1)
 
 
 def subtract_anchor(values: np.ndarray, anchor: np.ndarray | None) -> FLOAT32:
@@ -516,6 +576,11 @@ def check_count(num_elements: int) -> int:
 def check_key(key: int) -> int:
     """Return ``key`` as an int, or raise ArgumentError unless it is a whole number of 64 bits."""
     return check_integer("key", key, 0, 2**64 - 1)
+
+
+def check_keys(key: int, shared_key: int) -> Keys:
+    """Return the keys, or raise ArgumentError unless they are whole numbers of 64 bits."""
+    return Keys(check_key(key), check_integer("shared_key", shared_key, 0, 2**64 - 1))
 
 
 def check_integer(name: str, value: int, low: int, high: int) -> int:

@@ -8,13 +8,13 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import FLOAT32, UINT8, UINT32, Codec, EncodedBlocks, register
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, EncodedBlocks, register
 
 _BLOCK_SIZE = 1024  # nothing is shared inside a block; it only says how the work is cut
 
 
 @dataclasses.dataclass(frozen=True)
-class Cast(Codec):
+class Cast(BlockCodec):
     """Base of the casts: a short format for each number, no scale, no random numbers.
 
     Numbers are rounded to the nearest, ties to even. Decoding adds to zero, so that -0.0 comes back as 0.0.

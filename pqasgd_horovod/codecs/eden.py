@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import keys
 from ..errors import ArgumentError
 from . import packing
-from .base import FLOAT32, UINT8, UINT32, Codec, EncodedBlocks, check_integer, register, sum64
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, EncodedBlocks, check_integer, register, sum64
 from .lloyd_max import POSITIVE_CENTROIDS
 from .uniform import fraction_bits, stochastic_codes
 
@@ -46,7 +46,7 @@ def flip_signs(x: FLOAT32, negative: NDArray[np.bool_]) -> FLOAT32:
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Eden(Codec):
+class Eden(BlockCodec):
     r"""EDEN: random signs D, Walsh-Hadamard transform H, Lloyd-Max centroids of the normal law, and an unbiased scale.
 
     A coordinate of :math:`z = H D v` is nearly normal with variance :math:`\sigma^2 = \|z\|^2/P`, whatever v is, so

@@ -9,7 +9,7 @@ import numpy as np
 from .. import keys
 from ..errors import WireFormatError
 from . import packing
-from .base import FLOAT32, UINT8, UINT32, Codec, EncodedBlocks, register
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, EncodedBlocks, register
 
 _BLOCK_SIZE = 1024  # nothing is shared inside a block; it only says how the work is cut
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -19,7 +19,7 @@ _INFINITE = 255
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Natural(Codec):
+class Natural(BlockCodec):
     r"""Natural compression: each number becomes one of the two powers of two around it, at random.
 
     .. math:: Q(v)_k = \operatorname{sign}(v_k) \, 2^{e + B}, \qquad |v_k| = 2^e (1 + f), \quad

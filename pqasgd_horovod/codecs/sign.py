@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from . import packing
-from .base import FLOAT32, UINT8, UINT32, Codec, EncodedBlocks, register, sum64
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, EncodedBlocks, register, sum64
 from .uniform import check_block_size
 
 _BLOCK_SIZE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Sign(Codec):
+class Sign(BlockCodec):
     """Base of the sign codecs: the bits, and what they stand for; zero, -0.0 too, has the sign +."""
 
     bits = 1
@@ -145,7 +145,7 @@ class SignSgd(Sign):
 
         return 0 if self.scaled else native.FLAG_UNSCALED
 
-    def own_part(self, values: FLOAT32) -> FLOAT32:
+    def own_part(self, values: FLOAT32, shared_key: int = 0) -> FLOAT32:
         """The signs, unless it is scaled; NaN for what is not finite."""
         if self.scaled:
             return values

@@ -16,7 +16,7 @@ import numpy as np
 from .. import keys
 from ..errors import ArgumentError, WireFormatError
 from . import packing
-from .base import FLOAT32, UINT8, UINT32, Codec, EncodedBlocks, check_integer, register, sum64
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, EncodedBlocks, check_integer, register, sum64
 
 _BLOCK_SIZE = 512
 _LARGEST = np.float32(2.0**127)  # s times the step, rounded, could exceed float32 for a larger maximum
@@ -48,7 +48,7 @@ def fraction_bits(bits: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform(Codec):
+class Uniform(BlockCodec):
     """Base of the uniform codecs: 2 s + 1 levels, evenly spaced from -S to S; the code of all ones is not used."""
 
     unbiased = True

@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import native
 from ..codecs.cast import NoCompression
+from ..keys import Keys
 from .base import Exchange, Flight, Float32
 from .carriers import Bytes, Handle
 from .verdict import Kind, Problem
@@ -30,7 +31,7 @@ class LocalExchange(Exchange):
 
     def _land(self, flight: Flight, mean: Float32) -> bool:
         # The payload of the codec "none" is the float32 numbers themselves: one walk that copies and checks.
-        if not native.encode(_EXACT, flight.source, flight.start, mean.size, 0, mean.view(np.uint8)):
+        if not native.encode(_EXACT, flight.source, flight.start, mean.size, Keys(0), mean.view(np.uint8)):
             text = f"rank 0 had NaN, Inf or a number beyond float32's range in bucket {flight.bucket}"
             self._fail(flight, mean, Problem(Kind.NON_FINITE, flight.bucket, text))
             return False

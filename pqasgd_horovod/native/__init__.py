@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, NativeLibraryError, WireFormatError
+from ..keys import Keys
 
 KIND_NONE, KIND_FP16, KIND_BF16, KIND_MAXSCALE, KIND_QSGD, KIND_TERNGRAD, KIND_EDEN = range(7)
 KIND_SIGNSGD, KIND_NATURAL, KIND_ONEBIT = 7, 8, 12
@@ -25,7 +26,7 @@ MAX_BLOCK_SIZE = 8192
 CAST_BLOCK_SIZE = 1024
 ISAS = ("avx512", "avx2", "neon", "plain")
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _NONFINITE, _BAD_ARGUMENT, _BAD_LENGTH, _BAD_SCALE, _BAD_CODE = 1, -1, -2, -3, -4
 _NUMPY_DTYPES = {np.dtype(np.float32): DTYPE_F32, np.dtype(np.float64): DTYPE_F64, np.dtype(np.float16): DTYPE_F16}
 ITEMSIZE = {DTYPE_F32: 4, DTYPE_F64: 8, DTYPE_F16: 2, DTYPE_BF16: 2}
@@ -66,6 +67,10 @@ class _Source(ctypes.Structure):
     ]
 
 
+class _Keys(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("own", "shared")]
+
+
 class _Bucket(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("digest", "seed", "step", "round")),
@@ -97,8 +102,8 @@ def _load() -> ctypes.CDLL:
         "pq_set_num_threads": (None, [i32]),
         "pq_get_num_threads": (i32, []),
         "pq_payload_nbytes": (i64, [pointer, i64]),
-        "pq_encode": (i32, [pointer, pointer, i64, i64, u64, pointer, i64]),
-        "pq_decode_add": (i32, [pointer, pointer, i64, i64, u64, ctypes.c_float, pointer]),
+        "pq_encode": (i32, [pointer, pointer, i64, i64, _Keys, pointer, i64]),
+        "pq_decode_add": (i32, [pointer, pointer, i64, i64, _Keys, ctypes.c_float, pointer]),
         "pq_reduce": (i32, [pointer, i32, pointer, i64, pointer, ctypes.c_float, pointer, i64, i64, pointer, pointer]),
         "pq_apply": (i32, [pointer, i64, i64, pointer]),
         "pq_gather": (i32, [pointer, i64, i64, pointer, i32]),
@@ -278,17 +283,22 @@ def payload_nbytes(spec: CodecSpec, count: int) -> int:
     return nbytes
 
 
-def encode(spec: CodecSpec, source: Source, start: int, count: int, key: int, out: NDArray[np.uint8]) -> bool:
+def encode(spec: CodecSpec, source: Source, start: int, count: int, keys: Keys, out: NDArray[np.uint8]) -> bool:
     """Encode ``source[start : start + count]`` into ``out``; False (``out`` unspecified) if it was not all finite."""
     status = _library.pq_encode(
-        ctypes.byref(_Codec(*spec)), source._as_argument, start, count, key, _bytes("out", out, True), out.size
+        ctypes.byref(_Codec(*spec)), source._as_argument, start, count, _Keys(*keys), _bytes("out", out, True), out.size
     )
     check_status(status, "encode")
     return status != _NONFINITE
 
 
 def decode_add(
-    spec: CodecSpec, payload: NDArray[np.uint8], count: int, key: int, weight: float, destination: NDArray[np.float32]
+    spec: CodecSpec,
+    payload: NDArray[np.uint8],
+    count: int,
+    keys: Keys,
+    weight: float,
+    destination: NDArray[np.float32],
 ) -> None:
     """Do ``destination += weight * decoded``; raises WireFormatError (the destination is then unspecified)."""
     if destination.size != count:
@@ -298,7 +308,7 @@ def decode_add(
         _bytes("payload", payload),
         payload.size,
         count,
-        key,
+        _Keys(*keys),
         weight,
         _floats("destination", destination),
     )
@@ -308,7 +318,7 @@ def decode_add(
 def reduce(
     spec: CodecSpec,
     payloads: Sequence[NDArray[np.uint8] | None],
-    keys: Sequence[int],
+    keys: Sequence[Keys],
     weight: float,
     own: Source | None,
     own_start: int,
@@ -335,7 +345,7 @@ def reduce(
         len(payloads),
         pointers,
         nbytes,
-        (ctypes.c_uint64 * max(1, len(keys)))(*keys),
+        (_Keys * max(1, len(keys)))(*(_Keys(*pair) for pair in keys)),
         weight,
         None if own is None else own._as_argument,
         own_start,

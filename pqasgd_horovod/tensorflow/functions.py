@@ -28,13 +28,14 @@ from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs
 from .variables import DTYPES, VariableSpec, name_of, unwrap
 
 
-def encode(values: tf.Tensor, codec: Codec, key: int | tf.Tensor = 0) -> tf.Tensor:
+def encode(values: tf.Tensor, codec: Codec, key: int | tf.Tensor = 0, *, shared_key: int | tf.Tensor = 0) -> tf.Tensor:
     """Return the payload of a tensor: the bytes that ``codec.encode`` makes of its elements, in row-major order.
 
     Args:
         values: float16, bfloat16, float32 or float64, any shape.
         codec: one of :mod:`pqasgd_horovod.codecs`.
         key: 64-bit key of all random numbers, an integer or a uint64 scalar.
+        shared_key: likewise, of what all ranks draw alike; only ``randomk`` does.
 
     Returns:
         uint8 vector of ``codec.payload_nbytes`` of the number of elements.
@@ -46,22 +47,29 @@ def encode(values: tf.Tensor, codec: Codec, key: int | tf.Tensor = 0) -> tf.Tens
     >>> hvd.encode(tf.constant([1.0, -2.0]), codecs.fp16()).numpy().tobytes().hex()
     '003c00c0'
     """
-    return ops.pqasgd_encode(values=values, key=_key(key), codec=list(codec.native_spec))
+    return ops.pqasgd_encode(values=values, key=_key(key), shared_key=_key(shared_key), codec=list(codec.native_spec))
 
 
 def decode_add(
-    payload: tf.Tensor, destination: Any, codec: Codec, key: int | tf.Tensor = 0, weight: float | tf.Tensor = 1.0
+    payload: tf.Tensor,
+    destination: Any,
+    codec: Codec,
+    key: int | tf.Tensor = 0,
+    weight: float | tf.Tensor = 1.0,
+    *,
+    shared_key: int | tf.Tensor = 0,
 ) -> tf.Tensor | None:
     """Add ``weight`` times the decoded payload to ``destination``.
 
     Args:
-        payload: uint8 vector from :func:`encode` with the same key.
+        payload: uint8 vector from :func:`encode` with the same keys.
         destination: float16, bfloat16, float32 or float64, any shape. A variable is changed in place; of a tensor a new
             one is returned. The decoded numbers are float32; they are added in float32, or in float64, and the sum is
             rounded to the type of the destination.
         codec: the codec of the payload.
         key: the 64-bit key of the payload.
         weight: finite number.
+        shared_key: the 64-bit key that all ranks share.
 
     Returns:
         The sum, or None if ``destination`` is a variable.
@@ -82,7 +90,13 @@ def decode_add(
         raise ArgumentError(
             f"destination has dtype {own.dtype.name}; it must be {', '.join(dtype.name for dtype in DTYPES)}"
         )
-    options = {"payload": payload, "key": _key(key), "weight": weight, "codec": list(codec.native_spec)}
+    options = {
+        "payload": payload,
+        "key": _key(key),
+        "shared_key": _key(shared_key),
+        "weight": weight,
+        "codec": list(codec.native_spec),
+    }
     is_variable = isinstance(own, tf.Variable)
     if own.dtype == tf.float32:
         if not is_variable:

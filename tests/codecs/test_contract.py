@@ -196,7 +196,7 @@ def test_bfloat16_input(codec, anchor_dtype):
     for implementation in NATIVE_SINGLE:
         out = np.empty_like(expected)
         with implementation.active():
-            assert native.encode(codec.native_spec, source, 0, size, KEY, out)
+            assert native.encode(codec.native_spec, source, 0, size, keys.Keys(KEY), out)
         assert out.tobytes() == expected.tobytes(), str(implementation)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pqasgd_horovod import codecs, native
 from pqasgd_horovod.errors import NonFiniteError
+from pqasgd_horovod.keys import Keys
 
 from ..strategies import all_codecs, float32_vectors, keys, sizes
 from .cases import NATIVE_SINGLE, REFERENCE, decoded, name, outcome
@@ -60,7 +61,7 @@ def test_segments_are_one_vector(codec, values, key, cuts):
     segments = [segment.copy() for segment in np.split(values, sorted(min(cut, values.size) for cut in cuts))]
     source = native.Source.from_arrays(segments)
     out = np.empty(len(expected), np.uint8)
-    assert native.encode(codec.native_spec, source, 0, values.size, key, out)
+    assert native.encode(codec.native_spec, source, 0, values.size, Keys(key), out)
     assert out.tobytes() == expected
 
 

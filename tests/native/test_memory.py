@@ -8,6 +8,7 @@ import pytest
 
 from pqasgd_horovod import native
 from pqasgd_horovod.errors import ArgumentError, WireFormatError
+from pqasgd_horovod.keys import Keys
 
 DTYPES = [np.float32, np.float64, np.float16]
 
@@ -155,9 +156,9 @@ def test_a_caller_that_flushes_subnormals_gets_the_same_bytes():
         try:
             for values in (x, tiny):
                 out = np.empty(native.payload_nbytes(spec, 64), np.uint8)
-                assert native.encode(spec, native.Source.from_arrays([values]), 0, 64, 0, out)
+                assert native.encode(spec, native.Source.from_arrays([values]), 0, 64, Keys(0), out)
                 back = np.zeros(64, np.float32)
-                native.decode_add(spec, out, 64, 0, 1e-3, back)
+                native.decode_add(spec, out, 64, Keys(0), 1e-3, back)
                 payloads.append((out.tobytes(), back.tobytes()))
         finally:
             torch.set_flush_denormal(False)
@@ -173,19 +174,20 @@ def test_reduce_is_decode_add_in_order(isa, threads):
     payloads = []
     for r, v in enumerate(vectors):
         out = np.empty(native.payload_nbytes(spec, n), np.uint8)
-        assert native.encode(spec, native.Source.from_arrays([v]), 0, n, r, out)
+        assert native.encode(spec, native.Source.from_arrays([v]), 0, n, Keys(r), out)
         payloads.append(out)
+    keys = [Keys(0), Keys(1), Keys(2)]
     weight = float(np.float32(1 / 3))
     own = native.Source.from_arrays([np.zeros(10, np.float32), vectors[1]])
     got = np.full(n, np.nan, np.float32)
-    native.reduce(spec, [payloads[0], None, payloads[2]], [0, 1, 2], weight, own, 10, got)
+    native.reduce(spec, [payloads[0], None, payloads[2]], keys, weight, own, 10, got)
     want = np.zeros(n, np.float32)
-    native.decode_add(spec, payloads[0], n, 0, weight, want)
+    native.decode_add(spec, payloads[0], n, keys[0], weight, want)
     want += vectors[1] * np.float32(weight)
-    native.decode_add(spec, payloads[2], n, 2, weight, want)
+    native.decode_add(spec, payloads[2], n, keys[2], weight, want)
     np.testing.assert_array_equal(got, want)
     base = rng.standard_normal(n).astype(np.float32)
-    native.reduce(spec, [payloads[0], None, payloads[2]], [0, 1, 2], weight, own, 10, got, base)
+    native.reduce(spec, [payloads[0], None, payloads[2]], keys, weight, own, 10, got, base)
     np.testing.assert_array_equal(got, base + want)  # the mean first, then one addition
 
 
@@ -196,15 +198,15 @@ class TestRefusals:
         source = native.Source.from_arrays([np.zeros(100, np.float32)])
         out = np.empty(native.payload_nbytes(self.spec, 100), np.uint8)
         with pytest.raises(WireFormatError, match="truncated"):
-            native.encode(self.spec, source, 0, 100, 0, out[:-1])
+            native.encode(self.spec, source, 0, 100, Keys(0), out[:-1])
         with pytest.raises(ArgumentError):
-            native.encode(self.spec, source, 1, 100, 0, out)  # one element past the end
+            native.encode(self.spec, source, 1, 100, Keys(0), out)  # one element past the end
         with pytest.raises(ArgumentError):
-            native.encode(self.spec, source, -1, 100, 0, out)
+            native.encode(self.spec, source, -1, 100, Keys(0), out)
         with pytest.raises(WireFormatError):
-            native.reduce(self.spec, [out[:-1].copy()], [0], 1.0, None, 0, np.empty(100, np.float32))
+            native.reduce(self.spec, [out[:-1].copy()], [Keys(0)], 1.0, None, 0, np.empty(100, np.float32))
         with pytest.raises(ArgumentError):
-            native.reduce(self.spec, [None], [0], 1.0, None, 0, np.empty(100, np.float32))
+            native.reduce(self.spec, [None], [Keys(0)], 1.0, None, 0, np.empty(100, np.float32))
 
     @pytest.mark.parametrize(
         "spec",
@@ -235,7 +237,7 @@ class TestRefusals:
         read_only = np.zeros(100, np.float32)
         read_only.flags.writeable = False
         with pytest.raises(ArgumentError, match="writable"):
-            native.decode_add(self.spec, np.zeros(10, np.uint8), 100, 0, 1.0, read_only)
+            native.decode_add(self.spec, np.zeros(10, np.uint8), 100, Keys(0), 1.0, read_only)
 
     def test_threads_and_instruction_sets(self):
         with pytest.raises(ArgumentError, match="threads=0"):

@@ -10,6 +10,7 @@ import torch
 import pqasgd_horovod.tensorflow as hvd
 from pqasgd_horovod import codecs, native
 from pqasgd_horovod.errors import ArgumentError
+from pqasgd_horovod.keys import Keys
 from tests.codecs.cases import ALL_CODECS, name
 
 KEY = 2**63 + 12345  # as large as keys are
@@ -60,7 +61,7 @@ def test_torch_numpy_and_tensorflow_agree(codec):
     narrow = tensor.to(torch.bfloat16)
     payload = np.empty(codec.payload_nbytes(narrow.numel()), np.uint8)
     source = native.Source([(narrow.data_ptr(), native.DTYPE_BF16, narrow.numel())], owner=narrow)
-    assert native.encode(codec.native_spec, source, 0, narrow.numel(), KEY, payload)
+    assert native.encode(codec.native_spec, source, 0, narrow.numel(), Keys(KEY), payload)
     same = tf.bitcast(tf.constant(narrow.view(torch.int16).numpy()), tf.bfloat16)
     assert hvd.encode(same, codec, KEY).numpy().tobytes() == payload.tobytes()
 

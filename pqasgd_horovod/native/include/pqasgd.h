@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define PQ_ABI_VERSION 4
+#define PQ_ABI_VERSION 5
 #define PQ_EXPORT __attribute__((visibility("default")))
 
 enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN, PQ_SIGNSGD, PQ_NATURAL, PQ_ONEBIT = 12 };
@@ -53,6 +53,12 @@ typedef struct {
   float* next_residual;  /* NULL, or as long as the vector, and another array */
 } pq_source;
 
+/* The keys of all random numbers of a payload: the sender's own, and one that is the same on every rank and in both phases of an
+ * exchange. keys.py is the specification. */
+typedef struct {
+  uint64_t own, shared;
+} pq_keys;
+
 PQ_EXPORT int32_t pq_abi_version(void);
 PQ_EXPORT const char* pq_isa(void);                /* the instruction set in use */
 PQ_EXPORT int32_t pq_has_isa(const char* name);    /* "avx512", "avx2", "neon", "plain" */
@@ -64,18 +70,18 @@ PQ_EXPORT int32_t pq_get_num_threads(void);
 PQ_EXPORT int64_t pq_payload_nbytes(const pq_codec* codec, int64_t count);
 
 /* Encode source[start, start + count). */
-PQ_EXPORT int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start, int64_t count, uint64_t key,
+PQ_EXPORT int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start, int64_t count, pq_keys keys,
                   uint8_t* payload, int64_t payload_nbytes);
 
 /* destination += weight * decoded. */
-PQ_EXPORT int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t payload_nbytes, int64_t count, uint64_t key,
+PQ_EXPORT int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t payload_nbytes, int64_t count, pq_keys keys,
                       float weight, float* destination);
 
 /* destination = sum over r, in order, of weight * decoded_r; a NULL payload stands for own[own_start, own_start + count).
  * With a base, which is another array of `count` numbers: destination = base + that sum. Where the codec is PQ_UNSCALED the own
  * numbers, too, count as their signs. */
 PQ_EXPORT int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
-                  const uint64_t* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
+                  const pq_keys* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
                   const float* base, float* destination);
 
 /* With an anchor: anchor[start..] += mean, segments = anchor in their dtype. Without: segments = mean in their dtype. */
@@ -115,7 +121,8 @@ typedef struct {
   int32_t reserved;
 } pq_bucket;
 
-/* The 64-bit key of a payload; keys.py is the specification. */
+/* A 64-bit key; keys.py is the specification. A shared key has the rank PQ_SHARED_RANK and phase 0. */
+#define PQ_SHARED_RANK 0xFFFFFF
 PQ_EXPORT uint64_t pq_derive_key(uint64_t seed, uint32_t rank, uint64_t step, uint32_t tensor, uint32_t phase);
 
 /* Allgather: encode source[start, start + num_elements) into a message; mean = base (or 0) + the mean of all ranks' messages.

@@ -187,7 +187,7 @@ int64_t pq_payload_nbytes(const pq_codec* codec, int64_t count) {
   return make_plan(codec, count, &plan) ? plan.payload_nbytes : int64_t{PQ_BAD_ARGUMENT};
 }
 
-int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start, int64_t count, uint64_t key, uint8_t* payload,
+int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start, int64_t count, pq_keys keys, uint8_t* payload,
                   int64_t payload_nbytes) {
   Plan plan;
   if (!make_plan(codec, count, &plan) || !good_source(source, start, count) || (!payload && payload_nbytes))
@@ -195,26 +195,26 @@ int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start,
   if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
   std::atomic<bool> finite{true};
   spread(plan.num_blocks, codec->block_size, [&](int64_t begin, int64_t end) {
-    if (!kernels().encode(plan, *source, start, key, payload, begin, end)) finite = false;
+    if (!kernels().encode(plan, *source, start, keys, payload, begin, end)) finite = false;
   });
   return finite ? PQ_OK : PQ_NONFINITE;
 }
 
-int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t payload_nbytes, int64_t count, uint64_t key,
+int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t payload_nbytes, int64_t count, pq_keys keys,
                       float weight, float* destination) {
   Plan plan;
   if (!make_plan(codec, count, &plan) || (count && (!payload || !destination))) return PQ_BAD_ARGUMENT;
   if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
   std::atomic<int32_t> status{PQ_OK};
   spread(plan.num_blocks, codec->block_size, [&](int64_t begin, int64_t end) {
-    const int32_t s = kernels().decode_add(plan, payload, key, weight, destination, begin, end);
+    const int32_t s = kernels().decode_add(plan, payload, keys, weight, destination, begin, end);
     if (s != PQ_OK) status = s;
   });
   return status;
 }
 
 int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
-                  const uint64_t* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
+                  const pq_keys* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
                   const float* base, float* destination) {
   Plan plan;
   if (!make_plan(codec, count, &plan) || num_payloads < 0 || (num_payloads && (!payloads || !keys)) || (count && !destination))

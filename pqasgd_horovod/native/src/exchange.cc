@@ -125,7 +125,7 @@ Opened open(const pq_bucket& b, uint32_t phase, const std::vector<int32_t>& send
 int32_t malformed(int32_t status) { return PQ_MALFORMED | -status << 8; }
 
 bool good_bucket(const pq_bucket* b) {
-  return b && b->size >= 1 && b->rank >= 0 && b->rank < b->size && b->num_elements >= 0;
+  return b && b->size >= 1 && b->size < PQ_SHARED_RANK && b->rank >= 0 && b->rank < b->size && b->num_elements >= 0;
 }
 
 bool good_shards(const pq_bucket& b, const int64_t* shards) {
@@ -135,8 +135,9 @@ bool good_shards(const pq_bucket& b, const int64_t* shards) {
   return true;
 }
 
-uint64_t key_of(const pq_bucket& b, int32_t sender, uint32_t tensor, uint32_t phase) {
-  return pq_derive_key(b.seed, (uint32_t)sender, b.step, tensor, phase);
+pq_keys keys_of(const pq_bucket& b, int32_t sender, uint32_t tensor, uint32_t phase) {
+  return {pq_derive_key(b.seed, (uint32_t)sender, b.step, tensor, phase),
+          pq_derive_key(b.seed, PQ_SHARED_RANK, b.step, tensor, kValues)};
 }
 
 uint32_t shard_tensor(const pq_bucket& b, int32_t owner) { return b.bucket * (uint32_t)b.size + (uint32_t)owner; }
@@ -169,7 +170,7 @@ int32_t pq_allgather_pack(const pq_codec* codec, const pq_bucket* bucket, const 
   const int64_t nbytes = pq_payload_nbytes(codec, b.num_elements);
   if (nbytes < 0) return PQ_BAD_ARGUMENT;
   if (message_nbytes != PQ_HEADER_NBYTES + nbytes) return PQ_BAD_LENGTH;
-  const int32_t status = pq_encode(codec, source, start, b.num_elements, key_of(b, b.rank, b.bucket, kValues),
+  const int32_t status = pq_encode(codec, source, start, b.num_elements, keys_of(b, b.rank, b.bucket, kValues),
                                    message + PQ_HEADER_NBYTES, nbytes);
   if (status < 0) return status;
   const int32_t flags = status == PQ_NONFINITE ? PQ_SENDER_NONFINITE : 0;
@@ -187,8 +188,8 @@ int32_t pq_allgather_land(const pq_codec* codec, const pq_bucket* bucket, const 
   const Opened opened = open(b, kValues, senders, std::vector<int64_t>((size_t)b.size, nbytes), received, received_nbytes);
   int32_t verdict = opened.flags;
   if (!verdict) {
-    std::vector<uint64_t> keys;
-    for (int32_t sender : senders) keys.push_back(key_of(b, sender, b.bucket, kValues));
+    std::vector<pq_keys> keys;
+    for (int32_t sender : senders) keys.push_back(keys_of(b, sender, b.bucket, kValues));
     const int32_t status = pq_reduce(codec, b.size, opened.payloads.data(), nbytes, keys.data(), (float)(1.0 / b.size), nullptr, 0,
                                      b.num_elements, base, mean);
     if (status == PQ_BAD_ARGUMENT) return status;
@@ -215,7 +216,7 @@ int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const 
     const int32_t owner = owners[i];
     const int64_t count = shards[owner + 1] - shards[owner];
     const int32_t status =
-        pq_encode(codec, source, start + shards[owner], count, key_of(b, b.rank, shard_tensor(b, owner), kValues),
+        pq_encode(codec, source, start + shards[owner], count, keys_of(b, b.rank, shard_tensor(b, owner), kValues),
                   messages + at[i] + PQ_HEADER_NBYTES, at[i + 1] - at[i] - PQ_HEADER_NBYTES);
     if (status < 0) return status;
     if (status == PQ_NONFINITE) flags |= PQ_SENDER_NONFINITE;
@@ -257,8 +258,8 @@ int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, c
   } else if (count) {
     std::vector<const uint8_t*> payloads = opened.payloads;
     payloads.insert(payloads.begin() + b.rank, nullptr);
-    std::vector<uint64_t> keys;
-    for (int32_t sender = 0; sender < b.size; ++sender) keys.push_back(key_of(b, sender, shard_tensor(b, b.rank), kValues));
+    std::vector<pq_keys> keys;
+    for (int32_t sender = 0; sender < b.size; ++sender) keys.push_back(keys_of(b, sender, shard_tensor(b, b.rank), kValues));
     // Of a sum only the sign is sent: as it is a whole number, a tie is 0 exactly.
     const float weight = second_codec->flags & PQ_UNSCALED ? 1.0f : (float)(1.0 / b.size);
     int32_t status =
@@ -270,7 +271,7 @@ int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, c
       const pq_segment segment{mean, count, PQ_F32, 0};
       const int64_t offsets[2] = {0, count};
       const pq_source means{&segment, offsets, 1, nullptr, PQ_F32, 0, residual, next_residual};
-      status = pq_encode(second_codec, &means, 0, count, key_of(b, b.rank, shard_tensor(b, b.rank), kMeans),
+      status = pq_encode(second_codec, &means, 0, count, keys_of(b, b.rank, shard_tensor(b, b.rank), kMeans),
                          message + PQ_HEADER_NBYTES, mean_nbytes);
       if (status < 0) return status;
       if (status == PQ_NONFINITE) flags |= own_is_finite() ? PQ_MEAN_OVERFLOW : PQ_SENDER_NONFINITE;
@@ -296,8 +297,8 @@ int32_t pq_two_phase_land(const pq_codec* second_codec, const pq_bucket* bucket,
   int32_t verdict = opened.flags;
   for (int32_t owner = 0; owner < b.size && !verdict; ++owner) {
     const int64_t at = shards[owner], count = shards[owner + 1] - at;
-    const uint64_t key = key_of(b, owner, shard_tensor(b, owner), kMeans);
-    const int32_t status = pq_reduce(second_codec, 1, &opened.payloads[(size_t)owner], nbytes[(size_t)owner], &key, 1.0f, nullptr, 0,
+    const pq_keys keys = keys_of(b, owner, shard_tensor(b, owner), kMeans);
+    const int32_t status = pq_reduce(second_codec, 1, &opened.payloads[(size_t)owner], nbytes[(size_t)owner], &keys, 1.0f, nullptr, 0,
                                      count, base ? base + at : nullptr, mean + at);
     if (status == PQ_BAD_ARGUMENT) return status;
     if (status < 0) verdict = malformed(status);

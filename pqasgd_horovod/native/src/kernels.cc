@@ -757,7 +757,7 @@ int32_t decode_blocks(const Plan& plan, const uint8_t* payload, uint64_t key, fl
 }
 
 template <class Codec>
-int32_t reduce_blocks(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
+int32_t reduce_blocks(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const pq_keys* keys, float weight,
                       const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin,
                       int64_t end) {
   alignas(64) float scratch[kMaxBlock];
@@ -767,7 +767,7 @@ int32_t reduce_blocks(const Plan& plan, int32_t num_payloads, const uint8_t* con
     std::fill(sum, sum + n, 0.0f);
     for (int32_t r = 0; r < num_payloads; ++r) {
       if (payloads[r]) {
-        const int32_t status = decode_one<Codec>(plan, payloads[r], keys[r], weight, block, n, sum);
+        const int32_t status = decode_one<Codec>(plan, payloads[r], keys[r].own, weight, block, n, sum);
         if (status != PQ_OK) return status;
       } else {
         Codec::add_own(plan, load_block(*own, own_start + at, n, n, scratch), n, weight, sum);
@@ -793,21 +793,21 @@ auto with_codec(const Plan& plan, F f) {
   }
 }
 
-bool encode(const Plan& plan, const pq_source& source, int64_t start, uint64_t key, uint8_t* payload, int64_t begin,
+bool encode(const Plan& plan, const pq_source& source, int64_t start, pq_keys keys, uint8_t* payload, int64_t begin,
             int64_t end) {
   return with_codec(plan, [&](auto codec) {
-    return encode_blocks<decltype(codec)>(plan, source, start, key, payload, begin, end);
+    return encode_blocks<decltype(codec)>(plan, source, start, keys.own, payload, begin, end);
   });
 }
 
-int32_t decode_add(const Plan& plan, const uint8_t* payload, uint64_t key, float weight, float* destination, int64_t begin,
+int32_t decode_add(const Plan& plan, const uint8_t* payload, pq_keys keys, float weight, float* destination, int64_t begin,
                    int64_t end) {
   return with_codec(plan, [&](auto codec) {
-    return decode_blocks<decltype(codec)>(plan, payload, key, weight, destination, begin, end);
+    return decode_blocks<decltype(codec)>(plan, payload, keys.own, weight, destination, begin, end);
   });
 }
 
-int32_t reduce(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
+int32_t reduce(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const pq_keys* keys, float weight,
                const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end) {
   return with_codec(plan, [&](auto codec) {
     return reduce_blocks<decltype(codec)>(plan, num_payloads, payloads, keys, weight, own, own_start, base, destination, begin,

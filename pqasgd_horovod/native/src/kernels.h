@@ -29,11 +29,11 @@ struct Plan {
 struct Kernels {
   const char* isa;
   // Blocks [begin, end) of source[start, start + plan.count); false if something is not finite.
-  bool (*encode)(const Plan&, const pq_source&, int64_t start, uint64_t key, uint8_t* payload, int64_t begin, int64_t end);
+  bool (*encode)(const Plan&, const pq_source&, int64_t start, pq_keys, uint8_t* payload, int64_t begin, int64_t end);
   // destination += weight * decoded, for blocks [begin, end); destination is the whole vector.
-  int32_t (*decode_add)(const Plan&, const uint8_t* payload, uint64_t key, float weight, float* destination, int64_t begin,
+  int32_t (*decode_add)(const Plan&, const uint8_t* payload, pq_keys, float weight, float* destination, int64_t begin,
                         int64_t end);
-  int32_t (*reduce)(const Plan&, int32_t num_payloads, const uint8_t* const* payloads, const uint64_t* keys, float weight,
+  int32_t (*reduce)(const Plan&, int32_t num_payloads, const uint8_t* const* payloads, const pq_keys* keys, float weight,
                     const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end);
   void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target, bool past_caches);
   void (*gather)(const pq_source&, int64_t start, int64_t count, void* destination, int32_t dtype);

@@ -759,9 +759,18 @@ REGISTER_KERNEL_BUILDER(Name("PqasgdScatter").Device(DEVICE_CPU), ScatterOp);
 
 // ---- a codec by itself ----
 
+Status keys_from(OpKernelContext* context, pq_keys* keys) {
+  uint64 own = 0, shared = 0;
+  TF_RETURN_IF_ERROR(scalar_from(context, "key", &own));
+  TF_RETURN_IF_ERROR(scalar_from(context, "shared_key", &shared));
+  *keys = {own, shared};
+  return OkStatus();
+}
+
 REGISTER_OP("PqasgdEncode")
     .Input("values: T")
     .Input("key: uint64")
+    .Input("shared_key: uint64")
     .Output("payload: uint8")
     .Attr("T: {float, double, half, bfloat16}")
     .Attr("codec: list(int)")
@@ -786,15 +795,15 @@ class EncodeOp : public OpKernel {
   void Compute(OpKernelContext* context) override {
     const Tensor& values = context->input(0);
     Source source;
-    uint64 key = 0;
+    pq_keys keys{};
     OP_REQUIRES_OK(context, source.add(values));
-    OP_REQUIRES_OK(context, scalar_from(context, "key", &key));
+    OP_REQUIRES_OK(context, keys_from(context, &keys));
     const int64_t nbytes = pq_payload_nbytes(&codec_, values.NumElements());
     OP_REQUIRES_OK(context, check(nbytes < 0 ? PQ_BAD_ARGUMENT : PQ_OK, "encode"));
     Tensor* payload = nullptr;
     OP_REQUIRES_OK(context, context->allocate_output(0, {nbytes}, &payload));
     const int32_t status =
-        pq_encode(&codec_, source.get(), 0, values.NumElements(), key, payload->flat<uint8>().data(), nbytes);
+        pq_encode(&codec_, source.get(), 0, values.NumElements(), keys, payload->flat<uint8>().data(), nbytes);
     OP_REQUIRES_OK(context, check(status, "encode"));
     OP_REQUIRES(context, status != PQ_NONFINITE,
                 InvalidArgument("values hold NaN, Inf or a number beyond the codec's range, which it cannot encode: look for a "
@@ -817,11 +826,11 @@ class DecodeAddBase : public OpKernel {
  protected:
   Status add(OpKernelContext* context, Tensor* destination) const {
     const Tensor& payload = context->input(1);
-    uint64 key = 0;
+    pq_keys keys{};
     float weight = 0;
-    TF_RETURN_IF_ERROR(scalar_from(context, "key", &key));
+    TF_RETURN_IF_ERROR(keys_from(context, &keys));
     TF_RETURN_IF_ERROR(scalar_from(context, "weight", &weight));
-    return check(pq_decode_add(&codec_, payload.flat<uint8>().data(), payload.NumElements(), destination->NumElements(), key,
+    return check(pq_decode_add(&codec_, payload.flat<uint8>().data(), payload.NumElements(), destination->NumElements(), keys,
                                weight, destination->flat<float>().data()),
                  "decode");
   }
@@ -832,6 +841,7 @@ REGISTER_OP("PqasgdDecodeAdd")
     .Input("destination: float")
     .Input("payload: uint8")
     .Input("key: uint64")
+    .Input("shared_key: uint64")
     .Input("weight: float")
     .Output("sum: float")
     .Attr("codec: list(int)")
@@ -854,6 +864,7 @@ REGISTER_OP("PqasgdDecodeAddVariable")
     .Input("destination: resource")
     .Input("payload: uint8")
     .Input("key: uint64")
+    .Input("shared_key: uint64")
     .Input("weight: float")
     .Attr("codec: list(int)")
     .SetIsStateful()
