@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -62,7 +63,10 @@ class CodecCompressor:
         return hash((CodecCompressor, self.codec))
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items() if key != "id")
+        fields = {field.name: getattr(self.codec, field.name) for field in dataclasses.fields(self.codec)}
+        arguments = ", ".join(
+            f"{key}={type(self)(value) if isinstance(value, Codec) else value!r}" for key, value in fields.items()
+        )
         is_method = hasattr(CompressionMethods, self.codec.id)  # the casts are attributes
         return f"Compression.{self.codec.id}({arguments})" if is_method else f"Compression.{self.codec.id}"
 
@@ -113,6 +117,59 @@ class CompressionMethods(Generic[Made]):
     def natural(cls) -> Made:
         """Stochastic rounding to a power of two (natural compression); see ``codecs.natural``."""
         return cls._compressor(codecs.natural())
+
+    @classmethod
+    def topk(cls, density: float = 0.01, values: CodecCompressor | None = None, block_size: int = 8192) -> Made:
+        """The largest numbers of each block; ``values`` compresses those. See ``codecs.topk``.
+
+        With error feedback: ``feedback=hvd.Feedback()``.
+        """
+        return cls._compressor(codecs.topk(density=density, values=cls._values(values), block_size=block_size))
+
+    @classmethod
+    def threshold(
+        cls, value: float, density: float = 0.05, values: CodecCompressor | None = None, block_size: int = 8192
+    ) -> Made:
+        """Numbers of at least a magnitude, up to a density; ``values`` compresses those. See ``codecs.threshold``.
+
+        With error feedback: ``feedback=hvd.Feedback()``.
+        """
+        codec = codecs.threshold(value, density=density, values=cls._values(values), block_size=block_size)
+        return cls._compressor(codec)
+
+    @classmethod
+    def randomk(
+        cls,
+        density: float = 0.01,
+        values: CodecCompressor | None = None,
+        scaled: bool = False,
+        block_size: int = 8192,
+    ) -> Made:
+        """Numbers drawn at random, the same on every rank; ``values`` compresses those. See ``codecs.randomk``.
+
+        With error feedback, ``feedback=hvd.Feedback()``, or unbiased with ``scaled=True``.
+        """
+        codec = codecs.randomk(density=density, values=cls._values(values), scaled=scaled, block_size=block_size)
+        return cls._compressor(codec)
+
+    @classmethod
+    def chain(cls, sparsifier: CodecCompressor, quantizer: CodecCompressor) -> Made:
+        """The sparsifier, with the numbers that it keeps compressed by the quantizer; see ``codecs.chain``.
+
+        ``chain(topk(0.01), eden(4))`` is ``topk(0.01, values=eden(4))``.
+        """
+        return cls._compressor(codecs.chain(cls._codec("sparsifier", sparsifier), cls._codec("quantizer", quantizer)))
+
+    @classmethod
+    def _values(cls, values: CodecCompressor | None) -> Codec:
+        return codecs.none() if values is None else cls._codec("values", values)
+
+    @classmethod
+    def _codec(cls, argument: str, compressor: Any) -> Codec:
+        codec = codec_of(compressor, argument, cls)
+        if codec is None:
+            raise ArgumentError(f"{argument} is {compressor!r}; it must be one of Compression, such as eden(bits=4)")
+        return codec
 
 
 def codec_of(compression: Any, argument: str, methods: type[CompressionMethods[Any]]) -> Codec | None:

@@ -22,6 +22,7 @@ STREAM_ROUNDS = 13
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 _SIGN_COUNTER = 0x80000000
+_WORD_COUNTER = 0x40000000
 _MASK32 = 0xFFFFFFFF
 
 
@@ -92,6 +93,18 @@ def uniform16(key: int, block_index: UINT32 | int, num_elements: int) -> UINT32:
     low = np.uint32(0xFFFF)
     halves = np.stack([w0 & low, w0 >> np.uint32(16), w1 & low, w1 >> np.uint32(16)], axis=-2)
     return halves.reshape(*halves.shape[:-3], groups * 64)[..., :num_elements]
+
+
+def random_words(key: int, block_index: UINT32 | int, num_words: int) -> UINT32:
+    """Return uniform integers in [0, 2^32), ``num_words`` for each block.
+
+    ``block_index`` may be an array, as in :func:`uniform16`.
+    """
+    groups = -(-num_words // 32)
+    blocks = np.asarray(block_index, np.uint32)[..., None, None]
+    counter = np.uint32(_WORD_COUNTER) + np.arange(groups * 16, dtype=np.uint32).reshape(groups, 16)
+    words = np.stack(threefry2x32(key, counter, blocks, STREAM_ROUNDS), axis=-2)
+    return words.reshape(*words.shape[:-3], groups * 32)[..., :num_words]
 
 
 def random_signs(key: int, block_index: UINT32 | int, num_elements: int) -> NDArray[np.bool_]:

@@ -16,7 +16,9 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,7 @@ FIXTURES = ROOT / "tests" / "codecs" / "fixtures"
 INPUT = "input.bin"
 NUM_ELEMENTS = 1500
 KEY = 0x0123456789ABCDEF
+SHARED_KEY = 0xFEDCBA9876543210
 
 CODECS = [
     codecs.none(),
@@ -45,6 +48,12 @@ CODECS = [
     codecs.onebit(),
     codecs.signsgd(),
     codecs.signsgd(scaled=False),
+    codecs.topk(),
+    codecs.topk(density=0.1, values=codecs.eden(bits=4), block_size=512),
+    codecs.topk(density=0.3, values=codecs.fp16(), block_size=512),
+    codecs.threshold(0.5, density=0.1, block_size=1024),
+    codecs.randomk(density=0.1, block_size=512),
+    codecs.randomk(density=0.1, values=codecs.maxscale(bits=4), scaled=True, block_size=512),
 ]
 
 
@@ -59,18 +68,25 @@ def make_input() -> np.ndarray:
 
 def file_stem(codec: codecs.Codec) -> str:
     """Name of the fixture of a codec."""
-    return "-".join(str(value) for value in codec.config().values())
+
+    def values(config: dict[str, Any]) -> Iterator[str]:
+        for value in config.values():
+            yield from values(value) if isinstance(value, dict) else [str(value)]
+
+    return "-".join(values(codec.config()))
 
 
 def fixtures(values: np.ndarray) -> dict[str, bytes]:
     """Return what every file holds: for each codec its payload, and what it decodes to as a digest."""
     files = {INPUT: values.tobytes()}
     for codec in CODECS:
-        payload = codec.reference_encode(values, KEY)
-        decoded = codec.reference_decode(payload, values.size, KEY)
+        shared_key = SHARED_KEY if codec.shared_selection else 0
+        payload = codec.reference_encode(values, KEY, shared_key=shared_key)
+        decoded = codec.reference_decode(payload, values.size, KEY, shared_key=shared_key)
         description = {
             "config": codec.config(),
             "key": KEY,
+            **({"shared_key": shared_key} if shared_key else {}),
             "num_elements": values.size,
             "payload_nbytes": payload.size,
             "decoded_sha256": hashlib.sha256(decoded.astype("<f4").tobytes()).hexdigest(),

@@ -26,6 +26,25 @@ def sizes(most: int = 2600) -> st.SearchStrategy[int]:
 
 def all_codecs() -> st.SearchStrategy[codecs.Codec]:
     """Any codec with any allowed configuration."""
+    return block_codecs() | sparse_codecs()
+
+
+def sparse_codecs() -> st.SearchStrategy[codecs.Codec]:
+    """Any sparse codec."""
+    fields = {
+        "density": st.floats(0, 1, exclude_min=True),
+        "values": block_codecs().filter(lambda codec: codec.keeps_scale),
+        "block_size": st.integers(1, 128).map(lambda n: 64 * n),
+    }
+    return st.one_of(
+        st.builds(codecs.topk, **fields),
+        st.builds(codecs.threshold, st.floats(1e-30, 1e30), **fields),
+        st.builds(codecs.randomk, scaled=st.booleans(), **fields),
+    )
+
+
+def block_codecs() -> st.SearchStrategy[codecs.Codec]:
+    """Any codec that codes block by block."""
     uniform_block = st.integers(1, 128).map(lambda n: 64 * n)
     return st.one_of(
         st.builds(codecs.none),

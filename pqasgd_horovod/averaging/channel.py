@@ -71,7 +71,7 @@ def plan_channel(
     selection = selection or All()
     codec: Codec = config.codec if compressed else codecs.none()
     second_codec = config.second_codec if compressed else None
-    alignment = shard_alignment(codec, second_codec or codec)
+    alignment = shard_alignment(codec, second_codec or codec.for_means)
     buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
     return ChannelPlan(
         layout=layout,

@@ -2,8 +2,9 @@
 
 Every codec is a class in :data:`registry`, and here by its id: ``codecs.none()``, ``codecs.fp16()``, ``codecs.bf16()``,
 ``codecs.maxscale(bits=4)``, ``codecs.qsgd(bits=4)``, ``codecs.terngrad()``, ``codecs.eden(bits=4)``,
-``codecs.natural()``, ``codecs.signsgd()``, ``codecs.onebit()``. A new codec is a new file in this folder with a class
-under ``@register``; nothing else needs to know of it.
+``codecs.natural()``, ``codecs.signsgd()``, ``codecs.onebit()``, ``codecs.topk(density=0.01)``, ``codecs.randomk()``,
+``codecs.threshold(value)``. A new codec is a new file in this folder with a class under ``@register``; nothing else
+needs to know of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .base import Codec, from_config, register, registry
 from .eden import Eden
+from .sparse import chain
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time these come from the registry
     from .cast import Bf16 as bf16  # noqa: F401
@@ -23,6 +25,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time these come from 
     from .natural import Natural as natural  # noqa: F401
     from .sign import OneBit as onebit  # noqa: F401
     from .sign import SignSgd as signsgd  # noqa: F401
+    from .sparse import RandomK as randomk  # noqa: F401
+    from .sparse import Threshold as threshold  # noqa: F401
+    from .sparse import TopK as topk  # noqa: F401
     from .uniform import MaxScale as maxscale  # noqa: F401
     from .uniform import Qsgd as qsgd  # noqa: F401
     from .uniform import TernGrad as terngrad  # noqa: F401
@@ -31,7 +36,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 globals().update(registry)
 
-__all__ = ["Codec", "from_config", "quantize", "register", "registry", *sorted(registry)]
+__all__ = ["Codec", "chain", "from_config", "quantize", "register", "registry", *sorted(registry)]
 
 
 def quantize(bits: int) -> Codec:

@@ -67,7 +67,8 @@ def from_config(config: Mapping[str, Any]) -> Codec:
     unknown = sorted(set(arguments) - set(known))
     if unknown:
         raise ArgumentError(f"config of codec {codec_id!r} has unknown fields {unknown}; it takes {known or 'none'}")
-    return cls(**arguments)
+    inner = {name: from_config(value) for name, value in arguments.items() if isinstance(value, Mapping)}
+    return cls(**{**arguments, **inner})
 
 
 class Blocks(NamedTuple):
@@ -128,9 +129,10 @@ class Codec(abc.ABC):
 
     @property
     def contractive(self) -> bool:
-        r"""True if :math:`E\|Q(v) - v\|^2 \le (1 - \delta) \|v\|^2` for every v, with one :math:`\delta > 0`.
+        r"""True if :math:`E\|Q(v) - v\|^2 \le (1 - \delta) \|v\|^2 + c` for every v, with one :math:`\delta > 0`.
 
-        Error feedback needs it: elsewhere what was not sent can grow from round to round.
+        Error feedback needs it: elsewhere what was not sent can grow from round to round. The constant c is 0, except
+        for ``threshold``.
         """
         return False
 
@@ -143,6 +145,16 @@ class Codec(abc.ABC):
     def exchange_method(self) -> str | None:
         """The only exchange that this codec is fit for if both phases are coded by it; None: any."""
         return None
+
+    @property
+    def shared_selection(self) -> tuple[int, ...] | None:
+        """What decides, besides keys, which numbers are sent, where all ranks send the same ones; elsewhere None."""
+        return None
+
+    @property
+    def for_means(self) -> Codec:
+        """The codec of the means in the two-phase exchange, unless another one is asked for."""
+        return self
 
     @property
     def native_flags(self) -> int:
@@ -184,7 +196,9 @@ class Codec(abc.ABC):
 
     def config(self) -> dict[str, Any]:
         """Return the configuration as a dict that JSON can hold; :func:`from_config` takes it back."""
-        return {"id": self.id, **dataclasses.asdict(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        inner = {name: value.config() for name, value in values.items() if isinstance(value, Codec)}
+        return {"id": self.id, **values, **inner}
 
     def payload_bits_per_element(self, num_elements: int) -> float:
         """Return bits on the wire for each number, scales and padding included; 0 for an empty vector.
@@ -573,14 +587,14 @@ def check_count(num_elements: int) -> int:
     return check_integer("num_elements", num_elements, 0, 2**48)
 
 
-def check_key(key: int) -> int:
+def check_key(key: int, name: str = "key") -> int:
     """Return ``key`` as an int, or raise ArgumentError unless it is a whole number of 64 bits."""
-    return check_integer("key", key, 0, 2**64 - 1)
+    return check_integer(name, key, 0, 2**64 - 1)
 
 
 def check_keys(key: int, shared_key: int) -> Keys:
     """Return the keys, or raise ArgumentError unless they are whole numbers of 64 bits."""
-    return Keys(check_key(key), check_integer("shared_key", shared_key, 0, 2**64 - 1))
+    return Keys(check_key(key), check_key(shared_key, "shared_key"))
 
 
 def check_integer(name: str, value: int, low: int, high: int) -> int:

@@ -39,7 +39,7 @@ def bytes_of_rank(
     if method == "allgather" or size == 1:
         sent = (size - 1) * sum(HEADER_NBYTES + codec.payload_nbytes(num_elements) for num_elements in buckets)
         return sent, sent
-    second = second_codec if second_codec is not None else codec
+    second = second_codec or codec.for_means
     sent = received = 0
     for num_elements in buckets:
         shards = [shard.num_elements for shard in cut_shards(num_elements, size, shard_alignment(codec, second))]
@@ -71,6 +71,14 @@ def check_method(
     """
     if method not in METHODS:
         raise ArgumentError(f"{names[0]} is {method!r}; it must be one of {', '.join(map(repr, METHODS))}")
+    if second_codec is not None and codec.shared_selection is not None and second_codec.shared_selection is not None:
+        same = second_codec.shared_selection == codec.shared_selection
+        if not same or second_codec != second_codec.for_means:
+            raise ArgumentError(
+                f"{names[2]} is {second_codec} with {names[1]}={codec}; a mean has only the numbers of phase one, "
+                f"which phase two must send as they are: leave {names[2]} out, take the same density and "
+                "block_size without scaled=True, or a codec that sends all numbers"
+            )
     needed = codec.exchange_method
     if second_codec is None or second_codec == codec:
         if needed is not None and method not in ("auto", needed):

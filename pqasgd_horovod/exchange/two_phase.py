@@ -71,7 +71,7 @@ class TwoPhaseExchange(MessageExchange):
         feedback: bool = False,
     ) -> None:
         super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, nonfinite=nonfinite)
-        self.second_codec = second_codec if second_codec is not None else codec
+        self.second_codec = second_codec or codec.for_means
         self._feedback = feedback and not self.second_codec.lossless
         self._others = [rank for rank in range(self.size) if rank != self._rank]
         self._buckets = [

@@ -19,8 +19,8 @@ from ..errors import ArgumentError, NativeLibraryError, WireFormatError
 from ..keys import Keys
 
 KIND_NONE, KIND_FP16, KIND_BF16, KIND_MAXSCALE, KIND_QSGD, KIND_TERNGRAD, KIND_EDEN = range(7)
-KIND_SIGNSGD, KIND_NATURAL, KIND_ONEBIT = 7, 8, 12
-FLAG_STOCHASTIC, FLAG_UNSCALED = 1, 2
+KIND_SIGNSGD, KIND_NATURAL, KIND_TOPK, KIND_RANDOMK, KIND_THRESHOLD, KIND_ONEBIT = range(7, 13)
+FLAG_STOCHASTIC, FLAG_UNSCALED, FLAG_SCALED = 1, 2, 4
 DTYPE_F32, DTYPE_F64, DTYPE_F16, DTYPE_BF16 = range(4)
 MAX_BLOCK_SIZE = 8192
 CAST_BLOCK_SIZE = 1024
@@ -39,10 +39,16 @@ class CodecSpec(NamedTuple):
     bits: int
     block_size: int
     flags: int = 0
+    density: int = 0
+    threshold: int = 0
+    values_kind: int = 0
+    values_bits: int = 0
+    values_block_size: int = 0
+    values_flags: int = 0
 
 
 class _Codec(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "bits", "block_size", "flags")]
+    _fields_ = [(name, ctypes.c_int32) for name in CodecSpec._fields]
 
 
 class _Segment(ctypes.Structure):

@@ -47,7 +47,9 @@ def encode(values: tf.Tensor, codec: Codec, key: int | tf.Tensor = 0, *, shared_
     >>> hvd.encode(tf.constant([1.0, -2.0]), codecs.fp16()).numpy().tobytes().hex()
     '003c00c0'
     """
-    return ops.pqasgd_encode(values=values, key=_key(key), shared_key=_key(shared_key), codec=list(codec.native_spec))
+    return ops.pqasgd_encode(
+        values=values, key=_key(key), shared_key=_key(shared_key, "shared_key"), codec=list(codec.native_spec)
+    )
 
 
 def decode_add(
@@ -93,7 +95,7 @@ def decode_add(
     options = {
         "payload": payload,
         "key": _key(key),
-        "shared_key": _key(shared_key),
+        "shared_key": _key(shared_key, "shared_key"),
         "weight": weight,
         "codec": list(codec.native_spec),
     }
@@ -114,8 +116,8 @@ def decode_add(
     return None
 
 
-def _key(key: int | tf.Tensor) -> tf.Tensor:
-    return key if tf.is_tensor(key) else tf.constant(check_key(key), tf.uint64)
+def _key(key: int | tf.Tensor, name: str = "key") -> tf.Tensor:
+    return key if tf.is_tensor(key) else tf.constant(check_key(key, name), tf.uint64)
 
 
 # Horovod moves none of these: the same bits as another type are as good.

@@ -86,7 +86,7 @@ class GraphChannel:
         self._carrier = carrier
         self._digest = digest
         self._problems = problems
-        self._second_codec: Codec = plan.second_codec or plan.codec
+        self._second_codec: Codec = plan.second_codec or plan.codec.for_means
         method = plan.method
         if method == "auto":
             method = choose_exchange(plan.codec, plan.second_codec, plan.sizes, carrier.size)

@@ -82,7 +82,9 @@ def compressed_allreduce(
     counter = (tuple(process_set.ranks), name)
     call = _calls[counter]
     _calls[counter] += 1
-    sizes = cut_buckets(result.numel(), shard_alignment(codec, second_codec or codec), config.bucket_cap_bytes)
+    sizes = cut_buckets(
+        result.numel(), shard_alignment(codec, second_codec or codec.for_means), config.bucket_cap_bytes
+    )
     options: dict[str, Any] = {"seed": seed, "method": exchange, "second_codec": second_codec, "nonfinite": nonfinite}
     description = {
         "tensor": describe(result),

@@ -13,6 +13,7 @@ from pqasgd_horovod.averaging.state import combine_states
 from pqasgd_horovod.errors import ArgumentError, NonFiniteError
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 
+from ..codecs import cases
 from .arrays import ArrayView, make_views
 
 SHAPES = {"a": (9000, "float32"), "b": (5, "float32"), "c": (3000, "float16"), "d": (2500, "float64")}
@@ -71,12 +72,21 @@ def relative(difference: np.ndarray, whole: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(whole))
 
 
+SPARSE = [
+    codecs.topk(density=0.05, block_size=1024),
+    codecs.topk(density=0.1, values=codecs.eden(bits=4), block_size=512),
+    codecs.randomk(density=0.1, block_size=1024),
+    codecs.randomk(density=0.2, values=codecs.bf16(), block_size=512),
+    codecs.threshold(1.0, density=0.1, block_size=1024),
+]
+
+
 @pytest.mark.parametrize("bucket_cap_mb", [8.0, 0.008])
 @pytest.mark.parametrize("method", ["allgather", "two_phase"])
-def test_all_that_was_given_has_arrived_or_is_pending(method, bucket_cap_mb):
-    results = run_ranks(
-        3, lambda carrier: average_gradients(carrier, STEPS, method=method, bucket_cap_mb=bucket_cap_mb)
-    )
+@pytest.mark.parametrize("codec", [CODEC, *SPARSE], ids=cases.name)
+def test_all_that_was_given_has_arrived_or_is_pending(codec, method, bucket_cap_mb):
+    options = {"codec": codec, "method": method, "bucket_cap_mb": bucket_cap_mb}
+    results = run_ranks(3, lambda carrier: average_gradients(carrier, STEPS, **options))
     expected, rest = true_total(3, 0, STEPS), pending([state for _, state in results])
     assert set(rest) == {"a", "c", "d"}  # small tensors travel as they are
     arrived = results[0][0]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pqasgd_horovod import codecs, native
+from pqasgd_horovod.codecs.base import BlockCodec
 from pqasgd_horovod.errors import NonFiniteError, WireFormatError
 
 CONFIGURATIONS: dict[str, list[codecs.Codec]] = {
@@ -32,15 +33,36 @@ CONFIGURATIONS: dict[str, list[codecs.Codec]] = {
         codecs.signsgd(block_size=192, majority_vote=True),
     ],
     "onebit": [codecs.onebit(), codecs.onebit(block_size=192)],
+    "topk": [
+        codecs.topk(),
+        codecs.topk(density=0.1, values=codecs.fp16(), block_size=1024),
+        codecs.topk(density=0.25, values=codecs.eden(bits=4, block_size=64), block_size=256),
+        codecs.topk(density=0.5, values=codecs.maxscale(bits=3, block_size=192), block_size=192),
+    ],
+    "randomk": [
+        codecs.randomk(),
+        codecs.randomk(density=0.1, values=codecs.bf16(), block_size=1024),
+        codecs.randomk(density=0.05, scaled=True),
+        codecs.randomk(density=0.25, values=codecs.maxscale(bits=4, block_size=64), scaled=True, block_size=256),
+    ],
+    "threshold": [
+        codecs.threshold(0.5),
+        codecs.threshold(2.0, density=0.1, values=codecs.natural(), block_size=512),
+    ],
 }
 """For every registered codec the configurations that the suites run; an id that is not here fails a test."""
 
 ALL_CODECS = [codec for configurations in CONFIGURATIONS.values() for codec in configurations]
 
 
+BLOCK_CODECS = [codec for codec in ALL_CODECS if isinstance(codec, BlockCodec)]
+"""Those whose blocks are coded one by one."""
+
+
 def name(codec: codecs.Codec) -> str:
     """Short name of a configuration, for test ids and file names."""
-    return "-".join(str(value) for value in codec.config().values())
+    parts = (name(value) if isinstance(value, codecs.Codec) else str(value) for value in vars(codec).values())
+    return "-".join([codec.id, *parts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +90,43 @@ class Implementation:
             native.force_isa(None)
             native.set_num_threads(before)
 
-    def encode(self, codec: codecs.Codec, values: np.ndarray, key: int, anchor: np.ndarray | None = None) -> np.ndarray:
+    def encode(
+        self,
+        codec: codecs.Codec,
+        values: np.ndarray,
+        key: int,
+        anchor: np.ndarray | None = None,
+        shared_key: int = 0,
+    ) -> np.ndarray:
         """Encode with this implementation."""
         with self.active():
-            return (codec.encode if self.isa else codec.reference_encode)(values, key, anchor=anchor)
+            return (codec.encode if self.isa else codec.reference_encode)(
+                values, key, shared_key=shared_key, anchor=anchor
+            )
 
     def decode_add(
-        self, codec: codecs.Codec, payload: np.ndarray, destination: np.ndarray, key: int, weight: float = 1.0
+        self,
+        codec: codecs.Codec,
+        payload: np.ndarray,
+        destination: np.ndarray,
+        key: int,
+        weight: float = 1.0,
+        shared_key: int = 0,
     ) -> None:
         """Decode and add with this implementation."""
         with self.active():
-            (codec.decode_add if self.isa else codec.reference_decode_add)(payload, destination, key, weight)
+            (codec.decode_add if self.isa else codec.reference_decode_add)(
+                payload, destination, key, weight, shared_key=shared_key
+            )
 
-    def decode(self, codec: codecs.Codec, payload: np.ndarray, num_elements: int, key: int) -> np.ndarray:
+    def decode(
+        self, codec: codecs.Codec, payload: np.ndarray, num_elements: int, key: int, shared_key: int = 0
+    ) -> np.ndarray:
         """Decode with this implementation."""
         with self.active():
-            return (codec.decode if self.isa else codec.reference_decode)(payload, num_elements, key)
+            return (codec.decode if self.isa else codec.reference_decode)(
+                payload, num_elements, key, shared_key=shared_key
+            )
 
 
 REFERENCE = Implementation(None)

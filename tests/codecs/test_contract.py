@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pickle
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from pqasgd_horovod import codecs, keys, native
 from pqasgd_horovod.codecs.lloyd_max import POSITIVE_CENTROIDS
 from pqasgd_horovod.codecs.packing import unpack
+from pqasgd_horovod.codecs.sparse import Sparse
 from pqasgd_horovod.errors import ArgumentError, NonFiniteError
 
 from ..strategies import SIZES
@@ -35,8 +37,16 @@ def numbers(size: int, dtype: type = np.float32) -> np.ndarray:
 
 
 def error_bound(codec: codecs.Codec, block: np.ndarray) -> float:
-    """Bound on the norm of the error of one block: of any block, or for plain eden of those that ``numbers`` makes."""
+    """Bound on the norm of the error of one block: of any block, or for plain eden of those that ``numbers`` makes.
+
+    For sparse codecs: of a whole vector.
+    """
     norm = np.linalg.norm(block)
+    if isinstance(codec, Sparse):
+        factor = max(
+            float(codec.factor(n)) for n in (min(block.size, codec.block_size), block.size % codec.block_size or 1)
+        )
+        return factor * (norm + error_bound(codec.values, block))
     if codec.id in ("none", "bf16"):
         return {"none": 0.0, "bf16": 2.0**-8}[codec.id] * norm
     if codec.id == "fp16":
@@ -89,12 +99,19 @@ def test_facts(codec):
     assert codec.commutes_with_sum == (codec.id in ("none", "fp16"))
     rounds_at_random = codec.id in ("maxscale", "qsgd", "terngrad", "natural")
     rounds_at_random |= codec.config().get("rounding") == "stochastic"
-    signs_only = codec.config().get("scaled") is False
+    rounds_at_random |= codec.id == "randomk" and codec.scaled and codec.values.unbiased
+    signs_only = codec.id == "signsgd" and not codec.scaled
     assert codec.unbiased == (codec.id == "none" or rounds_at_random)
     assert codec.keeps_scale == (not signs_only)
     votes = codec.config().get("majority_vote") is True
     assert codec.exchange_method == ("two_phase" if votes else "allgather" if signs_only else None)
     assert codec.contractive or codec.id not in ("none", "fp16", "bf16", "natural", "onebit")
+    if isinstance(codec, Sparse):
+        assert codec.contractive == (codec.values.contractive and not codec.native_flags)
+    assert (codec.shared_selection is not None) == (codec.id == "randomk")
+    assert codec.for_means.native_spec == codec.native_spec._replace(
+        flags=0 if codec.id == "randomk" else codec.native_flags
+    )
 
 
 @every_codec
@@ -106,6 +123,8 @@ def test_payload_size(codec):
             assert codec.reference_encode(numbers(size), KEY).size == expected
     assert codec.payload_nbytes(0) == 0
     assert codec.payload_bits_per_element(0) == 0
+    if isinstance(codec, Sparse):
+        return  # tests/codecs/test_sparse.py
     nominal = np.log2(243) / 5 if codec.id == "terngrad" else codec.bits
     scales = 32 * codec.scales_per_block / codec.block_size
     assert nominal + scales <= codec.payload_bits_per_element(1 << 24) <= nominal + scales + 0.05
@@ -119,9 +138,12 @@ def test_round_trip(codec, implementation):
         result = implementation.decode(codec, implementation.encode(codec, values, KEY), size, KEY)
         assert result.dtype == np.float32
         assert result.shape == values.shape
-        for start in range(0, size, codec.block_size):
-            block = values[start : start + codec.block_size].astype(np.float64)
-            error = np.linalg.norm(result[start : start + codec.block_size] - block)
+        step = (
+            max(1, size) if isinstance(codec, Sparse) else codec.block_size
+        )  # one block's numbers may be coded with others
+        for start in range(0, size, step):
+            block = values[start : start + step].astype(np.float64)
+            error = np.linalg.norm(result[start : start + step] - block)
             assert error <= error_bound(codec, block), (size, start)
 
 
@@ -253,6 +275,11 @@ def test_tiny_and_huge_numbers(codec):
         (codecs.signsgd(), 0x7F7FFFFF),
         (codecs.signsgd(scaled=False), 0x7F7FFFFF),
         (codecs.onebit(), 0x7F7FFFFF),
+        (codecs.topk(), 0x7F7FFFFF),
+        (codecs.topk(values=codecs.fp16()), 0x477FEFFF),
+        (codecs.threshold(1.0, values=codecs.maxscale()), 0x7F000000),
+        (codecs.randomk(), 0x7F7FFFFF),
+        (codecs.randomk(density=1.0, scaled=True), 0x7E800000),  # 2^126
     ],
     ids=lambda value: name(value) if isinstance(value, codecs.Codec) else hex(value),
 )
@@ -298,16 +325,29 @@ def test_key_decides_the_bytes(codec, implementation):
     values = numbers(900)
     first = implementation.encode(codec, values, KEY).tobytes()
     assert implementation.encode(codec, values, KEY).tobytes() == first
-    depends_on_key = codec.id not in ("none", "fp16", "bf16", "signsgd", "onebit")
+    coded = codec.values if isinstance(codec, Sparse) else codec
+    depends_on_key = coded.id not in ("none", "fp16", "bf16", "signsgd", "onebit")
     for other in (KEY ^ 1, KEY ^ 1 << 63, keys.derive_key(1, 3, 3, 4, 0)):
         assert (implementation.encode(codec, values, other).tobytes() != first) == depends_on_key
 
 
 @every_codec
 @every_implementation
+def test_the_shared_key_decides_what_is_drawn_alike(codec, implementation):
+    values = numbers(900)
+    payloads = {implementation.encode(codec, values, KEY, shared_key=shared).tobytes() for shared in (0, 1, 1 << 63)}
+    assert len(payloads) == (3 if codec.id == "randomk" else 1)
+
+
+@every_codec
+@every_implementation
 def test_a_prefix_of_blocks_does_not_depend_on_the_rest(codec, implementation):
-    values = numbers(3 * codec.block_size)
-    cut = 2 * codec.block_size
+    blocks = 1
+    if isinstance(codec, Sparse):  # so many that what is kept of them is whole blocks of the codec that codes it
+        kept = codec.kept(codec.block_size)
+        blocks = math.lcm(kept, codec.values.block_size) // kept if codec.values.scales_per_block else 1
+    values = numbers(3 * blocks * codec.block_size)
+    cut = 2 * blocks * codec.block_size
     whole = implementation.decode(codec, implementation.encode(codec, values, KEY), values.size, KEY)
     part = implementation.decode(codec, implementation.encode(codec, values[:cut].copy(), KEY), cut, KEY)
     assert whole[:cut].tobytes() == part.tobytes()

@@ -26,6 +26,12 @@ NAMES = [
     "terngrad-512",
     *(f"eden-{bits}-1024-{rounding}" for bits in range(1, 9) for rounding in ("nearest", "stochastic")),
     "eden-3-64-nearest",
+    "topk-0.01-none-8192",
+    "topk-0.1-eden-4-1024-nearest-512",
+    "topk-0.3-fp16-512",
+    "threshold-0.5-0.1-none-1024",
+    "randomk-0.1-none-False-512",
+    "randomk-0.1-maxscale-4-512-True-512",
     "natural",
     "onebit-1024",
     "signsgd-1024-True-False",
@@ -46,11 +52,11 @@ def test_golden_payload(name, implementation):
     payload = np.fromfile(FIXTURES / f"{name}.bin", np.uint8)
     description = json.loads((FIXTURES / f"{name}.json").read_text())
     codec = codecs.from_config(description["config"])
-    key, size = description["key"], description["num_elements"]
+    key, shared_key, size = description["key"], description.get("shared_key", 0), description["num_elements"]
     assert values.size == size
     assert codec.payload_nbytes(size) == payload.size == description["payload_nbytes"]
-    assert implementation.encode(codec, values, key).tobytes() == payload.tobytes()
-    decoded = implementation.decode(codec, payload, size, key)
+    assert implementation.encode(codec, values, key, shared_key=shared_key).tobytes() == payload.tobytes()
+    decoded = implementation.decode(codec, payload, size, key, shared_key)
     assert hashlib.sha256(decoded.astype("<f4").tobytes()).hexdigest() == description["decoded_sha256"]
 
 

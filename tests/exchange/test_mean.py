@@ -56,7 +56,17 @@ def test_mean_is_the_specification(name, method, size):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("eden1", "maxscale8"), ("maxscale4", "none"), ("none", "eden4"), ("eden3-stochastic", "fp16"), ("signs", "fp16")],
+    [
+        ("eden1", "maxscale8"),
+        ("maxscale4", "none"),
+        ("none", "eden4"),
+        ("eden3-stochastic", "fp16"),
+        ("signs", "fp16"),
+        ("topk", "eden4"),
+        ("maxscale4", "randomk-scaled"),
+        ("randomk-scaled", "none"),
+        ("randomk", "topk-eden4"),
+    ],
 )
 def test_second_codec(first, second):
     values = make_values(3, BUCKETS)

@@ -12,7 +12,7 @@ from pqasgd_horovod.codecs import Codec
 from pqasgd_horovod.exchange import Exchange, make_exchange
 from pqasgd_horovod.exchange.carriers.threads import ThreadCarrier
 from pqasgd_horovod.exchange.layout import cut_shards, shard_alignment
-from pqasgd_horovod.keys import derive_key
+from pqasgd_horovod.keys import derive_key, derive_shared_key
 
 METHODS = ("allgather", "two_phase")
 SEED = 2**63 + 11
@@ -35,6 +35,13 @@ CODECS = {
     "signsgd": codecs.signsgd(block_size=128),
     "signs": codecs.signsgd(block_size=128, scaled=False),
     "votes": codecs.signsgd(block_size=128, majority_vote=True),
+    "topk": codecs.topk(density=0.05, block_size=128),
+    "topk-eden4": codecs.topk(density=0.25, values=codecs.eden(bits=4, block_size=64), block_size=128),
+    "threshold": codecs.threshold(1.0, density=0.2, values=codecs.fp16(), block_size=128),
+    "randomk": codecs.randomk(density=0.1, block_size=128),
+    "randomk-scaled": codecs.randomk(
+        density=0.2, values=codecs.maxscale(bits=4, block_size=64), scaled=True, block_size=128
+    ),
 }
 # Carriers do not look into payloads: under mpirun a few codecs stand for all.
 MPI_CODECS = {name: CODECS[name] for name in ("none", "maxscale4", "eden4")}
@@ -57,7 +64,7 @@ def reference_mean(
     """Return the mean of each bucket by the codecs' NumPy specifications, one rank and one shard after the other."""
     size = len(values)
     weight = np.float32(1.0 / size)
-    second = second_codec or codec
+    second = second_codec or codec.for_means
     means = []
     start = 0
     for bucket, num_elements in enumerate(buckets):
@@ -66,22 +73,26 @@ def reference_mean(
         mean = np.zeros(num_elements, np.float32)
         if method == "allgather":
             for rank, part in enumerate(parts):
-                key = derive_key(SEED, rank, step, bucket, 0)
-                codec.reference_decode_add(codec.reference_encode(part, key), mean, key, weight)
+                key, shared = derive_key(SEED, rank, step, bucket, 0), derive_shared_key(SEED, step, bucket)
+                payload = codec.reference_encode(part, key, shared_key=shared)
+                codec.reference_decode_add(payload, mean, key, weight, shared_key=shared)
         else:
             weight = weight if second.keeps_scale else np.float32(1)
             for owner, shard in enumerate(cut_shards(num_elements, size, shard_alignment(codec, second))):
                 tensor = bucket * size + owner
+                shared = derive_shared_key(SEED, step, tensor)
                 total = np.zeros(shard.num_elements, np.float32)
                 for rank, part in enumerate(parts):
                     piece = part[shard.start : shard.stop]
                     key = derive_key(SEED, rank, step, tensor, 0)
                     if rank == owner:
-                        total += codec.own_part(piece) * weight
+                        total += codec.own_part(piece, shared) * weight
                     else:
-                        codec.reference_decode_add(codec.reference_encode(piece, key), total, key, weight)
+                        payload = codec.reference_encode(piece, key, shared_key=shared)
+                        codec.reference_decode_add(payload, total, key, weight, shared_key=shared)
                 key = derive_key(SEED, owner, step, tensor, 1)
-                second.reference_decode_add(second.reference_encode(total, key), mean[shard.start : shard.stop], key)
+                payload = second.reference_encode(total, key, shared_key=shared)
+                second.reference_decode_add(payload, mean[shard.start : shard.stop], key, shared_key=shared)
         means.append(mean)
     return means
 

@@ -66,6 +66,29 @@ def test_torch_numpy_and_tensorflow_agree(codec):
     assert hvd.encode(same, codec, KEY).numpy().tobytes() == payload.tobytes()
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_the_shared_key_draws_what_the_specification_draws(traced):
+    codec = codecs.randomk(density=0.1, values=codecs.eden(bits=4), block_size=64)
+    values, array = numbers(700)
+
+    def round_trip(key, shared_key):
+        payload = hvd.encode(values, codec, key, shared_key=shared_key)
+        return payload, hvd.decode_add(payload, tf.zeros(700), codec, key, 0.5, shared_key=shared_key)
+
+    function = tf.function(round_trip) if traced else round_trip
+    payloads = set()
+    for shared_key in (0, 1, 2**64 - 1):
+        payload, decoded = function(tf.constant(KEY, tf.uint64), tf.constant(shared_key, tf.uint64))
+        assert payload.numpy().tobytes() == codec.reference_encode(array, KEY, shared_key=shared_key).tobytes()
+        expected = np.zeros(700, np.float32)
+        codec.reference_decode_add(payload.numpy(), expected, KEY, 0.5, shared_key=shared_key)
+        assert decoded.numpy().tobytes() == expected.tobytes()
+        payloads.add(payload.numpy().tobytes())
+    assert len(payloads) == 3
+    with pytest.raises(ArgumentError, match="shared_key is -1"):
+        hvd.encode(values, codec, KEY, shared_key=-1)
+
+
 @pytest.mark.parametrize("codec", [codecs.eden(bits=3), codecs.maxscale(bits=4), codecs.bf16()], ids=name)
 def test_in_a_function_with_static_shapes_and_a_key_that_is_a_tensor(codec):
     shapes = []
@@ -145,6 +168,15 @@ def test_truncated_and_corrupted_payloads(traced):
         code[-1] = 0xFF
         with pytest.raises(tf.errors.DataLossError, match="a code that no encoder writes"):
             decode(code, destination)
+
+
+def test_positions_that_no_encoder_writes():
+    codec = codecs.topk(density=0.1)
+    payload = codec.reference_encode(numbers(700)[1], KEY)
+    payload[-1] ^= 0xFF
+    for destination in (tf.Variable(tf.zeros(700)), tf.zeros(700)):
+        with pytest.raises(tf.errors.DataLossError, match="a code that no encoder writes"):
+            hvd.decode_add(tf.constant(payload), destination, codec, KEY)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])

@@ -15,8 +15,9 @@ extern "C" {
 #define PQ_ABI_VERSION 5
 #define PQ_EXPORT __attribute__((visibility("default")))
 
-enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN, PQ_SIGNSGD, PQ_NATURAL, PQ_ONEBIT = 12 };
-enum pq_flag { PQ_STOCHASTIC = 1, PQ_UNSCALED = 2 };
+enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN, PQ_SIGNSGD, PQ_NATURAL,
+               PQ_TOPK, PQ_RANDOMK, PQ_THRESHOLD, PQ_ONEBIT };
+enum pq_flag { PQ_STOCHASTIC = 1, PQ_UNSCALED = 2, PQ_SCALED = 4 };
 enum pq_dtype { PQ_F32, PQ_F64, PQ_F16, PQ_BF16_BITS };
 enum pq_status {
   PQ_OK = 0,
@@ -27,8 +28,12 @@ enum pq_status {
   PQ_BAD_CODE = -4      /* a code that no encoder writes */
 };
 
+/* The last six are those of sparse codecs: the part of a block that is kept, in units of 2^-30; the bits of the least magnitude that
+ * PQ_THRESHOLD sends; and the codec of the numbers that are kept, which is not sparse. */
 typedef struct {
   int32_t kind, bits, block_size, flags;
+  int32_t density, threshold;
+  int32_t values_kind, values_bits, values_block_size, values_flags;
 } pq_codec;
 
 typedef struct {
@@ -79,7 +84,7 @@ PQ_EXPORT int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, i
 
 /* destination = sum over r, in order, of weight * decoded_r; a NULL payload stands for own[own_start, own_start + count).
  * With a base, which is another array of `count` numbers: destination = base + that sum. Where the codec is PQ_UNSCALED the own
- * numbers, too, count as their signs. */
+ * numbers, too, count as their signs; where it is PQ_RANDOMK only those count that it sends. */
 PQ_EXPORT int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
                   const pq_keys* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
                   const float* base, float* destination);
@@ -133,7 +138,8 @@ PQ_EXPORT int32_t pq_allgather_land(const pq_codec* codec, const pq_bucket* buck
                                     int64_t received_nbytes, const float* base, float* mean);
 
 /* Two-phase: rank r owns [shards[r], shards[r + 1]) of the bucket; shards has size + 1 entries, from 0 to num_elements.
- * pack: one message to each other rank, in rank order; the own shard is not coded, its next residual is 0. mean: the mean of the
+ * pack: one message to each other rank, in rank order; the own shard is not coded, its next residual is what of it
+ * does not count. mean: the mean of the
  * own shard, in `mean`, as a message to all; `flags` are those of pack. residual and next_residual are those of the own shard's
  * mean, or NULL; where second_codec is PQ_UNSCALED `mean` is the sum: a vote. land: as for allgather. */
 PQ_EXPORT int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const int64_t* shards, const pq_source* source,

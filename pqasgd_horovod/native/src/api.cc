@@ -92,7 +92,25 @@ void spread(int64_t n, int64_t elements_each, F f) {
 
 // ---- what the caller may pass ----
 
-bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
+bool sparse(const pq_codec& codec) { return codec.kind >= PQ_TOPK && codec.kind <= PQ_THRESHOLD; }
+
+// The fewest bits: a bitmap takes n, Elias-Fano k l + k + floor((n - 1) / 2^l).
+IndexCode index_code(int64_t n, int64_t kept) {
+  IndexCode code{kept, 0, 0};
+  int64_t least = n;
+  for (int32_t low_bits = 1; low_bits <= 13; ++low_bits) {
+    const int64_t bits = kept * (low_bits + 1) + ((n - 1) >> low_bits);
+    if (bits < least) {
+      least = bits;
+      code.low_bits = low_bits;
+    }
+  }
+  code.nbytes = (least + 7) / 8;
+  return code;
+}
+
+// Of a codec that is not sparse.
+bool make_block_plan(const pq_codec* codec, int64_t count, Plan* plan) {
   if (!codec || count < 0 || count > (int64_t{1} << 40)) return false;
   Plan p{};
   p.codec = *codec;
@@ -149,6 +167,40 @@ bool make_plan(const pq_codec* codec, int64_t count, Plan* plan) {
   return true;
 }
 
+// A plan, and that of the numbers which are kept if the codec is sparse.
+struct Plans {
+  Plan plan, values;
+};
+
+bool make_plan(const pq_codec* codec, int64_t count, Plans* plans) {
+  if (!codec || !sparse(*codec)) return make_block_plan(codec, count, &plans->plan);
+  const int64_t size = codec->block_size, density = codec->density;
+  if (count < 0 || count > (int64_t{1} << 40) || size < 64 || size > kMaxBlock || size % 64 || density < 0 || density > 1 << 30 ||
+      codec->threshold < 0)
+    return false;
+  const bool written = codec->kind != PQ_RANDOMK;
+  auto index = [&](int64_t n) {
+    IndexCode code = index_code(n, std::max<int64_t>(1, (n * density + (1 << 29)) >> 30));
+    if (!written) code.nbytes = 0;
+    return code;
+  };
+  Plan p{};
+  p.codec = *codec;
+  p.count = count;
+  p.num_blocks = (count + size - 1) / size;
+  p.index = p.last_index = index(size);
+  if (count % size) p.last_index = index(count % size);
+  p.block_nbytes = p.index.nbytes;
+  p.values = &plans->values;
+  const int64_t kept = p.num_blocks ? (p.num_blocks - 1) * p.index.kept + p.last_index.kept : 0;
+  const pq_codec values{codec->values_kind, codec->values_bits, codec->values_block_size, codec->values_flags, 0, 0, 0, 0, 0, 0};
+  if (p.num_blocks > int64_t{UINT32_MAX} || !make_block_plan(&values, kept, &plans->values)) return false;
+  p.payload_nbytes = plans->values.payload_nbytes +
+                     (p.num_blocks ? (p.num_blocks - 1) * p.index.nbytes + p.last_index.nbytes : 0);
+  plans->plan = p;
+  return true;
+}
+
 bool good_source(const pq_source* s, int64_t start, int64_t count) {
   if (!s || start < 0 || count < 0 || s->num_segments < 0 || !s->offsets || (s->num_segments && !s->segments)) return false;
   if (s->offsets[0] != 0 || (s->anchor && s->anchor_dtype != PQ_F32 && s->anchor_dtype != PQ_F64)) return false;
@@ -161,7 +213,50 @@ bool good_source(const pq_source* s, int64_t start, int64_t count) {
   return start <= s->offsets[s->num_segments] && count <= s->offsets[s->num_segments] - start;
 }
 
+int32_t encode_blocks(const Plan& plan, const pq_source& source, int64_t start, pq_keys keys, uint8_t* payload) {
+  std::atomic<bool> finite{true};
+  spread(plan.num_blocks, plan.codec.block_size, [&](int64_t begin, int64_t end) {
+    if (!kernels().encode(plan, source, start, keys, payload, begin, end)) finite = false;
+  });
+  return finite ? PQ_OK : PQ_NONFINITE;
+}
+
+int32_t encode_sparse(const Plan& plan, const pq_source& source, int64_t start, pq_keys keys, uint8_t* payload) {
+  const int64_t kept = plan.values->count;
+  thread_local std::vector<float> numbers;  // kept from call to call, so that none but the first asks for memory
+  if ((int64_t)numbers.size() < kept) numbers.resize((size_t)kept);
+  float* const memory = numbers.data();  // other threads have vectors of their own
+  std::atomic<bool> finite{true};
+  spread(plan.num_blocks, plan.codec.block_size, [&](int64_t begin, int64_t end) {
+    if (!kernels().select(plan, source, start, keys, memory, payload, begin, end)) finite = false;
+  });
+  if (!finite) return PQ_NONFINITE;
+  const pq_segment segment{memory, kept, PQ_F32, 0};
+  const int64_t offsets[2] = {0, kept};
+  const pq_source values{&segment, offsets, 1, nullptr, PQ_F32, 0, nullptr, nullptr};
+  const int32_t status = encode_blocks(*plan.values, values, 0, keys, payload);
+  if (status != PQ_OK || !source.next_residual) return status;
+  spread(plan.num_blocks, plan.codec.block_size, [&](int64_t begin, int64_t end) {
+    kernels().subtract(plan, payload, keys, source.next_residual + start, begin, end);
+  });
+  return PQ_OK;
+}
+
 }  // namespace
+
+void keep_own_rest(const pq_codec& codec, const pq_source& source, int64_t start, int64_t count, pq_keys keys) {
+  Plans plans;
+  float* const rest = source.next_residual + start;
+  if (codec.kind != PQ_RANDOMK || !make_plan(&codec, count, &plans)) {  // the own part is added as it is: nothing of it is left
+    std::fill(rest, rest + count, 0.0f);
+    return;
+  }
+  const Plan& plan = plans.plan;
+  spread(plan.num_blocks, codec.block_size, [&](int64_t begin, int64_t end) {
+    kernels().own_rest(plan, source, start, keys, begin, end);
+  });
+}
+
 }  // namespace pqasgd
 
 using namespace pqasgd;
@@ -183,27 +278,25 @@ void pq_set_num_threads(int32_t threads) { g_threads = std::max(1, threads); }
 int32_t pq_get_num_threads(void) { return g_threads; }
 
 int64_t pq_payload_nbytes(const pq_codec* codec, int64_t count) {
-  Plan plan;
-  return make_plan(codec, count, &plan) ? plan.payload_nbytes : int64_t{PQ_BAD_ARGUMENT};
+  Plans plans;
+  return make_plan(codec, count, &plans) ? plans.plan.payload_nbytes : int64_t{PQ_BAD_ARGUMENT};
 }
 
 int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start, int64_t count, pq_keys keys, uint8_t* payload,
                   int64_t payload_nbytes) {
-  Plan plan;
-  if (!make_plan(codec, count, &plan) || !good_source(source, start, count) || (!payload && payload_nbytes))
+  Plans plans;
+  const Plan& plan = plans.plan;
+  if (!make_plan(codec, count, &plans) || !good_source(source, start, count) || (!payload && payload_nbytes))
     return PQ_BAD_ARGUMENT;
   if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
-  std::atomic<bool> finite{true};
-  spread(plan.num_blocks, codec->block_size, [&](int64_t begin, int64_t end) {
-    if (!kernels().encode(plan, *source, start, keys, payload, begin, end)) finite = false;
-  });
-  return finite ? PQ_OK : PQ_NONFINITE;
+  return (plan.values ? encode_sparse : encode_blocks)(plan, *source, start, keys, payload);
 }
 
 int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t payload_nbytes, int64_t count, pq_keys keys,
                       float weight, float* destination) {
-  Plan plan;
-  if (!make_plan(codec, count, &plan) || (count && (!payload || !destination))) return PQ_BAD_ARGUMENT;
+  Plans plans;
+  const Plan& plan = plans.plan;
+  if (!make_plan(codec, count, &plans) || (count && (!payload || !destination))) return PQ_BAD_ARGUMENT;
   if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
   std::atomic<int32_t> status{PQ_OK};
   spread(plan.num_blocks, codec->block_size, [&](int64_t begin, int64_t end) {
@@ -216,14 +309,18 @@ int32_t pq_decode_add(const pq_codec* codec, const uint8_t* payload, int64_t pay
 int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_t* const* payloads, int64_t payload_nbytes,
                   const pq_keys* keys, float weight, const pq_source* own, int64_t own_start, int64_t count,
                   const float* base, float* destination) {
-  Plan plan;
-  if (!make_plan(codec, count, &plan) || num_payloads < 0 || (num_payloads && (!payloads || !keys)) || (count && !destination))
+  Plans plans;
+  const Plan& plan = plans.plan;
+  if (!make_plan(codec, count, &plans) || num_payloads < 0 || (num_payloads && (!payloads || !keys)) || (count && !destination))
     return PQ_BAD_ARGUMENT;
   if (payload_nbytes != plan.payload_nbytes) return PQ_BAD_LENGTH;
   for (int32_t r = 0; r < num_payloads; ++r)
     if (!payloads[r] && !good_source(own, own_start, count)) return PQ_BAD_ARGUMENT;
   std::atomic<int32_t> status{PQ_OK};
-  spread(plan.num_blocks, (int64_t)codec->block_size * std::max(1, num_payloads), [&](int64_t begin, int64_t end) {
+  // A number that is kept is decoded, found its place, and added: it costs about as much as eight of a dense payload.
+  const int64_t work = plan.values ? codec->block_size + 8 * plan.index.kept * num_payloads
+                                   : (int64_t)codec->block_size * std::max(1, num_payloads);
+  spread(plan.num_blocks, work, [&](int64_t begin, int64_t end) {
     const int32_t s = kernels().reduce(plan, num_payloads, payloads, keys, weight, own, own_start, base, destination, begin, end);
     if (s != PQ_OK) status = s;
   });

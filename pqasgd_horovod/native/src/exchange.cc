@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "pqasgd.h"
+#include "kernels.h"
 
 namespace pqasgd {
 namespace {
@@ -221,10 +221,9 @@ int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const 
     if (status < 0) return status;
     if (status == PQ_NONFINITE) flags |= PQ_SENDER_NONFINITE;
   }
-  if (source->next_residual) {  // the owner adds its own part as it is: nothing of it is left
-    float* own = source->next_residual + start;
-    std::fill(own + shards[b.rank], own + shards[b.rank + 1], 0.0f);
-  }
+  if (source->next_residual)
+    keep_own_rest(*codec, *source, start + shards[b.rank], shards[b.rank + 1] - shards[b.rank],
+                  keys_of(b, b.rank, shard_tensor(b, b.rank), kValues));
   for (size_t i = 0; i < owners.size(); ++i)  // only now is it known what the headers have to say
     write_header(b, flags, kValues, at[i + 1] - at[i] - PQ_HEADER_NBYTES, messages + at[i]);
   return flags;

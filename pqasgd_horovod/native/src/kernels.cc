@@ -7,6 +7,7 @@
 
 #include "packing.h"
 #include "simd.h"
+#include "sparse.h"
 
 namespace pqasgd {
 namespace PQ_ISA {
@@ -800,8 +801,177 @@ bool encode(const Plan& plan, const pq_source& source, int64_t start, pq_keys ke
   });
 }
 
+// ---- sparse: some numbers of each block, which another codec codes as one vector ----
+
+// The positions of a block: drawn or read.
+bool positions_of(const Plan& plan, const uint8_t* payload, pq_keys keys, int64_t block, int32_t* positions) {
+  const IndexCode& index = plan.index_of(block);
+  const int64_t n = plan.block_elements(block);
+  if (plan.codec.kind != PQ_RANDOMK) return read_positions(plan.positions_of(payload, block), n, index, positions);
+  draw(keys.shared, (uint32_t)block, n, index.kept, positions);
+  return true;
+}
+
+// What a number that is kept is multiplied by.
+float factor_of(const Plan& plan, int64_t block) {
+  return plan.codec.flags & PQ_SCALED ? (float)plan.block_elements(block) / (float)plan.index_of(block).kept : 1.0f;
+}
+
+bool select_numbers(const Plan& plan, const pq_source& source, int64_t start, pq_keys keys, float* numbers, uint8_t* payload,
+                    int64_t begin, int64_t end) {
+  alignas(64) float scratch[kMaxBlock];
+  alignas(64) int32_t positions[kMostPositions];
+  for (int64_t block = begin; block < end; ++block) {
+    const IndexCode& index = plan.index_of(block);
+    const int64_t n = plan.block_elements(block), padded = round_up(n, 64), at = start + block * plan.codec.block_size;
+    const float* v = load_block(source, at, n, padded, scratch);
+    float* kept = numbers + block * plan.index.kept;
+    if (plan.codec.kind == PQ_RANDOMK) {
+      if (!(max_abs(v, padded) <= FLT_MAX)) return false;
+      draw(keys.shared, (uint32_t)block, n, index.kept, positions);
+    } else {
+      if (!select_largest(v, padded, index.kept, positions)) return false;
+      write_positions(positions, index, const_cast<uint8_t*>(plan.positions_of(payload, block)));
+    }
+    for (int64_t i = 0; i < index.kept; ++i) kept[i] = v[positions[i]];
+    if (plan.codec.flags & PQ_SCALED) {
+      const float factor = factor_of(plan, block);
+      for (int64_t i = 0; i < index.kept; ++i)
+        if (!(std::fabs(kept[i] * factor) <= 0x1p126f)) return false;
+    }
+    if (plan.codec.kind == PQ_THRESHOLD)
+      for (int64_t i = 0; i < index.kept; ++i) {
+        int32_t magnitude;
+        std::memcpy(&magnitude, kept + i, 4);
+        if ((magnitude & 0x7fffffff) < plan.codec.threshold) kept[i] = 0.0f;
+      }
+    if (source.next_residual) std::memcpy(source.next_residual + at, v, (size_t)n * 4);
+  }
+  return true;
+}
+
+// So many blocks at once that their numbers fill some blocks of the codec that codes them.
+int64_t blocks_at_once(const Plan& plan) { return std::max<int64_t>(1, kMaxBlock / plan.index.kept); }
+
+// The numbers that were kept of some blocks, times weight.
+struct Numbers {
+  const Plan& plan;
+  int64_t first = 0;  // that of memory[0]
+  alignas(64) float memory[3 * kMaxBlock];
+
+  explicit Numbers(const Plan& p) : plan(p) {}
+
+  // Blocks [begin, end), at most blocks_at_once; the codec's blocks that they lie in are decoded in whole.
+  int32_t decode(const uint8_t* payload, uint64_t key, float weight, int64_t begin, int64_t end) {
+    const Plan& values = *plan.values;
+    const int64_t size = values.codec.block_size, stop = std::min(end * plan.index.kept, values.count);
+    const int64_t from = begin * plan.index.kept / size, to = (stop + size - 1) / size;
+    first = from * size;
+    std::fill(memory, memory + (to - from) * size, 0.0f);
+    return with_codec(values, [&](auto codec) {
+      for (int64_t b = from; b < to; ++b) {
+        const int32_t status = decode_one<decltype(codec)>(values, payload, key, weight, b, values.block_elements(b),
+                                                           memory + (b - from) * size);
+        if (status != PQ_OK) return status;
+      }
+      return int32_t{PQ_OK};
+    });
+  }
+  const float* of(int64_t block) const { return memory + block * plan.index.kept - first; }
+};
+
+// f(destination, number) at the place of every number that was kept of the block.
+template <class F>
+PQ_INLINE int32_t scatter(const Plan& plan, const Numbers& numbers, const uint8_t* payload, pq_keys keys, int64_t block,
+                          float* destination, F f) {
+  alignas(64) int32_t positions[kMostPositions];
+  if (!positions_of(plan, payload, keys, block, positions)) return PQ_BAD_CODE;
+  const float* number = numbers.of(block);
+  const float factor = factor_of(plan, block);
+  const int64_t kept = plan.index_of(block).kept;
+  if (factor == 1.0f)
+    for (int64_t i = 0; i < kept; ++i) f(destination[positions[i]], number[i]);
+  else
+    for (int64_t i = 0; i < kept; ++i) f(destination[positions[i]], number[i] * factor);
+  return PQ_OK;
+}
+
+PQ_INLINE void add_number(float& to, float x) { to = to + x; }
+PQ_INLINE void subtract_number(float& to, float x) { to = to - x; }
+
+template <class F>
+int32_t scatter_blocks(const Plan& plan, const uint8_t* payload, pq_keys keys, float weight, float* destination, int64_t begin,
+                       int64_t end, F f) {
+  Numbers numbers(plan);
+  for (int64_t next, some = begin; some < end; some = next) {
+    next = std::min(some + blocks_at_once(plan), end);
+    int32_t status = numbers.decode(payload, keys.own, weight, some, next);
+    for (int64_t block = some; block < next && status == PQ_OK; ++block)
+      status = scatter(plan, numbers, payload, keys, block, destination + block * plan.codec.block_size, f);
+    if (status != PQ_OK) return status;
+  }
+  return PQ_OK;
+}
+
+int32_t subtract(const Plan& plan, const uint8_t* payload, pq_keys keys, float* rest, int64_t begin, int64_t end) {
+  return scatter_blocks(plan, payload, keys, 1.0f, rest, begin, end, subtract_number);
+}
+
+// What the numbers of a shard's owner count as: those that were drawn, and nothing elsewhere; NaN where they are not finite.
+void own_part(const Plan& plan, const float* v, pq_keys keys, int64_t block, float* own) {
+  alignas(64) int32_t positions[kMostPositions];
+  const int64_t n = plan.block_elements(block), kept = plan.index_of(block).kept;
+  const float factor = factor_of(plan, block);
+  draw(keys.shared, (uint32_t)block, n, kept, positions);
+  for (int64_t i = 0; i < n; ++i) own[i] = v[i] - v[i];
+  for (int64_t i = 0; i < kept; ++i) own[positions[i]] = v[positions[i]] * factor;
+}
+
+void own_rest(const Plan& plan, const pq_source& source, int64_t start, pq_keys keys, int64_t begin, int64_t end) {
+  alignas(64) float scratch[kMaxBlock];
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t n = plan.block_elements(block), at = start + block * plan.codec.block_size;
+    const float* v = load_block(source, at, n, n, scratch);
+    float* rest = source.next_residual + at;
+    own_part(plan, v, keys, block, rest);
+    for (int64_t i = 0; i < n; ++i) rest[i] = v[i] - rest[i];
+  }
+}
+
+int32_t reduce_sparse(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const pq_keys* keys, float weight,
+                      const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end) {
+  alignas(64) float scratch[kMaxBlock], part[kMaxBlock];
+  Numbers numbers(plan);
+  for (int64_t next, some = begin; some < end; some = next) {
+    next = std::min(some + blocks_at_once(plan), end);
+    const int64_t at = some * plan.codec.block_size, stop = std::min(next * plan.codec.block_size, plan.count);
+    std::fill(destination + at, destination + stop, 0.0f);
+    for (int32_t r = 0; r < num_payloads; ++r) {
+      int32_t status = payloads[r] ? numbers.decode(payloads[r], keys[r].own, weight, some, next) : int32_t{PQ_OK};
+      for (int64_t block = some; block < next && status == PQ_OK; ++block) {
+        const int64_t n = plan.block_elements(block), offset = block * plan.codec.block_size;
+        if (payloads[r]) {
+          status = scatter(plan, numbers, payloads[r], keys[r], block, destination + offset, add_number);
+          continue;
+        }
+        const float* v = load_block(*own, own_start + offset, n, n, scratch);
+        if (plan.codec.kind == PQ_RANDOMK) {
+          own_part(plan, v, keys[r], block, part);
+          v = part;
+        }
+        AddsItself::add_own(plan, v, n, weight, destination + offset);
+      }
+      if (status != PQ_OK) return status;
+    }
+    if (base)
+      for (int64_t i = at; i < stop; ++i) destination[i] = base[i] + destination[i];
+  }
+  return PQ_OK;
+}
+
 int32_t decode_add(const Plan& plan, const uint8_t* payload, pq_keys keys, float weight, float* destination, int64_t begin,
                    int64_t end) {
+  if (plan.values) return scatter_blocks(plan, payload, keys, weight, destination, begin, end, add_number);
   return with_codec(plan, [&](auto codec) {
     return decode_blocks<decltype(codec)>(plan, payload, keys.own, weight, destination, begin, end);
   });
@@ -809,6 +979,8 @@ int32_t decode_add(const Plan& plan, const uint8_t* payload, pq_keys keys, float
 
 int32_t reduce(const Plan& plan, int32_t num_payloads, const uint8_t* const* payloads, const pq_keys* keys, float weight,
                const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end) {
+  if (plan.values)
+    return reduce_sparse(plan, num_payloads, payloads, keys, weight, own, own_start, base, destination, begin, end);
   return with_codec(plan, [&](auto codec) {
     return reduce_blocks<decltype(codec)>(plan, num_payloads, payloads, keys, weight, own, own_start, base, destination, begin,
                                             end);
@@ -917,7 +1089,8 @@ extern const Kernels PQ_JOIN(kernels_, PQ_ISA) = {
 #else
     PQ_TEXT(PQ_ISA),
 #endif
-    PQ_ISA::encode, PQ_ISA::decode_add, PQ_ISA::reduce, PQ_ISA::apply, PQ_ISA::gather_values, PQ_ISA::outer,
-    PQ_ISA::distance, PQ_ISA::capture};
+    PQ_ISA::encode,   PQ_ISA::decode_add, PQ_ISA::reduce,        PQ_ISA::select_numbers, PQ_ISA::subtract,
+    PQ_ISA::own_rest, PQ_ISA::apply,      PQ_ISA::gather_values, PQ_ISA::outer,          PQ_ISA::distance,
+    PQ_ISA::capture};
 
 }  // namespace pqasgd

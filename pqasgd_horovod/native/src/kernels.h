@@ -10,6 +10,13 @@ constexpr int kMaxBlock = 8192;
 constexpr int kCastBlock = 1024;
 constexpr int kMaxScales = 2;  // of a block
 
+// A block of a sparse codec: how many numbers are kept, and how it is written where they were.
+struct IndexCode {
+  int64_t kept;
+  int32_t low_bits;  // of Elias-Fano; 0: a bitmap
+  int64_t nbytes;    // 0: it is not written
+};
+
 // A codec with its block layout worked out; block sizes are checked before a Plan is made.
 struct Plan {
   pq_codec codec;
@@ -19,7 +26,14 @@ struct Plan {
   int64_t scales_nbytes;   // of all blocks
   int64_t block_nbytes;    // code bytes of a full block
   int64_t payload_nbytes;
+  // Of sparse codecs: the payload is that of the numbers that are kept, then the positions of each block.
+  const Plan* values;      // NULL: not sparse
+  IndexCode index, last_index;
 
+  const IndexCode& index_of(int64_t block) const { return (block + 1) * codec.block_size > count ? last_index : index; }
+  const uint8_t* positions_of(const uint8_t* payload, int64_t block) const {
+    return payload + values->payload_nbytes + block * index.nbytes;
+  }
   int64_t block_elements(int64_t block) const {
     const int64_t left = count - block * codec.block_size;
     return left < codec.block_size ? left : codec.block_size;
@@ -35,6 +49,12 @@ struct Kernels {
                         int64_t end);
   int32_t (*reduce)(const Plan&, int32_t num_payloads, const uint8_t* const* payloads, const pq_keys* keys, float weight,
                     const pq_source* own, int64_t own_start, const float* base, float* destination, int64_t begin, int64_t end);
+  // Sparse codecs: the numbers that are kept to `numbers`, which is as long as all of them, and their positions to the payload; and to
+  // next_residual, if there is one, the block as it is. False if something is not finite. Then, of that, minus what was sent.
+  bool (*select)(const Plan&, const pq_source&, int64_t start, pq_keys, float* numbers, uint8_t* payload, int64_t begin, int64_t end);
+  int32_t (*subtract)(const Plan&, const uint8_t* payload, pq_keys, float* rest, int64_t begin, int64_t end);
+  // next_residual = source minus what it counts as uncoded.
+  void (*own_rest)(const Plan&, const pq_source&, int64_t start, pq_keys, int64_t begin, int64_t end);
   void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target, bool past_caches);
   void (*gather)(const pq_source&, int64_t start, int64_t count, void* destination, int32_t dtype);
   void (*outer)(float decay, float a, float b, int64_t count, float* momentum, float* delta);
@@ -63,5 +83,8 @@ struct LloydMax {
 const LloydMax& lloyd_max(int bits);
 
 int64_t eden_padded(int64_t elements, int64_t block_size);
+
+// What the owner of a shard, who does not code it, leaves to the next round; the arguments are those of pq_encode, and checked.
+void keep_own_rest(const pq_codec& codec, const pq_source& source, int64_t start, int64_t count, pq_keys keys);
 
 }  // namespace pqasgd

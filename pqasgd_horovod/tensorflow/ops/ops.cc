@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -56,8 +57,11 @@ Status explain(int64_t explainer, int32_t flags, const uint8_t* data, int64_t nb
 // ---- attributes and inputs ----
 
 Status codec_from(const std::vector<int64_t>& spec, pq_codec* codec) {
-  if (spec.size() != 4) return InvalidArgument("codec has ", spec.size(), " numbers; it must have 4");
-  *codec = {(int32_t)spec[0], (int32_t)spec[1], (int32_t)spec[2], (int32_t)spec[3]};
+  int32_t fields[sizeof(pq_codec) / sizeof(int32_t)];
+  if (spec.size() != std::size(fields))
+    return InvalidArgument("codec has ", spec.size(), " numbers; it must have ", std::size(fields));
+  std::copy(spec.begin(), spec.end(), fields);
+  std::memcpy(codec, fields, sizeof fields);
   return OkStatus();
 }
 
