@@ -26,12 +26,22 @@ from pqasgd_horovod.errors import ArgumentError
 
 Float32 = NDArray[np.float32]
 
+# Codecs with more than a width to choose, or with an argument that has no default: names of rows, and arguments.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "eden": {"eden": {}, "eden-stochastic": {"rounding": "stochastic"}},
+    "signsgd": {"signsgd": {}, "signsgd-unscaled": {"scaled": False}},
+    "topk": {"topk": {}, "topk-eden": {"values": codecs.eden(bits=4)}, "topk-dense": {"density": 0.1}},
+    "randomk": {"randomk": {}, "randomk-scaled": {"scaled": True}},
+    "threshold": {"threshold": {"value": 2.0}},
+}
+
 # What we want to reach on an AVX-512 core.
 ENCODE_DECODE_TARGETS = {
     ("maxscale", 4): (1.3, 0.8),
     ("eden", 2): (2.0, 2.0),
     ("eden", 4): (2.5, 2.0),
     ("fp16", 16): (1.0, 1.0),
+    ("topk", 32): (6.0, 1.0),
 }
 Q_TARGETS = {("eden", 1): 0.58, ("eden", 2): 0.136, ("eden", 3): 0.037, ("eden", 4): 0.0100}
 
@@ -47,16 +57,11 @@ class Subject(NamedTuple):
 
 
 def all_codecs() -> list[tuple[str, codecs.Codec]]:
-    """Every registered codec at every width, eden with stochastic rounding, and signs without a scale."""
+    """Every registered codec at every width, and the variants of :data:`VARIANTS`."""
     found: list[tuple[str, codecs.Codec]] = []
     for codec_id, make in codecs.registry.items():
         fields = {field.name for field in dataclasses.fields(make)}
-        variants: list[tuple[str, dict[str, Any]]] = [(codec_id, {})]
-        if "rounding" in fields:
-            variants.append((f"{codec_id}-stochastic", {"rounding": "stochastic"}))
-        if "scaled" in fields:
-            variants.append((f"{codec_id}-unscaled", {"scaled": False}))
-        for name, arguments in variants:
+        for name, arguments in VARIANTS.get(codec_id, {codec_id: {}}).items():
             for bits in range(1, 9) if "bits" in fields else (None,):
                 try:
                     found.append((name, make(**arguments, **({} if bits is None else {"bits": bits}))))

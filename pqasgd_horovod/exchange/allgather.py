@@ -20,7 +20,8 @@ from .carriers import Carrier, Handle
 class AllgatherExchange(MessageExchange):
     """``mean = sum over r, in rank order, of (1/n) Q(v_r)``, made by every rank of the same bytes, its own included.
 
-    The key of rank r's payload of bucket b is ``derive_key(seed, r, step, b, 0)``.
+    The key of rank r's payload of bucket b is ``derive_key(seed, r, step, b, 0)``, the shared one
+    ``derive_shared_key(seed, step, b)``.
     """
 
     method = "allgather"

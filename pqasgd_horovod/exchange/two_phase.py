@@ -52,7 +52,8 @@ class TwoPhaseExchange(MessageExchange):
 
     More exactly ``v'_o = codec.own_part(v_o)``; and 1 takes the place of 1/n where the second codec keeps no scale.
     Shard o of bucket b is tensor number ``t = b n + o``: rank r's values have the key ``derive_key(seed, r, step, t,
-    0)``, the owner's mean ``derive_key(seed, o, step, t, 1)``.
+    0)``, the owner's mean ``derive_key(seed, o, step, t, 1)``; both have the shared key ``derive_shared_key(seed, step,
+    t)``.
     """
 
     method = "two_phase"

@@ -11,7 +11,7 @@ import torch
 import pqasgd_horovod.torch as hvd
 from pqasgd_horovod import codecs
 from pqasgd_horovod.errors import ArgumentError, MismatchError, NonFiniteError
-from pqasgd_horovod.keys import derive_key
+from pqasgd_horovod.keys import derive_key, derive_shared_key
 from tests.ranks.common import (
     ByHand,
     assert_equal,
@@ -72,6 +72,8 @@ def test_without_loss_it_is_local_sgd_by_hand(inner, dtype):
         hvd.Compression.bf16,
         hvd.Compression.qsgd(bits=8),
         hvd.Compression.terngrad(),
+        hvd.Compression.topk(density=0.1, values=hvd.Compression.eden(bits=4), block_size=512),
+        hvd.Compression.randomk(density=0.1, block_size=512),
     ],
     ids=str,
 )
@@ -100,10 +102,12 @@ def test_the_anchor_moves_by_the_mean_of_the_decoded_changes(compression):
         for rank in range(hvd.size()):
             values = np.concatenate([local[rank][name].ravel() for name in members])
             padding = 0 if members is large else sum(b.numel() for b in model.buffers() if b.is_floating_point())
-            key = derive_key(7 + channel, rank, 2, 0, 0)
-            payload = codec.reference_encode(np.pad(values, (0, padding)), key, anchor=np.pad(anchor, (0, padding)))
+            key, shared = derive_key(7 + channel, rank, 2, 0, 0), derive_shared_key(7 + channel, 2, 0)
+            payload = codec.reference_encode(
+                np.pad(values, (0, padding)), key, shared_key=shared, anchor=np.pad(anchor, (0, padding))
+            )
             decoded = np.pad(mean, (0, padding))
-            codec.reference_decode_add(payload, decoded, key, weight=1 / hvd.size())
+            codec.reference_decode_add(payload, decoded, key, 1 / hvd.size(), shared_key=shared)
             mean = decoded[: mean.size]
         after = np.concatenate([floats(model)[name].ravel() for name in members])
         np.testing.assert_array_equal(after, anchor + mean)

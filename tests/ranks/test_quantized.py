@@ -10,7 +10,7 @@ import pqasgd_horovod.torch as hvd
 from pqasgd_horovod import codecs
 from pqasgd_horovod.averaging.statistics import ring_allreduce_nbytes
 from pqasgd_horovod.errors import ArgumentError, DesynchronizedError, NonFiniteError
-from pqasgd_horovod.keys import derive_key
+from pqasgd_horovod.keys import derive_key, derive_shared_key
 from tests.ranks.common import (
     WithSparseGradient,
     assert_equal,
@@ -29,6 +29,8 @@ from tests.ranks.common import (
 )
 
 MAXSCALE = hvd.Compression.maxscale(bits=4)
+TOPK = hvd.Compression.chain(hvd.Compression.topk(density=0.1, block_size=512), hvd.Compression.eden(bits=4))
+RANDOMK = hvd.Compression.randomk(density=0.1, scaled=True, block_size=512)
 
 
 def gradients(model):
@@ -44,10 +46,9 @@ def expected_means(local, codec, step, seed=0, factor=1.0):
         vectors = [np.concatenate([gradient[name].ravel() for name in names]) for gradient in local]
         mean = np.zeros(vectors[0].size, np.float32)
         for rank, vector in enumerate(vectors):
-            key = derive_key(seed + channel, rank, step, 0, 0)
-            codec_here.reference_decode_add(
-                codec_here.reference_encode(vector, key), mean, key, weight=1.0 / len(vectors)
-            )
+            key, shared = derive_key(seed + channel, rank, step, 0, 0), derive_shared_key(seed + channel, step, 0)
+            payload = codec_here.reference_encode(vector, key, shared_key=shared)
+            codec_here.reference_decode_add(payload, mean, key, 1.0 / len(vectors), shared_key=shared)
         mean *= np.float32(factor)
         ends = np.cumsum([local[0][name].size for name in names])
         for name, part in zip(names, np.split(mean, ends[:-1]), strict=True):
@@ -57,9 +58,10 @@ def expected_means(local, codec, step, seed=0, factor=1.0):
 
 @several_ranks
 @pytest.mark.parametrize("op", [hvd.Average, hvd.Sum], ids=["average", "sum"])
-def test_gradients_are_the_mean_of_the_decoded_gradients(op):
+@pytest.mark.parametrize("compression", [MAXSCALE, TOPK, RANDOMK], ids=lambda value: value.codec.id)
+def test_gradients_are_the_mean_of_the_decoded_gradients(compression, op):
     model, twin = make_model(), make_model()
-    optimizer = wrap(model, compression=MAXSCALE, exchange="allgather", op=op)
+    optimizer = wrap(model, compression=compression, exchange="allgather", op=op)
     for step in range(3):
         twin.load_state_dict(model.state_dict())
         twin.zero_grad()
@@ -69,13 +71,15 @@ def test_gradients_are_the_mean_of_the_decoded_gradients(op):
         loss_of(model, step).backward()
         optimizer.synchronize()
         factor = hvd.size() if op == hvd.Sum else 1.0
-        assert_equal(gradients(model), expected_means(local, MAXSCALE.codec, step, factor=factor))
+        assert_equal(gradients(model), expected_means(local, compression.codec, step, factor=factor))
         with optimizer.skip_synchronize():
             optimizer.step()
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-@pytest.mark.parametrize("compression", [MAXSCALE, hvd.Compression.bf16, hvd.Compression.eden(bits=2)], ids=str)
+@pytest.mark.parametrize(
+    "compression", [MAXSCALE, hvd.Compression.bf16, hvd.Compression.eden(bits=2), TOPK, RANDOMK], ids=str
+)
 def test_replicas_stay_bit_identical(compression, exchange):
     model = make_model(norm=False)
     optimizer = wrap(model, compression=compression, exchange=exchange, bucket_cap_mb=0.005)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -318,6 +320,31 @@ def test_a_batch_of_another_size_on_one_rank_traces_anew_and_is_averaged(compres
         ]
         assert_replicas_equal(step(tf.constant(inputs, tf.float32)))
     assert step.experimental_get_tracing_count() == 1 + (hvd.rank() == 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": EDEN4, "period": 2}], ids=["stock", "period2"])
+def test_autograph_rewrites_the_function_of_the_user_and_nothing_that_we_have_written(options):
+    """It would follow every call, into ``json`` and threads, for minutes, while the other ranks wait."""
+    variables, optimizer = make_variables(), wrap(**options)
+    rewritten = set()
+
+    def step():
+        with hvd.DistributedGradientTape(tf.GradientTape(), seed=99, compression=EDEN4) as tape:
+            target = tf.add_n([tf.reduce_sum(v * v) for v in variables])
+        hvd.compressed_allreduce(target, name=f"rewritten.{len(options)}")
+        optimizer.apply(tape.gradient(target, variables), variables)
+
+    def watch(frame, event, argument):
+        if "__autograph_generated_file" in frame.f_code.co_filename:
+            rewritten.add(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        tf.function(step)()
+    finally:
+        sys.setprofile(None)
+    assert "tf__step" in rewritten
+    assert not rewritten & {"tf__describe_variables", "tf__verify_same", "tf__tell", "tf__plan_channel", "tf____init__"}
 
 
 def test_sources_keep_their_structure_and_none_stays_none():

@@ -49,7 +49,8 @@ def test_codecs_json(tmp_path):
     assert document["memcpy_seconds"] > 0
     rows = {(row["codec"], row["bits"]): row for row in document["rows"]}
     assert len(rows) == len(document["rows"])
-    assert {name for name, _ in rows} == {*codecs.registry, "eden-stochastic", "signsgd-unscaled"}
+    variants = {"eden-stochastic", "signsgd-unscaled", "topk-eden", "topk-dense", "randomk-scaled"}
+    assert {name for name, _ in rows} == {*codecs.registry, *variants}
     assert {bits for name, bits in rows if name == "eden"} == set(range(1, 9))
     assert {bits for name, bits in rows if name == "maxscale"} == set(range(2, 9))
     for row in rows.values():
