@@ -26,6 +26,8 @@ COMPRESSIONS = [
     hvd.Compression.natural(),
     hvd.Compression.signsgd(),
     hvd.Compression.onebit(block_size=512),
+    hvd.Compression.topk(density=0.1, values=hvd.Compression.eden(bits=4)),
+    hvd.Compression.randomk(density=0.5),
 ]
 
 

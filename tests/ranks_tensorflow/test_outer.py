@@ -87,20 +87,22 @@ def test_the_graph_does_what_the_core_does(averaging, traced):
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
 @pytest.mark.parametrize(
-    "averaging",
+    ("averaging", "codec"),
     [
-        hvd.PeriodicAveraging(period=2, buffers="local"),
-        hvd.SparseAveraging(period=3, buffers="local"),
-        hvd.SparseAveraging(period=2, block=1024, buffers="local", outer=hvd.Nesterov(0.7, 0.5)),
-        hvd.PeriodicAveraging(hvd.AdaptivePeriod(first=1, last=3, calibration_steps=2), buffers="local"),
+        (hvd.PeriodicAveraging(period=2, buffers="local"), EDEN2.codec),
+        (hvd.PeriodicAveraging(period=2, buffers="local"), codecs.topk(density=0.1, block_size=512)),
+        (hvd.PeriodicAveraging(period=2, buffers="local"), codecs.randomk(density=0.1, block_size=512)),
+        (hvd.SparseAveraging(period=3, buffers="local"), EDEN2.codec),
+        (hvd.SparseAveraging(period=2, block=1024, buffers="local", outer=hvd.Nesterov(0.7, 0.5)), EDEN2.codec),
+        (hvd.PeriodicAveraging(hvd.AdaptivePeriod(first=1, last=3, calibration_steps=2), buffers="local"), EDEN2.codec),
     ],
-    ids=["periodic", "sparse", "sparse-nesterov", "adaptive"],
+    ids=["periodic", "periodic-topk", "periodic-randomk", "sparse", "sparse-nesterov", "adaptive"],
 )
-def test_with_feedback_the_graph_does_what_the_core_does(averaging, exchange, traced):
+def test_with_feedback_the_graph_does_what_the_core_does(averaging, codec, exchange, traced):
     rates = [RATE, RATE, RATE, RATE / 4, RATE / 4, RATE / 8, RATE / 8, RATE / 8]
     variables = make_variables()
     options = {"feedback": hvd.Feedback(), "exchange": exchange, "bucket_cap_mb": 0.004}
-    optimizer = wrap(keras.optimizers.SGD(RATE), averaging=averaging, compression=EDEN2, **options)
+    optimizer = wrap(keras.optimizers.SGD(RATE), averaging=averaging, compression=codec, **options)
 
     def step(gradients):
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
@@ -110,7 +112,7 @@ def test_with_feedback_the_graph_does_what_the_core_does(averaging, exchange, tr
         optimizer.learning_rate = rate
         run([tf.constant(gradient) for gradient in gradients_of(number)])
     core = {"feedback": hvd.Feedback(), "method": exchange, "bucket_cap_mb": 0.004}
-    wanted = in_the_core(averaging, codecs.eden(bits=2), rates, **core)
+    wanted = in_the_core(averaging, codec, rates, **core)
     assert_equal(values(variables), wanted[hvd.rank()][0])
     assert optimizer.communication_stats()["rounds"] == wanted[hvd.rank()][1]
     optimizer.flush()

@@ -125,10 +125,18 @@ def flat(arrays, members):
 
 @several_ranks
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-def test_the_core_and_this_front_end_average_alike(exchange):
+@pytest.mark.parametrize(
+    ("codec", "second_codec"),
+    [
+        (codecs.eden(bits=3), codecs.eden(bits=6)),
+        (codecs.topk(density=0.1, values=codecs.eden(bits=4), block_size=512), None),
+        (codecs.randomk(density=0.2, scaled=True, block_size=512), None),
+    ],
+    ids=["eden", "topk", "randomk"],
+)
+def test_the_core_and_this_front_end_average_alike(codec, second_codec, exchange):
     """The averager of PyTorch's front end, on arrays and threads, gives the same bits from the same seed."""
-    options = {"second_codec": codecs.eden(bits=6), "method": exchange, "seed": 3}
-    config = ExchangeConfig(codecs.eden(bits=3), **options)
+    config = ExchangeConfig(codec, second_codec, method=exchange, seed=3)
 
     def typed(arrays):
         return [array.astype(dtype) for array, dtype in zip(arrays, MIXED_DTYPES, strict=True)]
@@ -146,8 +154,8 @@ def test_the_core_and_this_front_end_average_alike(exchange):
 
     variables = [tf.Variable(value, name=f"v{i}") for i, value in enumerate(typed(start(shapes=MIXED)))]
     optimizer = wrap(
-        period=2, compression=EDEN2.from_config(config.codec.config()), exchange=exchange, seed=3,
-        second_compression=hvd.Compression.eden(bits=6),
+        period=2, compression=EDEN2.from_config(codec.config()), exchange=exchange, seed=3,
+        second_compression=second_codec,
     )  # fmt: skip
     apply(optimizer, variables, range(5), lambda step: typed(gradients_of(step, shapes=MIXED)))
     optimizer.flush()
