@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
-from pqasgd_horovod.errors import ArgumentError, CollectiveTimeoutError
+from pqasgd_horovod.errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from tests.ranks_tensorflow.common import (
     EDEN2,
     apply,
@@ -204,6 +204,15 @@ def test_sets_of_ranks_train_apart():
         gradients = wrap(compression=EDEN2, process_set=mine)
         apply(gradients, coded, range(3))
         reduced = hvd.compressed_allreduce(tf.constant(gradients_of(0)[0]), process_set=mine).numpy()
+        tape = hvd.DistributedGradientTape(tf.GradientTape(persistent=True), process_set=mine)
+        with tape:
+            target = tf.add_n([tf.reduce_sum(v) for v in variables]) * (1.0 + hvd.rank())
+        for gradient in tape.gradient(target, variables):
+            np.testing.assert_allclose(gradient.numpy(), 1.0 + np.mean(mine.ranks), rtol=2.0**-22)
+        if len(mine.ranks) > 1 and 0 in mine.ranks:  # which the other set does not take notice of
+            sources = variables[hvd.rank() :]
+            with pytest.raises(MismatchError, match=r"sources\.v0:0: it is .* on rank 0; absent on rank 1"):
+                tape.gradient(target, sources)
         shared = tf.Variable(float(hvd.rank()), name="shared")
         hvd.broadcast_variables([shared], root_rank=mine.ranks[-1], process_set=mine)
         results = everybody([*values(variables), *values(coded), reduced, shared.numpy()])

@@ -90,7 +90,8 @@ def DistributedOptimizer(
         backward_passes_per_step: how many calls of ``apply`` accumulate gradients before a step is taken.
         average_aggregated_gradients: divide what was accumulated by their number.
         num_groups: as ``groups``.
-        groups: as in Horovod where Horovod averages. Elsewhere gradients are fused in buckets anyway.
+        groups: as in Horovod where Horovod averages. Elsewhere gradients are fused in buckets anyway. A model file has
+            lists of variables as their positions among those that are trained: a model that is loaded has other paths.
         process_set: the ranks that train together.
         scale_local_gradients: divide gradients of local variables, if there are any, by the number of ranks.
         period: steps between averages, default 1, or a schedule. Short for
