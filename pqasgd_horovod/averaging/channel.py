@@ -41,12 +41,17 @@ class ChannelPlan:
     layout: FlatLayout
     codec: Codec
     second_codec: Codec | None
-    method: str
+    method: str  # "allgather" or "two_phase"
     seed: int
     name: str
     starts: tuple[int, ...]  # where buckets begin, and where the last one ends
     feedback: bool = False  # whether what is not sent is kept for the next round
     fragments: tuple[tuple[int, ...], ...] = ()  # the buckets of each; none: all buckets are one
+
+    @property
+    def feeds_back_means(self) -> bool:
+        """Whether the owner of a shard, too, keeps what it did not send of its mean."""
+        return self.feedback and self.method == "two_phase" and not (self.second_codec or self.codec.for_means).lossless
 
     @property
     def sizes(self) -> list[int]:
@@ -65,23 +70,27 @@ def plan_channel(
     compressed: bool,
     name: str,
     index: int,
+    size: int,
     selection: Selection | None = None,
 ) -> ChannelPlan:
-    """Return the plan of channel number ``index`` of the optimizer called ``name``; no selection: all of it."""
+    """Return the plan of channel ``index`` of the optimizer ``name`` on ``size`` ranks; no selection: all of it."""
     selection = selection or All()
     codec: Codec = config.codec if compressed else codecs.none()
     second_codec = config.second_codec if compressed else None
     alignment = shard_alignment(codec, second_codec or codec.for_means)
     buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
+    method = config.method if compressed else "auto"
+    if method == "auto":
+        method = choose_exchange(codec, second_codec, [elements for elements, _ in buckets], size)
     return ChannelPlan(
         layout=layout,
         codec=codec,
         second_codec=second_codec,
-        method=config.method if compressed else "auto",
+        method=method,
         # Bucket numbers begin at 0 in every channel: another seed keeps the rounding noise of channels apart.
         seed=(config.seed + index) % 2**64,
         name=f"{name}.{index}",
-        starts=tuple(itertools.accumulate((size for size, _ in buckets), initial=0)),
+        starts=tuple(itertools.accumulate((elements for elements, _ in buckets), initial=0)),
         fragments=tuple(
             tuple(bucket for bucket, (_, of) in enumerate(buckets) if of == fragment)
             for fragment in range(selection.num_fragments)
@@ -93,12 +102,7 @@ def plan_channel(
 def warn_of_size(plans: Sequence[ChannelPlan], carrier: Carrier, averaging: PeriodicAveraging) -> None:
     """Say so, on one rank, if the first rounds send more than Horovod's allreduce in fp16 would in as many steps."""
     size = carrier.size
-    nbytes = 0
-    for plan in plans:
-        method = plan.method
-        if method == "auto":
-            method = choose_exchange(plan.codec, plan.second_codec, plan.sizes, size)
-        nbytes += bytes_per_round(method, plan.codec, plan.second_codec, plan.sizes, size)
+    nbytes = sum(bytes_per_round(plan.method, plan.codec, plan.second_codec, plan.sizes, size) for plan in plans)
     steps = int(averaging.schedule.next_period(0, False)) * averaging.selection.num_fragments
     of_fp16 = steps * ring_allreduce_nbytes(sum(plan.layout.num_elements for plan in plans), size, itemsize=2)
     if carrier.rank == 0 and nbytes > 1.05 * of_fp16:
@@ -138,6 +142,7 @@ class Channel:
         # walk over memory less, and an error leaves the anchor as it was.
         self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
         self._residuals = Residuals(vector.num_elements) if plan.feedback else None
+        self._feeds_back_means = plan.feeds_back_means
         self.exchange = make_exchange(
             plan.codec,
             carrier,
@@ -148,7 +153,7 @@ class Channel:
             method=plan.method,
             second_codec=plan.second_codec,
             nonfinite=config.nonfinite,
-            feedback=plan.feedback,
+            feedback=plan.feeds_back_means,
         )
 
     @property
@@ -245,20 +250,15 @@ class Channel:
             self._residuals.keep(self.starts, self.exchange.averaged)
             self.exchange.keep_residuals()
 
-    def _residual_arrays(self) -> tuple[FLOAT32, FLOAT32] | None:
-        """Return what this rank has not sent yet: of its own numbers, and of the means that it made; None: all is sent.
-
-        The second is 0 outside of the shards that this rank owns.
-        """
-        if self._residuals is None:
-            return None
+    def _mean_residual(self) -> FLOAT32:
+        """Return what this rank has not sent yet of the means that it made; 0 outside of the shards that it owns."""
         means = np.zeros(self.vector.num_elements, np.float32)
         for bucket, start in enumerate(self.starts[:-1]):
             residual = self.exchange.mean_residual(bucket)
             if residual is not None:
                 span, numbers = residual
                 means[start + span.start : start + span.stop] = numbers
-        return self._residuals.kept, means
+        return means
 
     def arrays(self) -> dict[str, AnchorArray]:
         """Return what is saved, each as long as the vector, or the beginning of it: the kinds in ``state.ARRAYS``."""
@@ -267,9 +267,10 @@ class Channel:
             found["anchor"] = self.anchor
         if self.outer_elements:
             found["momentum"] = self.momentum
-        residuals = self._residual_arrays()
-        if residuals is not None:
-            found["residual"], found["mean_residual"] = residuals
+        if self._residuals is not None:
+            found["residual"] = self._residuals.kept
+        if self._feeds_back_means:
+            found["mean_residual"] = self._mean_residual()
         return found
 
     def restore_residuals(self, arrays: Mapping[str, Mapping[str, AnchorArray]]) -> None:

@@ -91,7 +91,14 @@ class GradientAverager:
             (FlatVector(members), compressed) for members, compressed in ((large, True), (small, False)) if members
         ]
         plans = [
-            plan_channel(vector, self._config, compressed=compressed, name=self._name, index=int(not compressed))
+            plan_channel(
+                vector,
+                self._config,
+                compressed=compressed,
+                name=self._name,
+                index=int(not compressed),
+                size=self._carrier.size,
+            )
             for vector, compressed in vectors
         ]
         warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))

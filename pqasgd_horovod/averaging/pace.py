@@ -18,6 +18,12 @@ from .strategy import PeriodicAveraging
 _FLOATS, _BITS = struct.Struct("<ff"), struct.Struct("<Q")
 
 
+def rounded(number: float) -> float:
+    """Return the nearest float32: what the ranks tell each other is what all of them calculate with."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(number))
+
+
 def unpack_details(details: Sequence[int]) -> tuple[list[float], list[float]]:
     """Return the learning rates and the squared distances that the ranks have sent, as float32."""
     pairs = [_FLOATS.unpack(_BITS.pack(detail)) for detail in details]
@@ -56,9 +62,9 @@ class Pace:
         return self._averaging.schedule.uses_drift
 
     def detail(self, learning_rate: float) -> int:
-        """Return what ranks tell each other in a meeting."""
+        """Return what ranks tell each other in a meeting; ``learning_rate`` is :func:`rounded`."""
         rate = learning_rate if self._averaging.uses_learning_rate else 0.0
-        return int(_BITS.unpack(_FLOATS.pack(rate, self.distance if self.uses_drift else 0.0))[0])
+        return int(_BITS.unpack(_FLOATS.pack(rate, rounded(self.distance) if self.uses_drift else 0.0))[0])
 
     def coefficients(self, learning_rate: float) -> Coefficients | None:
         """Return the outer step of an average at this learning rate."""
@@ -74,8 +80,7 @@ class Pace:
         self.learning_rate = learning_rate
         distances = np.array(unpack_details(details)[1], np.float32)
         drift = float(distances.mean(dtype=np.float64)) if self.uses_drift and len(details) else -1.0
-        rate = float(np.float32(learning_rate))
-        seen = Observed(steps, self.has_dropped, rate, drift, self.period, self.memory)
+        seen = Observed(steps, self.has_dropped, learning_rate, drift, self.period, self.memory)
         period, (first, second) = self._averaging.schedule.advance(seen)
         self.period, self.memory = int(period), (float(first), float(second))
 

@@ -12,7 +12,7 @@ from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
-from .pace import Pace, check_learning_rates
+from .pace import Pace, check_learning_rates, rounded
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
@@ -98,6 +98,7 @@ class PeriodicAverager:
                 compressed=compressed,
                 name=self._name,
                 index=index,
+                size=self._carrier.size,
                 selection=self._averaging.selection,
             )
             for index, (vector, _, compressed) in enumerate(layout)
@@ -169,7 +170,7 @@ class PeriodicAverager:
         self.steps += 1
         self.steps_since_average += 1
         self._steps_since_round += 1
-        self._learning_rate = learning_rate
+        self._learning_rate = rounded(learning_rate)
         self.statistics.count_step(self._num_parameters)
         if self._steps_since_round >= self._pace.period:
             self.average()

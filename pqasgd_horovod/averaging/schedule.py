@@ -212,7 +212,7 @@ class AdaptivePeriod(Schedule):
     def advance(self, seen: Observed, xp: Any = np) -> tuple[Any, tuple[Any, Any]]:
         """Calibrate, or compare."""
         total, count = seen.memory
-        known = (seen.drift >= 0) & (seen.learning_rate > 0)
+        known = (seen.drift >= 0) & (seen.drift < np.inf) & (seen.learning_rate > 0)
         ratio = seen.drift / xp.where(seen.learning_rate > 0, seen.learning_rate, 1.0)
         calibrating = known & ((seen.steps <= self.calibration_steps) | (count < 1))
         total = xp.where(calibrating, total + ratio, total)

@@ -85,7 +85,7 @@ class Rotation(Selection):
     block: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fragments", check_integer("period", self.fragments, 1, _LARGEST))
+        object.__setattr__(self, "fragments", check_integer("fragments", self.fragments, 1, _LARGEST))
         if self.block is not None:
             object.__setattr__(self, "block", check_integer("block", self.block, 1, _LARGEST))
 

@@ -114,7 +114,7 @@ def combine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name, first in states[0]["residual"].items():
         pending = np.zeros(first.shape)
         for state in states:
-            pending += state["residual"][name] / len(states)
-            pending += state["mean_residual"][name]
+            pending += np.asarray(state["residual"][name], np.float64) / len(states)
+            pending += state["mean_residual"].get(name, 0.0)
         combined["residual"][name] = pending.astype(np.float32)
     return combined

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from ..codecs.base import check_integer
 from ..errors import ArgumentError
 from .outer import Outer, Replace, outer_from_config
 from .schedule import FixedPeriod, Schedule, schedule_from_config
@@ -132,7 +133,8 @@ def SparseAveraging(
     >>> SparseAveraging(period=8).selection
     Rotation(fragments=8, block=None)
     """
-    return PeriodicAveraging(1, buffers, Replace() if outer is None else outer, Rotation(period, block))
+    selection = Rotation(check_integer("period", period, 1, 2**31), block)
+    return PeriodicAveraging(1, buffers, Replace() if outer is None else outer, selection)
 
 
 def resolve_averaging(period: int | Schedule | None, averaging: PeriodicAveraging | None) -> PeriodicAveraging:

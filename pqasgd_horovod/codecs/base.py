@@ -147,6 +147,11 @@ class Codec(abc.ABC):
         return None
 
     @property
+    def exchange_reason(self) -> str:
+        """Why it is fit for no other, to be told to the user."""
+        return ""
+
+    @property
     def shared_selection(self) -> tuple[int, ...] | None:
         """What decides, besides keys, which numbers are sent, where all ranks send the same ones; elsewhere None."""
         return None

@@ -139,6 +139,13 @@ class SignSgd(Sign):
         return "two_phase" if self.majority_vote else "allgather"
 
     @property
+    def exchange_reason(self) -> str:
+        """What phase two makes of signs."""
+        if self.majority_vote:
+            return "the owner of a shard counts the votes, and sends the result as a vote"
+        return "it cannot code the mean of what it decodes to, except as a vote (majority_vote=True)"
+
+    @property
     def native_flags(self) -> int:
         """Whether there is no scale."""
         from .. import native

@@ -16,11 +16,6 @@ from .two_phase import TwoPhaseExchange
 from .wire import HEADER_NBYTES
 
 METHODS = ("auto", "allgather", "two_phase")
-_REASONS = {
-    "two_phase": "the owner of a shard counts the votes, and sends the result as a vote",
-    "allgather": "it cannot code the mean of what it decodes to, except as a vote (majority_vote=True)",
-}
-"""Why a codec with that ``exchange_method`` is fit for no other."""
 
 
 def bytes_of_rank(
@@ -83,12 +78,13 @@ def check_method(
     if second_codec is None or second_codec == codec:
         if needed is not None and method not in ("auto", needed):
             raise ArgumentError(
-                f"{names[0]} is {method!r} with {names[1]}={codec}, which is for {needed!r}: {_REASONS[needed]}"
+                f"{names[0]} is {method!r} with {names[1]}={codec}, which is for {needed!r}: {codec.exchange_reason}"
             )
     elif needed == "two_phase" or second_codec.exchange_method is not None:
+        odd = codec if needed == "two_phase" else second_codec
         raise ArgumentError(
-            f"{names[2]} is {second_codec} with {names[1]}={codec}; votes are coded alike in both phases: leave "
-            f"{names[2]} out, or take codecs that count no votes and have a scale in phase two"
+            f"{names[2]} is {second_codec} with {names[1]}={codec}; of these {odd} is not fit to be one of two codecs, "
+            f"as {odd.exchange_reason}: leave {names[2]} out, or take another codec"
         )
 
 
@@ -134,8 +130,8 @@ def make_exchange(
     agree are in :func:`describe_exchange`. ``method`` is ``"allgather"``, ``"two_phase"`` or ``"auto"`` (fewer
     bytes). ``second_codec`` codes phase two of ``"two_phase"``; more bits there mean less noise (:mod:`.two_phase`).
     ``nonfinite`` says what NaN and Inf do: ``"raise"`` on every rank, or ``"propagate"``: that bucket's mean is NaN
-    on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses; what the first loses is
-    the business of the source.
+    on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses, if there is one; what the
+    first loses is the business of the source.
 
     >>> import numpy as np
     >>> from pqasgd_horovod import codecs, native

@@ -73,7 +73,7 @@ class TwoPhaseExchange(MessageExchange):
     ) -> None:
         super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, nonfinite=nonfinite)
         self.second_codec = second_codec or codec.for_means
-        self._feedback = feedback and not self.second_codec.lossless
+        self._feedback = feedback
         self._others = [rank for rank in range(self.size) if rank != self._rank]
         self._buckets = [
             self._lay_out(f"{name}.b{bucket}", num_elements) for bucket, num_elements in enumerate(self.buckets)

@@ -253,7 +253,7 @@ class _Allreduce:
         # Under the name where others may be about to exchange a tensor that they know.
         self._meeting.tell([_NEW, 0], HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(carrier, self._description, name)
-        plan = plan_channel(FlatLayout([spec]), config, compressed=True, name=name, index=0)
+        plan = plan_channel(FlatLayout([spec]), config, compressed=True, name=name, index=0, size=carrier.size)
         self._problems = Problems(name, config.nonfinite)
         self._channel = GraphChannel(plan, carrier, digest, self._problems, None)
         self._calls = counter("calls")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -48,9 +48,13 @@ class GradientState(tf.Module):
         self.steps = counter("steps")
         self.residuals: Residuals | None = None
 
+    def common(self) -> dict[str, tf.Variable]:
+        """Return the variables that all ranks have alike, by the names under which a model file holds them."""
+        return {"steps": self.steps}
+
     def named(self) -> dict[str, tf.Variable]:
-        """Return the variables by the names under which a model file holds them."""
-        return {"steps": self.steps, **({} if self.residuals is None else self.residuals.named())}
+        """Return these, and the residuals, which are each rank's own."""
+        return {**self.common(), **({} if self.residuals is None else self.residuals.named())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +274,7 @@ class CodedGradients(GradientAverager):
         super().__init__(carrier, settings, name=name, meeting=meeting)
         self._config = config
         self._channels: list[tuple[GraphChannel, list[int]]] = []
+        self._saved_residuals: Mapping[str, np.ndarray] = {}
         if carrier is not None:
             self._problems = Problems(name, config.nonfinite)
             with outside_of_graphs():
@@ -283,17 +288,24 @@ class CodedGradients(GradientAverager):
         groups = zip(split_by_size(dense, self._config.small_tensor_threshold), (True, False), strict=True)
         parts = [(members, compressed) for members, compressed in groups if members]
         plans = [
-            plan_channel(FlatLayout(members), self._config, compressed=compressed, name=self._name, index=index)
+            plan_channel(
+                FlatLayout(members),
+                self._config,
+                compressed=compressed,
+                name=self._name,
+                index=index,
+                size=self._carrier.size,
+            )
             for index, (members, compressed) in enumerate(parts)
         ]
         warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
-        sizes = [plan.layout.num_elements for plan in plans if plan.feedback]
-        if sizes:
-            self.state.residuals = Residuals(sizes)
-        residuals = iter(self.state.residuals or ())
-        for plan, (members, _) in zip(plans, parts, strict=True):
-            fed = next(residuals) if plan.feedback else ()
-            channel = GraphChannel(plan, self._carrier, digest, self._problems, None, residuals=fed)
+        residuals: Sequence[Sequence[tf.Variable]] = [() for _ in plans]
+        if any(plan.feedback for plan in plans):
+            self.state.residuals = Residuals(plans)
+            self.state.residuals.take(self._saved_residuals)
+            residuals = self.state.residuals.of(plans)
+        for plan, (members, _), kept in zip(plans, parts, residuals, strict=True):
+            channel = GraphChannel(plan, self._carrier, digest, self._problems, None, residuals=kept)
             self._channels.append((channel, [position[spec.name] for spec in members]))
 
     def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -315,6 +327,15 @@ class CodedGradients(GradientAverager):
                 for i, mean in zip(positions, means, strict=True):
                     result[i] = mean
         return result
+
+    @property
+    def awaits_residuals(self) -> bool:
+        """True until the first average, if there is feedback: residuals are laid out when there are gradients."""
+        return self._carrier is not None and self._config.feedback is not None and self.state.residuals is None
+
+    def restore_residuals(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Take over residuals from a model file, by their names there, when they are laid out."""
+        self._saved_residuals = saved
 
     def _dense_bytes_per_step(self) -> tuple[int, int]:
         each = [channel.bytes_per_round() for channel, _ in self._channels]

@@ -22,7 +22,7 @@ from ..exchange import wire
 from ..exchange.base import MEANS_PHASE, VALUES_PHASE, NonFinitePolicy
 from ..exchange.carriers import Bytes
 from ..exchange.layout import cut_shards, shard_alignment
-from ..exchange.plan import bytes_of_rank, choose_exchange
+from ..exchange.plan import bytes_of_rank
 from ..exchange.verdict import Kind, Problem, explain, raise_verdict
 from .carrier import HorovodCarrier, allgather, alltoall
 from .library import ops, register_explainer
@@ -64,8 +64,8 @@ class GraphChannel:
         problems: where to take note of what is wrong.
         anchor: the float32 or float64 variable of ``plan.layout.num_elements`` that changes are taken from, if any.
         momentum: the float32 variable of an outer optimizer, if any: it moves as many elements from the first one.
-        residuals: where ``plan.feedback`` says so, two float32 variables as long as the vector: what this rank has not
-            sent of its own numbers, and of the means that it made.
+        residuals: float32 variables as long as the vector: where ``plan.feedback`` says so what this rank has not sent
+            of its own numbers, and where ``plan.feeds_back_means`` does of the means that it made.
     """
 
     def __init__(
@@ -87,26 +87,20 @@ class GraphChannel:
         self._digest = digest
         self._problems = problems
         self._second_codec: Codec = plan.second_codec or plan.codec.for_means
-        method = plan.method
-        if method == "auto":
-            method = choose_exchange(plan.codec, plan.second_codec, plan.sizes, carrier.size)
-        self.method = method
         # Only our own ops touch it, in place, so that no round needs memory of its own.
         self._arriving = tf.Variable(
             tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving"
         )
-        feeds_back = (bool(residuals), bool(residuals) and method == "two_phase" and not self._second_codec.lossless)
         self._residuals = [
             (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
-            for kept, is_fed in zip(residuals, feeds_back, strict=False)
-            if is_fed
+            for kept in residuals
         ]
 
     def bytes_per_round(self, fragment: int | None = None) -> tuple[int, int]:
         """Return the bytes sent and received in a round of all buckets, or of one fragment."""
         plan = self.plan
         sizes = [plan.sizes[bucket] for bucket in self._buckets(fragment)]
-        return bytes_of_rank(self.method, plan.codec, plan.second_codec, sizes, self._carrier.size, self._carrier.rank)
+        return bytes_of_rank(plan.method, plan.codec, plan.second_codec, sizes, self._carrier.size, self._carrier.rank)
 
     def _buckets(self, fragment: int | None) -> Sequence[int]:
         return range(len(self.plan.sizes)) if fragment is None else self.plan.fragments[fragment]
@@ -126,7 +120,7 @@ class GraphChannel:
             shard.num_elements
             for shard in cut_shards(num_elements, carrier.size, shard_alignment(plan.codec, self._second_codec))
         ]
-        two_phase = self.method == "two_phase"
+        two_phase = plan.method == "two_phase"
         attributes: dict[str, Any] = {
             "codec": list(plan.codec.native_spec),
             "second_codec": list(self._second_codec.native_spec),

@@ -221,10 +221,15 @@ class DistributedMethods(_Inner):
         """
         keras_own = {key: store[key] for key in store.keys() if not key.startswith("pqasgd.")}  # noqa: SIM118
         ours = {key: store[key] for key in store.keys() if key.startswith("pqasgd.")}  # noqa: SIM118
+        averager, later = self._pqasgd_averager.value, {}
+        if isinstance(averager, CodedGradients) and averager.awaits_residuals:
+            later = {key.removeprefix("pqasgd."): np.array(ours.pop(key)) for key in list(ours) if "residual" in key}
         expected = self._saved() if self.built and ours else {}
         if expected:
             _check_saved(ours, expected)
         super().load_own_variables(keras_own)
+        if later:
+            averager.restore_residuals(later)
         for key, variable in expected.items():
             variable.assign(ours[key])
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
-from ..averaging.channel import group_tensors, plan_channel, warn_of_size
+from ..averaging.channel import ChannelPlan, group_tensors, plan_channel, warn_of_size
 from ..averaging.meeting import Purpose
 from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
@@ -37,7 +37,7 @@ class PeriodicState(tf.Module):
         first_period: int,
         dtypes_and_sizes: Sequence[tuple[tf.DType, int]],
         momentum_sizes: Sequence[int],
-        feeds_back: Sequence[bool],
+        plans: Sequence[ChannelPlan],
     ) -> None:
         super().__init__(name="pqasgd")
         self.period = counter("period")
@@ -47,8 +47,7 @@ class PeriodicState(tf.Module):
         self.memory = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # the schedule's
         self.distance = tf.Variable(-1.0, dtype=tf.float32, trainable=False)  # from the mean, at the last average
         self.momentum = [tf.Variable(tf.zeros([size]), trainable=False) for size in momentum_sizes]
-        sizes = [size for (_, size), feeds in zip(dtypes_and_sizes, feeds_back, strict=True) if feeds]
-        self.residuals = Residuals(sizes)
+        self.residuals = Residuals(plans)
         self.steps = counter("steps")
         self.rounds = counter("rounds")
         self.steps_since_average = counter("steps_since_average")
@@ -59,13 +58,16 @@ class PeriodicState(tf.Module):
             for i, (dtype, size) in enumerate(dtypes_and_sizes)
         ]
 
-    def named(self) -> dict[str, tf.Variable]:
-        """Return the variables by the names under which a model file holds them."""
-        names = (*_COUNTERS, "anchored", "learning_rate", "memory", "distance")
+    def common(self) -> dict[str, tf.Variable]:
+        """Return the variables that all ranks have alike, by the names under which a model file holds them."""
+        names = (*_COUNTERS, "anchored", "learning_rate", "memory")
         momentum = {f"momentum.{i}": momentum for i, momentum in enumerate(self.momentum)}
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
-        own = {name: getattr(self, name) for name in names}
-        return {**own, **anchors, **momentum, **self.residuals.named()}
+        return {**{name: getattr(self, name) for name in names}, **anchors, **momentum}
+
+    def named(self) -> dict[str, tf.Variable]:
+        """Return these, and those that are each rank's own."""
+        return {**self.common(), "distance": self.distance, **self.residuals.named()}
 
 
 class PeriodicAverager:
@@ -131,6 +133,7 @@ class PeriodicAverager:
                 compressed=compressed,
                 name=self._name,
                 index=index,
+                size=1 if self._carrier is None else self._carrier.size,
                 selection=self.averaging.selection,
             )
             for index, ((_, _, compressed), layout) in enumerate(zip(groups, layouts, strict=True))
@@ -139,7 +142,7 @@ class PeriodicAverager:
             int(self.averaging.schedule.next_period(0, False)),
             [] if alone else list(zip(dtypes, sizes, strict=True)),
             outer_sizes if self._has_outer and not alone else [],
-            [] if alone else [plan.feedback for plan in plans],
+            [] if alone else plans,
         )
         self._learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # of the last step
         self._started = counter("started")
@@ -150,12 +153,13 @@ class PeriodicAverager:
             return
         self._problems = Problems(self._name, self._config.nonfinite)
         warn_of_size(plans, self._carrier, self.averaging)
-        residuals = iter(self.state.residuals)
+        residuals = self.state.residuals.of(plans)
         for index, (plan, (members, _, _), layout) in enumerate(zip(plans, groups, layouts, strict=True)):
             anchor = self.state.anchors[index]
             momentum = self.state.momentum[index] if self._has_outer else None
-            fed = next(residuals) if plan.feedback else ()
-            self._channels.append(GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum, fed))
+            self._channels.append(
+                GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum, residuals[index])
+            )
             self._members.append([by_name[spec.name] for spec in members])
             self._cleared.append(
                 [
@@ -238,7 +242,8 @@ class PeriodicAverager:
 
     def _count_step(self, learning_rate: tf.Tensor) -> None:
         assert self.state is not None
-        self._learning_rate.assign(learning_rate)
+        # Rounded, as the ranks tell it each other: see averaging/pace.py.
+        self._learning_rate.assign(tf.cast(tf.cast(learning_rate, tf.float32), tf.float64))
         self.state.steps.assign_add(1)
         self._total_steps.assign_add(1)
         self.state.steps_since_average.assign_add(1)
@@ -302,9 +307,8 @@ class PeriodicAverager:
         if details is not None and self.averaging.schedule.uses_drift:
             drift = tf.reduce_mean(tf.cast(tf.bitcast(details, tf.float32)[:, 1], tf.float64))
         memory = tf.unstack(self.state.memory.value())
-        rate = tf.cast(tf.cast(now, tf.float32), tf.float64)
         seen = Observed(
-            self.state.steps.value(), tf.cast(has_dropped, tf.bool), rate, drift, self.state.period.value(), memory
+            self.state.steps.value(), tf.cast(has_dropped, tf.bool), now, drift, self.state.period.value(), memory
         )
         period, remembered = self.averaging.schedule.advance(seen, xp=tf)
         self.state.period.assign(tf.cast(period, tf.int64))

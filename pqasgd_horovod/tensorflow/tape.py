@@ -14,6 +14,7 @@ import tensorflow as tf
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, check_process_set, construct_together
+from ..averaging.feedback import Feedback, check_not_stock
 from ..averaging.meeting import Purpose
 from ..errors import ArgumentError, DesynchronizedError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
@@ -276,6 +277,7 @@ def DistributedGradientTape(
     bucket_cap_mb: float = DEFAULT_BUCKET_CAP_BYTES / 2**20,
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
+    feedback: Feedback | None = None,
 ) -> Any:
     r"""Wrap a gradient tape so that ``gradient()`` returns :math:`\frac1n \sum_i Q(g_i)`.
 
@@ -303,7 +305,10 @@ def DistributedGradientTape(
         bucket_cap_mb,
         seed,
         nonfinite,
+        feedback,
     )
+    if stock:
+        check_not_stock(feedback, compression)
     settings = {
         "stock": stock,
         "config": config,

@@ -13,7 +13,7 @@ from pqasgd_horovod.averaging import (
     PeriodicAveraging,
     SlowMo,
 )
-from pqasgd_horovod.averaging.schedule import Observed, schedule_from_config
+from pqasgd_horovod.averaging.schedule import FixedPeriod, Observed, schedule_from_config
 from pqasgd_horovod.errors import ArgumentError, DesynchronizedError
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 
@@ -23,15 +23,25 @@ SHAPES = {"w": (5000, "float32"), "b": (7, "float32"), "h": (2000, "float16"), "
 SCHEDULE = AdaptivePeriod(first=2, last=6, calibration_steps=6)
 
 
-def run(carrier, spread, steps, schedule=SCHEDULE, learning_rate=lambda step: 0.1, stop=None, **options):
+def run(
+    carrier,
+    spread,
+    steps,
+    schedule=SCHEDULE,
+    learning_rate=lambda step: 0.1,
+    stop=None,
+    shapes=SHAPES,
+    codec=codecs.eden(bits=4),  # noqa: B008 - a codec never changes
+    **options,
+):
     """Train on noise of standard deviation ``spread(step, rank)``; return at which steps an average came, and more."""
 
     def make():
         averaging = PeriodicAveraging(schedule, **options)
-        return PeriodicAverager(carrier, averaging, ExchangeConfig(codecs.eden(bits=4)), name="t")
+        return PeriodicAverager(carrier, averaging, ExchangeConfig(codec), name="t")
 
     averager = make()
-    views = make_views(SHAPES, seed=1)
+    views = make_views(shapes, seed=1)
     averager.prepare(views)
     averages, distances = [], []
     for step in range(steps):
@@ -96,6 +106,35 @@ def test_a_learning_rate_of_one_rank_is_an_error_on_all():
     run_ranks(2, program)
 
 
+def test_replicas_that_run_away_are_no_reason_to_part():
+    """A squared distance beyond float32 on one rank: it tells infinity, and all go on alike."""
+
+    def program(carrier):
+        options = {"shapes": {"w": (5000, "float32")}, "codec": codecs.none()}
+        averages, distances, arrays = run(carrier, lambda step, rank: 1e18 if step > 3 and rank else 1.0, 10, **options)
+        return averages, [distance for _, distance in distances], arrays[0]
+
+    first, second = run_ranks(2, program)
+    assert max(second[1]) > float(np.finfo(np.float32).max)
+    assert first[0] == second[0]
+    assert first[2].tobytes() == second[2].tobytes()
+
+
+def test_learning_rates_that_differ_beyond_float32_move_all_ranks_alike():
+    """On one rank they are rounded: what is told is what all of them calculate with."""
+
+    def rate(carrier, step):
+        return 0.1 / (1 + step) if carrier.rank else float(np.float32(0.1 / (1 + step)))
+
+    def program(carrier):
+        options = {"schedule": FixedPeriod(1), "outer": SlowMo(0.9)}
+        return run(carrier, lambda step, rank: 0.01, 40, learning_rate=lambda step: rate(carrier, step), **options)[2]
+
+    first, second = run_ranks(2, program)
+    for array, other in zip(first, second, strict=True):
+        assert array.tobytes() == other.tobytes()
+
+
 def test_it_resumes_bit_exactly():
     def spread(step, rank):
         return 0.01 if step < 8 else 0.002
@@ -125,9 +164,11 @@ def test_the_core_adds_up_in_one_order(threads):
     assert found.pop() == pytest.approx(expected, rel=1e-12)
 
 
-def test_before_there_is_a_distance_nothing_changes():
-    seen = Observed(steps=50, has_dropped=False, learning_rate=0.1, drift=-1.0, period=3, memory=(0.0, 0.0))
-    assert SCHEDULE.advance(seen) == (3, (0.0, 0.0))
+@pytest.mark.parametrize("drift", [-1.0, np.inf, np.nan])
+@pytest.mark.parametrize("memory", [(0.0, 0.0), (2.0, 4.0)])
+def test_where_there_is_no_distance_nothing_changes(drift, memory):
+    seen = Observed(steps=50, has_dropped=False, learning_rate=0.1, drift=drift, period=3, memory=memory)
+    assert SCHEDULE.advance(seen) == (3, memory)
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ NOT_FIT = [
     (VOTES, None, "allgather", "which is for 'two_phase': the owner of a shard counts the votes"),
     (VOTES, VOTES, "allgather", "which is for 'two_phase'"),
     (SIGNS, None, "two_phase", "which is for 'allgather': it cannot code the mean .* except as a vote"),
-    (VOTES, FP16, "auto", "votes are coded alike in both phases"),
-    (VOTES, SIGNS, "two_phase", "votes are coded alike in both phases"),
-    (SIGNS, VOTES, "two_phase", "votes are coded alike in both phases"),
+    (VOTES, FP16, "auto", "is not fit to be one of two codecs"),
+    (VOTES, SIGNS, "two_phase", "is not fit to be one of two codecs"),
+    (SIGNS, VOTES, "two_phase", "is not fit to be one of two codecs"),
     (SCALED, SIGNS, "auto", "have a scale in phase two"),
     (FP16, VOTES, "two_phase", "have a scale in phase two"),
 ]

@@ -43,7 +43,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         variables = [*self.model.variables, *optimizer.variables]
         state = getattr(optimizer, "_pqasgd_state", None)
         if state is not None:
-            variables += state.named().values()
+            variables += state.common().values()
         broadcast_variables(
             [v for v in variables if not any(unwrap(v) is local for local in self._local)], self.root_rank
         )
