@@ -21,7 +21,7 @@ from ..errors import WireFormatError
 from ..exchange import wire
 from ..exchange.base import MEANS_PHASE, VALUES_PHASE, NonFinitePolicy
 from ..exchange.carriers import Bytes
-from ..exchange.layout import cut_shards, shard_alignment
+from ..exchange.layout import Span, cut_shards, shard_alignment
 from ..exchange.plan import bytes_of_rank
 from ..exchange.verdict import Kind, Problem, explain, raise_verdict
 from .carrier import HorovodCarrier, allgather, alltoall
@@ -105,6 +105,22 @@ class GraphChannel:
     def _buckets(self, fragment: int | None) -> Sequence[int]:
         return range(len(self.plan.sizes)) if fragment is None else self.plan.fragments[fragment]
 
+    def _limits(self, fragment: int | None) -> list[int]:
+        """Return where each bucket begins and ends."""
+        return [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
+
+    def _shards(self, bucket: int) -> list[Span]:
+        alignment = shard_alignment(self.plan.codec, self._second_codec)
+        return cut_shards(self.plan.sizes[bucket], self._carrier.size, alignment)
+
+    def _own_limits(self, fragment: int | None) -> list[int]:
+        """Return where this rank's shard of each bucket begins and ends."""
+        limits = []
+        for bucket in self._buckets(fragment):
+            start, own = self.plan.starts[bucket], self._shards(bucket)[self._carrier.rank]
+            limits += [start + own.start, start + own.stop]
+        return limits
+
     def exchange(
         self, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, fragment: int | None = None
     ) -> list[tf.Tensor]:
@@ -116,10 +132,7 @@ class GraphChannel:
     ) -> tf.Tensor:
         plan, carrier = self.plan, self._carrier
         start, num_elements = plan.starts[bucket], plan.sizes[bucket]
-        shards = [
-            shard.num_elements
-            for shard in cut_shards(num_elements, carrier.size, shard_alignment(plan.codec, self._second_codec))
-        ]
+        shards = [shard.num_elements for shard in self._shards(bucket)]
         two_phase = plan.method == "two_phase"
         attributes: dict[str, Any] = {
             "codec": list(plan.codec.native_spec),
@@ -197,7 +210,7 @@ class GraphChannel:
 
     def distance(self, tensors: Sequence[tf.Tensor], num_elements: int, fragment: int | None = None) -> tf.Tensor:
         """Return the squared distance of the first ``num_elements`` from the mean; after the verdict, before commit."""
-        spans = [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
+        spans = self._limits(fragment)
         return ops.pqasgd_distance(
             arriving=self._arriving.handle,
             tensors=list(tensors),
@@ -207,8 +220,12 @@ class GraphChannel:
 
     def keep_residuals(self, flags: Sequence[tf.Tensor], fragment: int | None = None) -> None:
         """Keep what was not sent of the buckets that have a mean; ``flags`` are those of :meth:`exchange`."""
-        limits = [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
-        for kept, following in self._residuals if flags else ():
+        if not flags:
+            return
+        # Of means a rank codes those of its own shards only; what is elsewhere in these variables means nothing.
+        for (kept, following), limits in zip(
+            self._residuals, (self._limits(fragment), self._own_limits(fragment)), strict=False
+        ):
             ops.pqasgd_keep(kept=kept.handle, next=following.handle, flags=flags, limits=limits)
 
     def commit(
@@ -218,7 +235,7 @@ class GraphChannel:
         fragment: int | None = None,
     ) -> None:
         """Let what has arrived be the anchor, or move it, and let the variables be the anchor; after the verdict."""
-        spans = [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
+        spans = self._limits(fragment)
         if not spans:
             return
         if self._momentum is not None:

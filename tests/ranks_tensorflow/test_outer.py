@@ -119,17 +119,32 @@ def test_with_feedback_the_graph_does_what_the_core_does(averaging, codec, excha
     assert_replicas_equal(variables)
 
 
+def step_by_optimizer(variables, **options):
+    optimizer = wrap(keras.optimizers.SGD(1.0), **options)
+    for step in range(10):
+        optimizer.apply_gradients(zip(map(tf.constant, gradients_of(step)), variables, strict=True))
+
+
+def step_by_tape(variables, **options):
+    for step in range(10):
+        tape = hvd.DistributedGradientTape(tf.GradientTape(), **options)
+        with tape:
+            products = [tf.reduce_sum(v * g) for v, g in zip(variables, gradients_of(step), strict=True)]
+            target = tf.add_n(products)
+        for variable, gradient in zip(variables, tape.gradient(target, variables), strict=True):
+            variable.assign_sub(gradient)
+
+
 @several_ranks
+@pytest.mark.parametrize("steps", [step_by_optimizer, step_by_tape])
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
-def test_coded_gradients_feed_back_what_they_did_not_send(exchange):
+def test_coded_gradients_feed_back_what_they_did_not_send(exchange, steps):
     """The sum over steps of what arrives is the sum of the means, but for what is still to come."""
 
     def lost(**options):
         variables = make_variables()
-        optimizer = wrap(keras.optimizers.SGD(1.0), compression=EDEN2, exchange=exchange, **options)
         before = values(variables)
-        for step in range(10):
-            optimizer.apply_gradients(zip(map(tf.constant, gradients_of(step)), variables, strict=True))
+        steps(variables, compression=EDEN2, exchange=exchange, **options)
         moved = [old - new for old, new in zip(before, values(variables), strict=True)]
         true = [
             sum(gradients_of(step, rank)[i] for step in range(10) for rank in range(hvd.size())) / hvd.size()

@@ -28,10 +28,14 @@ from tests.ranks_tensorflow.common import (
     make_variables,
     several_ranks,
     train,
+    two_ranks,
     values,
     weights,
     wrap,
 )
+
+# Every weight of the small model has a residual of its own, and of the means that its rank makes.
+FED_BACK = {"compression": EDEN2, "feedback": hvd.Feedback(), "exchange": "two_phase", "small_tensor_threshold": 0}
 
 
 def sgd():
@@ -47,8 +51,19 @@ def sgd():
         (sgd, {"period": 1, "compression": hvd.Compression.maxscale(bits=2)}, 3),
         (lambda: keras.optimizers.LossScaleOptimizer(sgd()), {"period": 4, "compression": EDEN2}, 6),
         (sgd, {"backward_passes_per_step": 2, "compression": EDEN2}, 3),
+        (sgd, {"period": 1, **FED_BACK}, 3),
+        (sgd, {"period": 4, **FED_BACK}, 6),
     ],
-    ids=["after-average", "mid-period", "adam-mid-period", "coded-gradients", "loss-scale", "mid-accumulation"],
+    ids=[
+        "after-average",
+        "mid-period",
+        "adam-mid-period",
+        "coded-gradients",
+        "loss-scale",
+        "mid-accumulation",
+        "fed-back-gradients",
+        "fed-back-changes",
+    ],
 )
 def test_a_model_file_resumes_bit_exactly(inner, options, saved_after, tmp_path):
     straight = compiled(wrap(inner(), averaging=None, **options), make_model(norm=True))
@@ -257,3 +272,28 @@ def test_a_file_that_one_rank_has_loaded_is_broadcast():
     fit(resumed, 2, first=4, callbacks=[callbacks.BroadcastGlobalVariablesCallback(0)])
     assert_replicas_equal(resumed)
     assert set(everybody(int(resumed.optimizer._pqasgd_state.steps))) == {6}
+
+
+@several_ranks
+@pytest.mark.parametrize("period", [1, 2])
+def test_a_broadcast_of_the_initial_state_leaves_every_rank_its_own_residual(period):
+    model = compiled(wrap(sgd(), period=period, **FED_BACK), make_model())
+    fit(model, 4)
+    residuals = model.optimizer._pqasgd_state.residuals
+    before = values([*residuals.own, *residuals.means])
+    assert differ(before)
+    callback = callbacks.BroadcastGlobalVariablesCallback(0)
+    callback.set_model(model)
+    callback.on_train_begin()
+    assert_equal(values([*residuals.own, *residuals.means]), before)
+
+
+@two_ranks
+def test_a_model_file_of_another_rank_brings_no_residual(tmp_path, capfd):
+    model = compiled(wrap(sgd(), period=2, **FED_BACK), make_model())
+    fit(model, 4)
+    model.save(tmp_path / "model.keras")
+    paths = everybody(str(tmp_path / "model.keras"))
+    loaded = keras.models.load_model(paths[0])
+    fit(loaded, 2, first=4)
+    assert ("is that of (rank, world size) [0 2]" in capfd.readouterr().err) == (hvd.rank() == 1)
