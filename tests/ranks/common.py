@@ -60,6 +60,26 @@ def wrap(model: torch.nn.Module, inner: torch.optim.Optimizer | None = None, **o
     )
 
 
+def assert_it_resumes(options: dict[str, Any], saved_after: int, steps: int) -> dict[str, Any]:
+    """Training that was saved and resumed has the bits of training that was flushed there; return the saved state."""
+    whole = make_model()
+    optimizer = wrap(whole, **options)
+    train(whole, optimizer, range(saved_after))
+    optimizer.flush()
+    train(whole, optimizer, range(saved_after, steps))
+    part = make_model()
+    optimizer = wrap(part, **options)
+    train(part, optimizer, range(saved_after))
+    state = optimizer.state_dict()  # which flushes
+    resumed = make_model()
+    resumed.load_state_dict(copy.deepcopy(part.state_dict()))
+    optimizer = wrap(resumed, **options)
+    optimizer.load_state_dict(state)
+    train(resumed, optimizer, range(saved_after, steps))
+    assert_equal(floats(resumed), floats(whole))
+    return state["pqasgd"]
+
+
 def floats(model: torch.nn.Module) -> dict[str, np.ndarray]:
     """Parameters and floating-point buffers, copied, by name."""
     return {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 
 import pqasgd_horovod.torch as hvd
 
-from .common import assert_equal, assert_replicas_equal, everybody, floats, make_model, several_ranks, train, wrap
+from .common import (
+    assert_it_resumes,
+    assert_replicas_equal,
+    everybody,
+    floats,
+    make_model,
+    several_ranks,
+    train,
+    wrap,
+)
 
 
 def averaging(**options):
@@ -34,19 +41,4 @@ def test_parts_become_the_same_in_turn_and_a_flush_makes_all_of_it_the_same(exch
 
 
 def test_training_resumes_bit_exactly():
-    options = averaging(outer=hvd.Nesterov(0.7, 0.5))
-    whole = make_model()
-    optimizer = wrap(whole, **options)
-    train(whole, optimizer, range(5))
-    optimizer.flush()
-    train(whole, optimizer, range(5, 9))
-    part = make_model()
-    optimizer = wrap(part, **options)
-    train(part, optimizer, range(5))
-    state = optimizer.state_dict()  # flushes
-    resumed = make_model()
-    resumed.load_state_dict(copy.deepcopy(part.state_dict()))
-    optimizer = wrap(resumed, **options)
-    optimizer.load_state_dict(state)
-    train(resumed, optimizer, range(5, 9))
-    assert_equal(floats(resumed), floats(whole))
+    assert_it_resumes(averaging(outer=hvd.Nesterov(0.7, 0.5)), saved_after=5, steps=9)
