@@ -91,8 +91,8 @@ NOT_FIT = [
     (VOTES, FP16, "auto", "is not fit to be one of two codecs"),
     (VOTES, SIGNS, "two_phase", "is not fit to be one of two codecs"),
     (SIGNS, VOTES, "two_phase", "is not fit to be one of two codecs"),
-    (SCALED, SIGNS, "auto", "have a scale in phase two"),
-    (FP16, VOTES, "two_phase", "have a scale in phase two"),
+    (SCALED, SIGNS, "auto", "cannot code the mean of what it decodes to, except as a vote"),
+    (FP16, VOTES, "two_phase", "counts the votes, and sends the result as a vote"),
 ]
 FIT = [
     (VOTES, None, "auto"),
