@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 endif
 
-.PHONY: help setup demo demo-tf reproduce test test-2 test-4 bench lint sanitize clean clean-all
+.PHONY: help setup demo demo-tf reproduce test test-long test-2 test-4 bench lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -31,6 +31,9 @@ reproduce: setup ## measure that convergence has the rate of the theory; takes s
 
 test: setup ## run all tests (PYTEST_ARGS="-k eden" for some)
 	@$(BIN)/pytest --durations=10 $(PYTEST_ARGS)
+
+test-long: setup ## run the tests that are too long for every change
+	@$(BIN)/pytest --durations=10 -m long -o timeout=3600 $(PYTEST_ARGS)
 
 # horovodrun imports TensorFlow to see whether it is there, and TensorFlow talks.
 test-2 test-4: export TF_CPP_MIN_LOG_LEVEL := 3
