@@ -19,7 +19,7 @@ from ..exchange import make_exchange
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 from ..exchange.layout import shard_alignment
-from ..exchange.plan import bytes_per_round, choose_exchange
+from ..exchange.plan import bytes_per_round, choose_exchange, num_parts
 from .config import ExchangeConfig
 from .feedback import Residuals
 from .outer import Coefficients
@@ -101,7 +101,7 @@ def plan_channel(
 
 def warn_of_size(plans: Sequence[ChannelPlan], carrier: Carrier, averaging: PeriodicAveraging) -> None:
     """Say so, on one rank, if the first rounds send more than Horovod's allreduce in fp16 would in as many steps."""
-    size = carrier.size
+    size = num_parts(carrier)
     nbytes = sum(bytes_per_round(plan.method, plan.codec, plan.second_codec, plan.sizes, size) for plan in plans)
     steps = int(averaging.schedule.next_period(0, False)) * averaging.selection.num_fragments
     of_fp16 = steps * ring_allreduce_nbytes(sum(plan.layout.num_elements for plan in plans), size, itemsize=2)
@@ -293,7 +293,7 @@ class Channel:
                 place = slice(start + span.start, start + span.stop)
                 numbers[:] = means[place]
                 means[place] = 0
-        self._residuals.kept[:] = own + np.float32(self.exchange.size) * means
+        self._residuals.kept[:] = own + np.float32(self.exchange.num_parts) * means
 
 
 def split_by_size(tensors: Sequence[Spec], threshold: int) -> tuple[list[Spec], list[Spec]]:
@@ -332,7 +332,7 @@ class ChannelSet:
 
     def __init__(self) -> None:
         self._channels: Sequence[Channel] = ()
-        self._earlier_bytes = (0, 0)
+        self._earlier_bytes: tuple[int, ...] = (0, 0, 0, 0)
 
     def __iter__(self) -> Iterator[Channel]:
         return iter(self._channels)
@@ -342,13 +342,10 @@ class ChannelSet:
         self._earlier_bytes = self.byte_counts()
         self._channels = channels
 
-    def byte_counts(self) -> tuple[int, int]:
-        """Return the bytes sent and received so far."""
-        sent, received = self._earlier_bytes
-        for channel in self._channels:
-            sent += channel.exchange.bytes_sent
-            received += channel.exchange.bytes_received
-        return sent, received
+    def byte_counts(self) -> tuple[int, ...]:
+        """Return the bytes sent and received so far, and those inside the node, where they are told apart."""
+        counts = [(*channel.exchange.network_bytes, *channel.exchange.node_bytes) for channel in self._channels]
+        return tuple(map(sum, zip(self._earlier_bytes, *counts, strict=True)))
 
     def arrays(self, skipped: frozenset[str] = frozenset()) -> Arrays:
         """Return what is saved of all channels, by tensor name, without the tensors ``skipped``."""

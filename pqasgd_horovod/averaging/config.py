@@ -13,6 +13,7 @@ from ..exchange.plan import check_method
 from .feedback import Feedback, check_feedback
 
 NON_FINITE_POLICIES = ("raise", "propagate")
+HIERARCHIES = (None, "node")
 DEFAULT_SMALL_TENSOR_THRESHOLD = 1024
 
 
@@ -32,6 +33,7 @@ class ExchangeConfig:
         nonfinite: ``"raise"``: NaN or Inf on any rank raises NonFiniteError on every rank; ``"propagate"``: the mean of
             that bucket becomes NaN on every rank.
         feedback: None, or :class:`~.feedback.Feedback`: what was not sent is added to what is sent next.
+        hierarchy: None, or ``"node"``: the ranks of a node make their exact mean, and nodes exchange coded numbers.
 
     Raises ArgumentError for other values, for codecs that are not fit for the method, and for feedback on a codec that
     is no contraction.
@@ -49,6 +51,7 @@ class ExchangeConfig:
     seed: int = 0
     nonfinite: NonFinitePolicy = "raise"
     feedback: Feedback | None = None
+    hierarchy: str | None = None
 
     def __post_init__(self) -> None:
         check_method(self.method, self.codec, self.second_codec, ("exchange", "compression", "second_compression"))
@@ -56,6 +59,8 @@ class ExchangeConfig:
             raise ArgumentError(
                 f"nonfinite is {self.nonfinite!r}; it must be one of {', '.join(map(repr, NON_FINITE_POLICIES))}"
             )
+        if self.hierarchy not in HIERARCHIES:
+            raise ArgumentError(f"hierarchy is {self.hierarchy!r}; it must be None or 'node'")
         check_integer("small_tensor_threshold", self.small_tensor_threshold, 0, 2**48)
         check_integer("seed", self.seed, 0, 2**64 - 1)
         if not isinstance(self.bucket_cap_mb, (int, float)) or not 0 < self.bucket_cap_mb <= 1024:

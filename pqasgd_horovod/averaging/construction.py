@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .. import __version__
-from ..errors import ArgumentError, PqasgdError
+from ..errors import ArgumentError, MismatchError, PqasgdError
 from ..exchange.carriers import Carrier
+from ..exchange.carriers.nodes import find_nodes
 from ..exchange.handshake import verify_same
 from .config import ExchangeConfig
 from .strategy import PeriodicAveraging
@@ -25,6 +26,26 @@ def check_process_set(horovod: Any, process_set: Any) -> None:
         raise ArgumentError(
             f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
         )
+
+
+def process_set_of(horovod: Any, ranks: Sequence[int]) -> Any:
+    """Return Horovod's process set of these ranks, a new one if there is none; collective, on all ranks.
+
+    Raises ArgumentError if Horovod makes no process sets after its initialization.
+    """
+    wanted = horovod.ProcessSet(list(ranks))
+    if wanted.ranks == horovod.global_process_set.ranks:
+        return horovod.global_process_set
+    for number, members in horovod.mpi_ops._basics._get_process_set_ids_and_ranks().items():
+        if list(members) == wanted.ranks:
+            wanted.process_set_id = number
+            return wanted
+    try:
+        return horovod.add_process_set(wanted)
+    except ValueError as error:
+        raise ArgumentError(
+            "hierarchy is 'node', which needs process sets that are made later: call hvd.init(process_sets=\"dynamic\")"
+        ) from error
 
 
 class Membership:
@@ -49,6 +70,35 @@ class Membership:
             _constructed[ranks] += 1
             if len(ranks) > 1:
                 self.carrier = make_carrier(process_set)
+        self._horovod = horovod
+        self._process_set = process_set
+        self._make_carrier = make_carrier
+
+    def find_nodes(self) -> None:
+        """Let the carrier know which ranks share a node; collective.
+
+        Raises ArgumentError on every rank if nodes have different numbers of ranks, for a process set that is not that
+        of all ranks, and if Horovod was not initialised for it. With one rank on each node there is nothing to know.
+        """
+        horovod = self._horovod
+        if self._process_set.process_set_id != 0:
+            raise ArgumentError(
+                f"hierarchy is 'node' with process_set={self._process_set}; it is for all ranks: leave one of them out"
+            )
+        if self.carrier is None:
+            return
+
+        # Before anything else: a rank that has failed is on its way to this handshake.
+        verify_same(self.carrier, {"error": None, "hierarchy": "node"}, self.name)
+
+        def make_carrier(ranks: Sequence[int]) -> Carrier | None:
+            process_set = process_set_of(horovod, ranks)
+            return self._make_carrier(process_set) if process_set.included() else None
+
+        place = (horovod.cross_rank(), horovod.local_rank())
+        found = find_nodes(self.carrier, *place, self.name, make_carrier)
+        if found.local.size > 1:
+            self.carrier = found
 
     def describe(
         self,
@@ -62,6 +112,7 @@ class Membership:
     ) -> None:
         """Note what has to be the same on every rank."""
         self.description = {
+            "hierarchy": exchange.hierarchy,
             "package_version": __version__,
             "optimizer": optimizer,
             "averaging": averaging.config(),
@@ -79,6 +130,8 @@ def construct_together(membership: Membership) -> Iterator[None]:
     carrier = membership.carrier
     try:
         yield
+    except MismatchError:
+        raise  # in which all ranks have taken part
     except Exception as error:
         if carrier is not None:
             with contextlib.suppress(PqasgdError):

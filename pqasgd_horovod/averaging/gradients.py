@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
+from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, plan_channel, split_by_size, warn_of_size
 from .config import ExchangeConfig
@@ -63,7 +64,7 @@ class GradientAverager:
         self._ready: set[str] = set()
         self._num_elements = 0
         self._restored = no_arrays()
-        self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
+        self.statistics = CommunicationStatistics.of(self._carrier)
         self.steps = 0
 
     def prepare(self, tensors: Sequence[TensorView], num_elsewhere: int = 0) -> None:
@@ -97,7 +98,7 @@ class GradientAverager:
                 compressed=compressed,
                 name=self._name,
                 index=int(not compressed),
-                size=self._carrier.size,
+                size=num_parts(self._carrier),
             )
             for vector, compressed in vectors
         ]

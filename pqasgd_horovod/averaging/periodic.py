@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
+from ..exchange.plan import num_parts
 from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
@@ -50,7 +51,7 @@ class PeriodicAverager:
         self._learning_rate = 0.0
         self._meeting = Meeting(self._carrier, name) if self._carrier is not None else None
         self._num_parameters = 0
-        self.statistics = CommunicationStatistics(self._carrier.size if self._carrier else 1)
+        self.statistics = CommunicationStatistics.of(self._carrier)
         self.steps = 0
         self.rounds = 0
         self.steps_since_average = 0
@@ -98,7 +99,7 @@ class PeriodicAverager:
                 compressed=compressed,
                 name=self._name,
                 index=index,
-                size=self._carrier.size,
+                size=num_parts(self._carrier),
                 selection=self._averaging.selection,
             )
             for index, (vector, _, compressed) in enumerate(layout)

@@ -98,7 +98,7 @@ def combine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     made: that is the residual which every rank of the new world takes over, so that in a mean over any number of ranks
     it is still there. It is added up in float64, and rounded to float32.
 
-    Raises ArgumentError unless there is one state of each rank, of the same step.
+    Raises ArgumentError unless there is one state of each rank, of the same step, without hierarchy.
     """
     if not states:
         raise ArgumentError("states is empty; it must hold the state of every rank")
@@ -109,6 +109,10 @@ def combine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     if len({(state["steps"], state["rounds"]) for state in states}) > 1:
         raise ArgumentError(f"states are of steps {[state['steps'] for state in states]}; they must be of the same one")
+    if states[0]["config"]["exchange"].get("hierarchy") is not None:
+        raise ArgumentError(
+            "states are of hierarchy='node', where a residual is a node's: they are for a world of the same nodes"
+        )
     combined = {**states[0], "mean_residual": {}, "owner": None}
     combined["residual"] = {}
     for name, first in states[0]["residual"].items():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..exchange.carriers import Carrier
+from ..exchange.carriers.nodes import NodesCarrier
+
 FLOAT32_NBYTES = 4
 
 
@@ -34,6 +37,8 @@ class CommunicationStatistics:
     """
 
     world_size: int
+    ranks_per_node: int = 1
+    """Where ranks of a node share its work: then all bytes but the last two totals are those between nodes."""
     steps: int = 0
     rounds: int = 0
     num_elements: int = 0
@@ -43,6 +48,13 @@ class CommunicationStatistics:
     _elements: int = 0
     _gathered_sent: int = 0
     _gathered_received: int = 0
+
+    @classmethod
+    def of(cls, carrier: Carrier | None) -> CommunicationStatistics:
+        """Return the statistics of one rank of a carrier; None: of a rank that is alone."""
+        if carrier is None:
+            return cls(1)
+        return cls(carrier.size, carrier.local.size if isinstance(carrier, NodesCarrier) else 1)
 
     def count_step(self, num_elements: int) -> None:
         """Count a step after which stock Horovod would have averaged ``num_elements`` gradients."""
@@ -59,15 +71,19 @@ class CommunicationStatistics:
         self._gathered_sent += (self.world_size - 1) * own
         self._gathered_received += total - own
 
-    def as_dict(self, bytes_sent: int, bytes_received: int) -> dict[str, Any]:
+    def as_dict(
+        self, bytes_sent: int, bytes_received: int, sent_inside_node: int = 0, received_inside_node: int = 0
+    ) -> dict[str, Any]:
         """Return the totals, with the bytes that the exchange has sent and received.
 
         ``compression_ratio`` is uncompressed bytes over bytes sent: 1 if both are 0, inf before the first average.
         """
         bytes_sent += self._gathered_sent
         bytes_received += self._gathered_received
-        uncompressed = ring_allreduce_nbytes(self._elements, self.world_size)
+        # A ring enters and leaves each node once, whatever the number of its ranks.
+        uncompressed = ring_allreduce_nbytes(self._elements, self.world_size) // self.ranks_per_node
         nothing_sent = float("inf") if uncompressed else 1.0
+        inside = {"bytes_sent_inside_node": sent_inside_node, "bytes_received_inside_node": received_inside_node}
         return {
             "steps": self.steps,
             "rounds": self.rounds,
@@ -78,4 +94,5 @@ class CommunicationStatistics:
             "uncompressed_bytes": uncompressed,
             "compression_ratio": uncompressed / bytes_sent if bytes_sent else nothing_sent,
             "exchange_seconds": self.exchange_seconds,
+            **(inside if self.ranks_per_node > 1 else {}),
         }

@@ -51,5 +51,7 @@ class AllgatherExchange(MessageExchange):
 
     def _launch(self, flight: Flight) -> Handle:
         message = self._messages[flight.bucket]
-        flight.flags = self._native[flight.bucket].pack(flight.source, flight.start, flight.step, flight.round, message)
+        flight.flags = self._native[flight.bucket].pack(
+            flight.source, flight.start, flight.step, flight.round, message, flight.flags
+        )
         return self._send_to_all(self._names[flight.bucket], message)

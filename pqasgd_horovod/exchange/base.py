@@ -23,7 +23,7 @@ from ..errors import ArgumentError, CollectiveTimeoutError, PqasgdError
 from . import wire
 from .carriers import Bytes, Carrier, Handle, wait_until
 from .layout import Span
-from .verdict import Kind, Problem, explain, raise_verdict
+from .verdict import Kind, Names, Problem, explain, raise_verdict
 
 Float32 = NDArray[np.float32]
 NonFinitePolicy = Literal["raise", "propagate"]
@@ -49,6 +49,7 @@ class Flight:
     handle: Handle | None = None
     received: Bytes | None = None
     error: PqasgdError | None = None  # what this rank found in phase one
+    residual: tuple[int, int] | None = None  # pointers, where it is not in the source
 
 
 class Exchange(abc.ABC):
@@ -85,7 +86,11 @@ class Exchange(abc.ABC):
         self.bytes_received = 0
         self._carrier = carrier
         self.size = carrier.size
+        self.num_parts = carrier.size
+        """Of how many equal parts the mean is made."""
         self._rank = carrier.rank
+        self.names: Names | None = None
+        """What the user calls ranks and buckets, if not by their numbers here."""
         self._weight = 1.0 / carrier.size
         self._seed = _check_uint64("seed", seed)
         self._digest = _check_uint64("digest", digest)
@@ -115,6 +120,16 @@ class Exchange(abc.ABC):
     def _land(self, flight: Flight, mean: Float32) -> bool:
         """Turn what the last phase brought into ``mean``; or report what is wrong with it, and return False."""
 
+    @property
+    def network_bytes(self) -> tuple[int, int]:
+        """The bytes sent and received, without those inside a node where the exchange tells them apart."""
+        return self.bytes_sent, self.bytes_received
+
+    @property
+    def node_bytes(self) -> tuple[int, int]:
+        """The bytes sent and received inside the node, where the exchange tells them apart."""
+        return 0, 0
+
     def keep_residuals(self) -> None:  # noqa: B027 - most exchanges have none
         """Let what the last round did not send of its means be sent by the next; see ``mean_residual``."""
 
@@ -126,14 +141,22 @@ class Exchange(abc.ABC):
         return None
 
     def begin(
-        self, bucket: int, source: native.Source, start: int, *, step: int, round: int, base: Float32 | None = None
+        self,
+        bucket: int,
+        source: native.Source,
+        start: int,
+        *,
+        step: int,
+        round: int,
+        base: Float32 | None = None,
+        flags: int = 0,
     ) -> None:
         """Encode ``source[start : start + buckets[bucket]]`` and launch its first phase; never waits.
 
         ``step`` keys the rounding noise and, with ``round``, is compared with the other ranks'. ``source`` must not
         change before :meth:`finish` returns: what this rank owns of it is read then. With a ``base``, float32 of
         ``buckets[bucket]`` elements, what :meth:`finish` writes is ``base + mean``. NaN and Inf are not raised here but
-        by :meth:`finish`, on every rank.
+        by :meth:`finish`, on every rank. ``flags`` say what is known to be wrong with the bucket already.
         """
         if self._carrier_error is not None:
             raise PqasgdError(
@@ -156,6 +179,7 @@ class Exchange(abc.ABC):
                 f"got {base.dtype} of shape {base.shape}"
             )
         flight = Flight(bucket, source, start, _check_uint64("step", step), _check_uint64("round", round), base)
+        flight.flags = flags
         for earlier in self._flights.values():
             if earlier.step != step:
                 raise ArgumentError(
@@ -202,14 +226,22 @@ class Exchange(abc.ABC):
             if not wait_until(self._any_landed, remaining):
                 raise self._timeout_error(timeout)
             landed = next(flight for flight in self._flights.values() if flight.handle is None)
-            self.finished.append(landed.bucket)
-            if self._land(landed, means[landed.bucket]):
-                self.averaged.append(landed.bucket)
-            del self._flights[landed.bucket]
+            self._take(landed, means[landed.bucket])
         self._waiting = False
         problems, self._problems = self._problems, []
         if problems:
-            raise_verdict(self.name, problems)
+            raise_verdict(self.name, self._told(problems))
+
+    def _take(self, landed: Flight, mean: Float32) -> None:
+        """Turn a bucket that has landed into its mean, and take note of it."""
+        self.finished.append(landed.bucket)
+        if self._land(landed, mean):
+            self.averaged.append(landed.bucket)
+        del self._flights[landed.bucket]
+
+    def _told(self, problems: list[Problem]) -> list[Problem]:
+        """Return the problems of a round as every rank knows them."""
+        return problems
 
     def _check_means(self, means: Sequence[Float32]) -> None:
         if len(means) != len(self.buckets):
@@ -281,8 +313,10 @@ class MessageExchange(Exchange):
         flags = self._native[bucket].land(flight.received, flight.step, flight.round, flight.base, mean)
         if flags:
             nbytes = self._last_payload_nbytes[bucket]
-            own, senders = self._own_header(flight), range(self.size)
-            self._fail(flight, mean, explain(flags, flight.received, own, senders, nbytes, flight.error))
+            own = self._own_header(flight)
+            self._fail(
+                flight, mean, explain(flags, flight.received, own, range(self.size), nbytes, flight.error, self.names)
+            )
         return not flags
 
     def _own_header(self, flight: Flight) -> wire.Header:

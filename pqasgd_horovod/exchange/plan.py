@@ -10,8 +10,10 @@ from ..errors import ArgumentError
 from .allgather import AllgatherExchange
 from .base import Exchange, NonFinitePolicy
 from .carriers import Carrier
+from .carriers.nodes import NodesCarrier
 from .layout import cut_shards, shard_alignment
 from .local import LocalExchange
+from .node import NodeExchange
 from .two_phase import TwoPhaseExchange
 from .wire import HEADER_NBYTES
 
@@ -110,6 +112,11 @@ def choose_exchange(codec: Codec, second_codec: Codec | None, num_elements: int 
     return "two_phase" if two_phase < allgather else "allgather"
 
 
+def num_parts(carrier: Carrier) -> int:
+    """Return of how many equal parts a mean is made among the ranks of ``carrier``: ranks, or nodes if it has them."""
+    return carrier.across.size if isinstance(carrier, NodesCarrier) else carrier.size
+
+
 def make_exchange(
     codec: Codec,
     carrier: Carrier,
@@ -131,7 +138,7 @@ def make_exchange(
     bytes). ``second_codec`` codes phase two of ``"two_phase"``; more bits there mean less noise (:mod:`.two_phase`).
     ``nonfinite`` says what NaN and Inf do: ``"raise"`` on every rank, or ``"propagate"``: that bucket's mean is NaN
     on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses, if there is one; what the
-    first loses is the business of the source.
+    first loses is the business of the source. With a :class:`~.carriers.nodes.NodesCarrier` all this is between nodes.
 
     >>> import numpy as np
     >>> from pqasgd_horovod import codecs, native
@@ -148,6 +155,18 @@ def make_exchange(
     """
     check_method(method, codec, second_codec)
     common: dict[str, Any] = {"name": name, "seed": seed, "digest": digest, "nonfinite": nonfinite}
+    if isinstance(carrier, NodesCarrier) and carrier.size > 1:
+        local, across = carrier.local, carrier.across
+        between = None
+        if across.size > 1:
+            between = make_exchange(
+                codec, across, buckets[local.rank :: local.size], digest=digest, nonfinite=nonfinite,
+                # Their buckets begin at 0 on every rank of a node: another seed keeps the rounding noise apart.
+                name=f"{name}.across", seed=(seed + (local.rank << 32)) % 2**64,
+                method=method if method != "auto" else choose_exchange(codec, second_codec, buckets, across.size),
+                second_codec=second_codec, feedback=feedback,
+            )  # fmt: skip
+        return NodeExchange(carrier, buckets, between, **{**common, "name": f"{name}.node"})
     if carrier.size == 1:
         return LocalExchange(codec, carrier, buckets, **common)
     if method == "auto":

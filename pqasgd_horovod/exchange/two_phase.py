@@ -75,9 +75,7 @@ class TwoPhaseExchange(MessageExchange):
         self.second_codec = second_codec or codec.for_means
         self._feedback = feedback
         self._others = [rank for rank in range(self.size) if rank != self._rank]
-        self._buckets = [
-            self._lay_out(f"{name}.b{bucket}", num_elements) for bucket, num_elements in enumerate(self.buckets)
-        ]
+        self._buckets = [self._lay_out(f"{name}.b{bucket}", self._cut(bucket)) for bucket in range(len(self.buckets))]
         self._native = self._native_buckets(
             self.second_codec, [[0, *(shard.stop for shard in bucket.shards)] for bucket in self._buckets]
         )
@@ -86,8 +84,11 @@ class TwoPhaseExchange(MessageExchange):
             for bucket in self._buckets
         ]
 
-    def _lay_out(self, name: str, num_elements: int) -> _Bucket:
-        shards = cut_shards(num_elements, self.size, shard_alignment(self.codec, self.second_codec))
+    def _cut(self, bucket: int) -> list[Span]:
+        """Return which part of a bucket each rank owns."""
+        return cut_shards(self.buckets[bucket], self.size, shard_alignment(self.codec, self.second_codec))
+
+    def _lay_out(self, name: str, shards: list[Span]) -> _Bucket:
         splits = [wire.HEADER_NBYTES + self.codec.payload_nbytes(shard.num_elements) for shard in shards]
         splits[self._rank] = 0
         own = shards[self._rank].num_elements
@@ -120,7 +121,7 @@ class TwoPhaseExchange(MessageExchange):
     def _launch(self, flight: Flight) -> Handle:
         bucket = self._buckets[flight.bucket]
         flight.flags = self._native[flight.bucket].pack(
-            flight.source, flight.start, flight.step, flight.round, bucket.values_messages
+            flight.source, flight.start, flight.step, flight.round, bucket.values_messages, flight.flags
         )
         handle = self._carrier.alltoall(bucket.names[0], bucket.values_messages, bucket.splits)
         self.bytes_sent += bucket.values_messages.size
@@ -129,6 +130,14 @@ class TwoPhaseExchange(MessageExchange):
     def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
         if flight.phase == MEANS_PHASE:
             return super()._arrived(flight, received)
+        self._make_mean(flight, received)
+        # Whatever has happened, phase two takes place: the others wait for it, and learn from its header.
+        flight.phase = MEANS_PHASE
+        bucket = self._buckets[flight.bucket]
+        return self._send_to_all(bucket.names[1], bucket.mean_message)
+
+    def _make_mean(self, flight: Flight, received: Bytes) -> None:
+        """Make the mean of the own shard, and its message, of what phase one brought."""
         self.bytes_received += received.size
         bucket = self._buckets[flight.bucket]
         flags = self._native[flight.bucket].make_mean(
@@ -138,10 +147,9 @@ class TwoPhaseExchange(MessageExchange):
         if flags & (wire.FLAG_DESYNCHRONIZED | wire.FLAG_MALFORMED):
             nbytes = self.codec.payload_nbytes(bucket.mean.size)
             try:
-                read_headers(flags, received, self._own_header(flight), self._others, [nbytes] * len(self._others))
+                read_headers(
+                    flags, received, self._own_header(flight), self._others, [nbytes] * len(self._others), self.names
+                )
             except (DesynchronizedError, WireFormatError) as error:
                 flight.error = error
         flight.flags = flags & wire.ALL_FLAGS
-        # Whatever has happened, phase two takes place: the others wait for it, and learn from its header.
-        flight.phase = MEANS_PHASE
-        return self._send_to_all(bucket.names[1], bucket.mean_message)

@@ -33,6 +33,19 @@ class Problem(NamedTuple):
     cause: PqasgdError | None = None
 
 
+class Names(NamedTuple):
+    """What the user calls the ranks and the buckets of an exchange that is a part of another one."""
+
+    ranks: Sequence[int]
+    buckets: Sequence[int]
+    of_nodes: bool = False  # each rank speaks for its node
+
+    def apply(self, header: wire.Header) -> wire.Header:
+        """Return the header with the numbers that the user knows."""
+        bucket = self.buckets[header.bucket] if header.bucket < len(self.buckets) else header.bucket
+        return header._replace(rank=self.ranks[header.rank], bucket=bucket)
+
+
 # What a flag in the header of the last phase means, the most fundamental first.
 _FLAGGED = (
     (
@@ -46,17 +59,25 @@ _FLAGGED = (
 )
 
 
-def flagged_problem(bucket: int, headers: Sequence[wire.Header], cause: PqasgdError | None) -> Problem | None:
+def flagged_problem(
+    bucket: int, headers: Sequence[wire.Header], cause: PqasgdError | None, names: Names | None = None
+) -> Problem | None:
     """Return what the flags of a bucket's last headers say is wrong."""
+    of = "the node of " if names is not None and names.of_nodes else ""
     for flag, kind, text in _FLAGGED:
         ranks = [header.rank for header in headers if header.flags & flag]
         if ranks:
-            return Problem(kind, bucket, f"{wire.format_ranks(ranks)} {text} in bucket {bucket}", cause)
+            return Problem(kind, bucket, f"{of}{wire.format_ranks(ranks)} {text} in bucket {bucket}", cause)
     return None
 
 
 def read_headers(
-    flags: int, received: Bytes, own: wire.Header, senders: Sequence[int], payload_nbytes: Sequence[int]
+    flags: int,
+    received: Bytes,
+    own: wire.Header,
+    senders: Sequence[int],
+    payload_nbytes: Sequence[int],
+    names: Names | None = None,
 ) -> list[wire.Header]:
     """Return the headers of the messages that one phase has brought, or raise what the core found wrong with them.
 
@@ -66,12 +87,16 @@ def read_headers(
         own: the header of this rank's own message.
         senders: ranks, rising.
         payload_nbytes: bytes that the payload of each of them has to have.
+        names: what the user calls the ranks and buckets, if not by their numbers here.
 
     Raises DesynchronizedError or WireFormatError.
     """
     messages = wire.split_messages(received, senders)
+    if names is not None:
+        messages = [message._replace(header=names.apply(message.header)) for message in messages]
+        own, senders = names.apply(own), [names.ranks[sender] for sender in senders]
     headers = [message.header for message in messages]
-    compared = headers if own.rank in senders else [*headers[: own.rank], own, *headers[own.rank :]]
+    compared = headers if own.rank in senders else sorted([*headers, own], key=lambda header: header.rank)
     wire.check(compared, own)
     if any(message.payload.size != nbytes for message, nbytes in zip(messages, payload_nbytes, strict=True)):
         listing = wire.format_by_rank((message.header.rank, f"{message.payload.size} bytes") for message in messages)
@@ -87,14 +112,16 @@ def explain(
     senders: Sequence[int],
     payload_nbytes: Sequence[int],
     cause: PqasgdError | None = None,
+    names: Names | None = None,
 ) -> Problem:
     """Say in words what is wrong with a bucket, by what its last phase has brought; arguments as above.
 
     ``cause`` is what this rank alone knows about it from an earlier phase.
     """
-    bucket = own.bucket
+    bucket = own.bucket if names is None else names.apply(own).bucket
     try:
-        problem = flagged_problem(bucket, read_headers(flags, received, own, senders, payload_nbytes), cause)
+        headers = read_headers(flags, received, own, senders, payload_nbytes, names)
+        problem = flagged_problem(bucket, headers, cause, names)
     except DesynchronizedError as error:
         return Problem(Kind.DESYNCHRONIZED, bucket, str(error), cause)
     except WireFormatError as error:

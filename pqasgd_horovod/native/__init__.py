@@ -84,7 +84,7 @@ class _Bucket(ctypes.Structure):
         ("bucket", ctypes.c_uint32),
         ("rank", ctypes.c_int32),
         ("size", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("flags", ctypes.c_int32),
     ]
 
 
@@ -215,12 +215,25 @@ class Source:
 
     def without_anchor(self) -> Source:
         """Return the same segments without anchor and residual."""
-        plain = object.__new__(Source)
-        plain._owner, plain._segments, plain._offsets, plain.numel = self, self._segments, self._offsets, self.numel
-        plain.has_anchor = False
-        plain._struct = _Source(self._segments, self._offsets, self._struct.num_segments, None, DTYPE_F32, 0)
-        plain._as_argument = ctypes.addressof(plain._struct)
-        return plain
+        return self._like(None, DTYPE_F32)
+
+    def without_residual(self) -> Source:
+        """Return the same segments, minus the same anchor, without residual."""
+        return self._like(self._struct.anchor, self._struct.anchor_dtype)
+
+    def _like(self, anchor: int | None, anchor_dtype: int) -> Source:
+        other = object.__new__(Source)
+        other._owner, other._segments, other._offsets, other.numel = self, self._segments, self._offsets, self.numel
+        other.has_anchor = anchor is not None
+        other._struct = _Source(self._segments, self._offsets, self._struct.num_segments, anchor, anchor_dtype, 0)
+        other._as_argument = ctypes.addressof(other._struct)
+        return other
+
+    def residual(self, start: int) -> tuple[int, int] | None:
+        """Return the pointers to element ``start`` of both residuals, or None if there are none."""
+        if self._struct.residual is None:
+            return None
+        return self._struct.residual + 4 * start, self._struct.next_residual + 4 * start
 
     @classmethod
     def from_arrays(
@@ -454,10 +467,16 @@ class Bucket:
         both = (codec, ctypes.byref(self._struct))
         return both if self._shards is None else (*both, self._shards)
 
-    def pack(self, source: Source, start: int, step: int, round: int, messages: NDArray[np.uint8]) -> int:
-        """Encode ``source[start : start + num_elements]`` into the messages of the first phase."""
+    def pack(
+        self, source: Source, start: int, step: int, round: int, messages: NDArray[np.uint8], flags: int = 0
+    ) -> int:
+        """Encode ``source[start : start + num_elements]`` into the messages of the first phase.
+
+        ``flags`` say what is known to be wrong already.
+        """
+        self._struct.flags = flags
         function = _library.pq_allgather_pack if self._shards is None else _library.pq_two_phase_pack
-        flags: int = function(
+        flags = function(
             *self._arguments(step, round), source._as_argument, start, _bytes("messages", messages, True), messages.size
         )
         check_status(flags, "encode")

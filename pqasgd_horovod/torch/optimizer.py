@@ -52,6 +52,7 @@ def DistributedOptimizer(
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
     feedback: Feedback | None = None,
+    hierarchy: str | None = None,
     model: torch.nn.Module | None = None,
     check_consistency: bool = False,
     flush_timeout: float | None = 60.0,
@@ -95,6 +96,9 @@ def DistributedOptimizer(
             then skips the step on all ranks alike.
         feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
             next.
+        hierarchy: None, or ``"node"``: the ranks of a node first make their mean, uncompressed, and only that is coded
+            and exchanged with other nodes, once for each node. Needs ``hvd.init(process_sets="dynamic")`` and as many
+            ranks on each node. Bytes are then counted between nodes.
         model: where to find buffers if ``named_parameters`` does not tell.
         check_consistency: after each average compare the bits of all replicas (slow; for debugging).
         flush_timeout: seconds that ``state_dict()`` in the middle of a period waits for the other ranks; None: without
@@ -156,9 +160,17 @@ def DistributedOptimizer(
             seed=seed,
             nonfinite=nonfinite,
             feedback=feedback,
+            hierarchy=hierarchy,
         )
         if stock:
             check_not_stock(feedback, compression)
+            if hierarchy is not None:
+                raise ArgumentError(
+                    f"hierarchy is {hierarchy!r} with compression={compression!r} and period=1, where Horovod "
+                    "averages: set HOROVOD_HIERARCHICAL_ALLREDUCE=1 for its own hierarchy, or use a codec or a period"
+                )
+        elif hierarchy is not None:
+            membership.find_nodes()
         model = model if model is not None else find_model(named_parameters)
         settings = Settings(averaging, config, model, check_consistency, flush_timeout, op, process_set, membership)
         if not averaging.exchanges_gradients and averaging.buffers != "local" and model is None and horovod.rank() == 0:

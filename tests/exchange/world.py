@@ -60,6 +60,7 @@ def reference_mean(
     buckets: Sequence[int],
     values: Sequence[np.ndarray],
     step: int,
+    seed: int = SEED,
 ) -> list[np.ndarray]:
     """Return the mean of each bucket by the codecs' NumPy specifications, one rank and one shard after the other."""
     size = len(values)
@@ -73,24 +74,24 @@ def reference_mean(
         mean = np.zeros(num_elements, np.float32)
         if method == "allgather":
             for rank, part in enumerate(parts):
-                key, shared = derive_key(SEED, rank, step, bucket, 0), derive_shared_key(SEED, step, bucket)
+                key, shared = derive_key(seed, rank, step, bucket, 0), derive_shared_key(seed, step, bucket)
                 payload = codec.reference_encode(part, key, shared_key=shared)
                 codec.reference_decode_add(payload, mean, key, weight, shared_key=shared)
         else:
             weight = weight if second.keeps_scale else np.float32(1)
             for owner, shard in enumerate(cut_shards(num_elements, size, shard_alignment(codec, second))):
                 tensor = bucket * size + owner
-                shared = derive_shared_key(SEED, step, tensor)
+                shared = derive_shared_key(seed, step, tensor)
                 total = np.zeros(shard.num_elements, np.float32)
                 for rank, part in enumerate(parts):
                     piece = part[shard.start : shard.stop]
-                    key = derive_key(SEED, rank, step, tensor, 0)
+                    key = derive_key(seed, rank, step, tensor, 0)
                     if rank == owner:
                         total += codec.own_part(piece, shared) * weight
                     else:
                         payload = codec.reference_encode(piece, key, shared_key=shared)
                         codec.reference_decode_add(payload, total, key, weight, shared_key=shared)
-                key = derive_key(SEED, owner, step, tensor, 1)
+                key = derive_key(seed, owner, step, tensor, 1)
                 payload = second.reference_encode(total, key, shared_key=shared)
                 second.reference_decode_add(payload, mean[shard.start : shard.stop], key, shared_key=shared)
         means.append(mean)

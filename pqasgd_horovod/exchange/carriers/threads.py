@@ -66,6 +66,14 @@ class _World:
         self.pending: dict[tuple[str, int], _Collective] = {}
         self.departed: set[int] = set()
         self.failures: list[BaseException] = []
+        self.parts: dict[tuple[int, ...], _World] = {}
+
+    def part(self, ranks: tuple[int, ...]) -> _World:
+        """Return the world of some ranks of this one."""
+        with self.condition:
+            if ranks not in self.parts:
+                self.parts[ranks] = _World(len(ranks), self.deadline - time.monotonic())
+            return self.parts[ranks]
 
     def enter(self, name: str, sequence: int, rank: int, part: _Part) -> _Collective:
         with self.condition:
@@ -83,6 +91,10 @@ class _World:
             if failure is not None:
                 self.failures.append(failure)
             self.condition.notify_all()
+            parts = list(self.parts.items())
+        for ranks, world in parts:
+            if rank in ranks:
+                world.depart(ranks.index(rank), None)
 
     def missing(self, collective: _Collective) -> list[int]:
         return [rank for rank in range(self.size) if rank not in collective.parts]
@@ -140,6 +152,10 @@ class ThreadCarrier:
     def size(self) -> int:
         """Number of ranks in this world."""
         return self._world.size
+
+    def among(self, ranks: Sequence[int]) -> ThreadCarrier:
+        """Return the carrier of some ranks, this one among them."""
+        return ThreadCarrier(self._world.part(tuple(ranks)), list(ranks).index(self._rank))
 
     def allgather(self, name: str, payload: Bytes) -> _ThreadHandle:
         """Start to send ``payload`` to every rank."""

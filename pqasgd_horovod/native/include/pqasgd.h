@@ -123,7 +123,7 @@ typedef struct {
   int64_t num_elements;
   uint32_t bucket;
   int32_t rank, size;
-  int32_t reserved;
+  int32_t flags; /* what is known to be wrong before anything is packed: the headers say it */
 } pq_bucket;
 
 /* A 64-bit key; keys.py is the specification. A shared key has the rank PQ_SHARED_RANK and phase 0. */

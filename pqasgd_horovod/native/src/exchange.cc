@@ -173,7 +173,7 @@ int32_t pq_allgather_pack(const pq_codec* codec, const pq_bucket* bucket, const 
   const int32_t status = pq_encode(codec, source, start, b.num_elements, keys_of(b, b.rank, b.bucket, kValues),
                                    message + PQ_HEADER_NBYTES, nbytes);
   if (status < 0) return status;
-  const int32_t flags = status == PQ_NONFINITE ? PQ_SENDER_NONFINITE : 0;
+  const int32_t flags = b.flags | (status == PQ_NONFINITE ? PQ_SENDER_NONFINITE : 0);
   write_header(b, flags, kValues, nbytes, message);
   return flags;
 }
@@ -211,7 +211,7 @@ int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const 
     at.push_back(at.back() + PQ_HEADER_NBYTES + nbytes);
   }
   if (messages_nbytes != at.back()) return PQ_BAD_LENGTH;
-  int32_t flags = 0;
+  int32_t flags = b.flags;
   for (size_t i = 0; i < owners.size(); ++i) {
     const int32_t owner = owners[i];
     const int64_t count = shards[owner + 1] - shards[owner];
