@@ -13,6 +13,7 @@ from ..exchange.plan import num_parts
 from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
+from .moments import Moments, common_moments
 from .pace import Pace, check_learning_rates, rounded
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
@@ -25,7 +26,7 @@ class PeriodicAverager:
 
     Use: :meth:`prepare` before each local update, :meth:`count_step` after it. Both are collective at times: every rank
     has to make the same calls. ``carrier`` is None for a rank that trains alone; then steps are counted and nothing
-    else happens.
+    else happens. ``moments`` is needed where ``averaging.moments`` is not ``"local"``.
     """
 
     def __init__(
@@ -36,9 +37,13 @@ class PeriodicAverager:
         *,
         name: str,
         check_consistency: bool = False,
+        moments: Moments | None = None,
     ) -> None:
         config.check_for_parameters()
         self._carrier = carrier if carrier is not None and carrier.size > 1 else None
+        self._moments = moments
+        self._parameters: Sequence[TensorView] = ()
+        self._buffers: Sequence[TensorView] = ()
         self._averaging = averaging
         self._config = config
         self._name = name
@@ -75,6 +80,11 @@ class PeriodicAverager:
             self._restored = no_arrays()
             self._prepared = True
             return
+        self._lay_out(parameters, buffers)
+        self._parameters, self._buffers = parameters, buffers
+
+    def _lay_out(self, parameters: Sequence[TensorView], buffers: Sequence[TensorView]) -> None:
+        assert self._carrier is not None
         arrays = self._arrays()
         anchors = arrays["anchor"]
         buffer_names = frozenset(tensor.name for tensor in buffers)
@@ -192,6 +202,11 @@ class PeriodicAverager:
     def _average(self, details: list[int] | None, fragment: int | None = None) -> None:
         """Average all, or a fragment; ``details`` is what the ranks have told each other if they have met already."""
         started = time.perf_counter()
+        if self._carrier is not None and self._averaging.moments == "average":
+            if details is None:
+                assert self._meeting is not None
+                details = self._meeting.agree()
+            self._place_moments(self._carrier)
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         sources = [(channel, channel.source()) for channel in self._channels]
         for channel, source in sources:
@@ -212,10 +227,21 @@ class PeriodicAverager:
         self._steps_since_round = 0
         if fragment is None:
             self.steps_since_average = 0
+        if self._carrier is not None and self._averaging.moments == "reset":
+            assert self._moments is not None
+            self._moments.reset()
         self.statistics.rounds += 1
         self.statistics.exchange_seconds += time.perf_counter() - started
         if self._check_consistency and self._carrier is not None:
             self._channels.verify_replicas(self._carrier, self._name, "parameters", anchors=fragment is not None)
+
+    def _place_moments(self, carrier: Carrier) -> None:
+        """Lay out the moments that all ranks have, as buffers, if they are not those of the last average."""
+        assert self._moments is not None
+        moments = common_moments(carrier, self._moments.views(), f"{self._name}.moments")
+        buffers = [*self._buffers, *moments]
+        if {tensor.name for tensor in buffers} != self._buffer_names:
+            self._lay_out(self._parameters, buffers)
 
     def _clear_buffer_anchors(self, channel: Channel) -> None:
         assert channel.anchor is not None

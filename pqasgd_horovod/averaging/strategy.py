@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ..codecs.base import check_integer
 from ..errors import ArgumentError
+from .moments import MOMENT_POLICIES
 from .outer import Outer, Replace, outer_from_config
 from .schedule import FixedPeriod, Schedule, schedule_from_config
 from .selection import All, Rotation, Selection, selection_from_config
@@ -36,6 +37,12 @@ class PeriodicAveraging:
             or :class:`~.outer.Nesterov`. A rank that trains alone steps without it.
         selection: which coordinates an average is about: :class:`~.selection.All`, or a part in turn,
             :class:`~.selection.Rotation`; see :func:`SparseAveraging`.
+        moments: what becomes of the inner optimizer's momentum and second moments at an average. ``"local"``: they stay
+            each rank's own, and no bytes are sent. ``"average"``: each one that all ranks have becomes its mean (one
+            that some rank has not made yet stays local); like buffers they travel as float32, uncompressed: 4 bytes for
+            each number, beside b/8 for that of a parameter at b bits. So the mean is exact, and what is not negative
+            stays so. ``"reset"``: they become what they are in a new optimizer, and no bytes are sent. Only where
+            replicas are averaged, and all coordinates at once.
 
     Raises ArgumentError for other values.
 
@@ -49,6 +56,7 @@ class PeriodicAveraging:
     buffers: str = "statistics"
     outer: Outer = dataclasses.field(default_factory=Replace)
     selection: Selection = dataclasses.field(default_factory=All)
+    moments: str = "local"
 
     def __post_init__(self) -> None:
         if not isinstance(self.period, Schedule):
@@ -61,6 +69,25 @@ class PeriodicAveraging:
             raise ArgumentError(f"outer is {self.outer!r}; it must be an outer optimizer, such as hvd.SlowMo(beta=0.5)")
         if not isinstance(self.selection, Selection):
             raise ArgumentError(f"selection is {self.selection!r}; it must be a selection, such as hvd.Rotation(8)")
+        self._check_moments()
+
+    def _check_moments(self) -> None:
+        if self.moments not in MOMENT_POLICIES:
+            raise ArgumentError(
+                f"moments is {self.moments!r}; it must be one of {', '.join(map(repr, MOMENT_POLICIES))}"
+            )
+        if self.moments == "local":
+            return
+        if self.exchanges_gradients:
+            raise ArgumentError(
+                f"moments is {self.moments!r} with period=1, where gradients are averaged, and moments are alike on "
+                "every rank: use moments='local', or a longer period"
+            )
+        if self.is_sparse:
+            raise ArgumentError(
+                f"moments is {self.moments!r} with selection={self.selection}, which averages a part of the "
+                "coordinates in each round: use moments='local', or average all of them"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -90,6 +117,7 @@ class PeriodicAveraging:
             "buffers": self.buffers,
             "outer": self.outer.config(),
             "selection": self.selection.config(),
+            "moments": self.moments,
         }
 
     @classmethod
@@ -104,7 +132,11 @@ class PeriodicAveraging:
         if isinstance(period, Mapping):
             period = schedule_from_config(period)
         return cls(
-            period, config["buffers"], outer_from_config(config["outer"]), selection_from_config(config["selection"])
+            period,
+            config["buffers"],
+            outer_from_config(config["outer"]),
+            selection_from_config(config["selection"]),
+            config["moments"],
         )
 
 

@@ -43,6 +43,16 @@ def verify_same(
       ...
     pqasgd_horovod.errors.MismatchError: the ranks have to agree on codec.bits: it is 2 on rank 0; 4 on rank 1
     """
+    digest, documents = compare(carrier, description, name, timeout)
+    if documents:
+        raise MismatchError(describe_difference(documents))
+    return digest
+
+
+def compare(
+    carrier: Carrier, description: Mapping[str, Any], name: str, timeout: float | None = HANDSHAKE_TIMEOUT_SECONDS
+) -> tuple[int, list[dict[str, Any]]]:
+    """Return a digest of ``description`` as :func:`verify_same` does, and what all ranks described if they differ."""
     try:
         text = json.dumps({"wire_version": VERSION, **description}, allow_nan=False, separators=(",", ":"))
         canonical = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
@@ -58,8 +68,8 @@ def verify_same(
         document = text.encode()
         message = np.frombuffer(len(document).to_bytes(_LENGTH_NBYTES, "little") + document, np.uint8)
         received = carrier.allgather(f"{name}.handshake.description", message).wait(timeout)
-        raise MismatchError(describe_difference(_split_documents(received, carrier.size)))
-    return int.from_bytes(digest[:8].tobytes(), "little")
+        return 0, _split_documents(received, carrier.size)
+    return int.from_bytes(digest[:8].tobytes(), "little"), []
 
 
 def _split_documents(received: Bytes, size: int) -> list[dict[str, Any]]:

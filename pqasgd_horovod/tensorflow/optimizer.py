@@ -95,7 +95,7 @@ class DistributedMethods(_Inner):
                 model.jit_compile = False
             if isinstance(averager, PeriodicAverager):
                 trained = [v for v in variables if not self._is_local(v)]
-                averager.build(trained, self._find_buffers(model, averager.averaging.buffers))
+                averager.build(trained, self._find_buffers(model, averager.averaging.buffers), _moments_of(self))
                 self._pqasgd_state = averager.state
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -264,8 +264,17 @@ class DistributedMethods(_Inner):
 
     def register_local_var(self, var: Any) -> None:
         """Keep a variable to this rank: neither its gradients nor its values are averaged; before the first step."""
-        if self.built and isinstance(self._pqasgd_averager.value, PeriodicAverager):
-            raise ArgumentError(f"var is {name_of(var)!r}, and training has begun: register it before the first step")
+        averager = self._pqasgd_averager.value
+        if isinstance(averager, PeriodicAverager):
+            if self.built:
+                raise ArgumentError(
+                    f"var is {name_of(var)!r}, and training has begun: register it before the first step"
+                )
+            if averager.averaging.moments != "local":
+                raise ArgumentError(
+                    f"var is {name_of(var)!r}, and moments is {averager.averaging.moments!r}: Keras does not tell "
+                    "which ones are those of a local variable; use moments='local'"
+                )
         self._pqasgd_local.value.append(unwrap(var))
 
     def _is_local(self, variable: Any) -> bool:
@@ -412,6 +421,24 @@ def check_op(op: Any, averaging: PeriodicAveraging, stock: bool, gradient_prediv
         )
 
 
+def _moments_of(optimizer: Any) -> list[Any]:
+    """Return what a built optimizer keeps of its variables, but for copies of them and sums of gradients."""
+    updater = optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
+    names = ("_learning_rate", "_u_product", "_accumulated_gradients", "_model_variables_moving_average")
+    others = [id(other) for other in tf.nest.flatten([getattr(updater, name, None) for name in names])]
+    return [v for v in updater.variables if keras.backend.is_float_dtype(v.dtype) and id(v) not in others]
+
+
+def _check_moments(optimizer: Any, policy: str) -> None:
+    updater = optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
+    counts = any(hasattr(updater, name) for name in ("beta_2", "adam_beta_2", "beta_2_decay"))
+    if policy == "reset" and counts and not isinstance(updater, keras.optimizers.Lion):
+        raise ArgumentError(
+            f"moments is 'reset' and the optimizer is {type(updater).__name__}, which goes by its iterations, as "
+            "learning rate schedules do, so that they cannot begin anew with the moments: use 'local' or 'average'"
+        )
+
+
 def _scales_loss(optimizer: Any) -> bool:
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
@@ -450,6 +477,7 @@ def distribute(
         _check_optimizer(optimizer)
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
         strategy = resolve_averaging(period, averaging)
+        _check_moments(optimizer, strategy.moments)
         codec = codec_of(compression)
         second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
         stock = strategy.exchanges_gradients and (codec is None or codec.commutes_with_sum)

@@ -96,6 +96,7 @@ class PeriodicAverager:
         self._channels: list[GraphChannel] = []
         self._members: list[list[tf.Variable]] = []
         self._cleared: list[list[tuple[int, int]]] = []  # spans of buffers: their anchor is zero
+        self._reset: list[tuple[tf.Variable, float]] = []  # what is reset after an average, and to which number
         self._specs: list[VariableSpec] = []
         self._num_parameters = 0
         self._pending: Handle | None = None
@@ -103,12 +104,18 @@ class PeriodicAverager:
         self.state: PeriodicState | None = None
 
     @as_written
-    def build(self, parameters: Sequence[Any], buffers: Sequence[Any] = ()) -> None:
-        """Lay out the variables and agree on that; collective.
+    def build(self, parameters: Sequence[Any], buffers: Sequence[Any] = (), moments: Sequence[Any] = ()) -> None:
+        """Lay out the variables and agree on that; collective. ``moments`` are as the optimizer has begun with them.
 
         Raises ArgumentError for a variable that cannot be averaged, and MismatchError on every rank if they differ.
         """
         with outside_of_graphs():
+            if self.averaging.moments == "average":
+                buffers = [*buffers, *moments]
+            elif self.averaging.moments == "reset" and self._carrier is not None:
+                # Keras begins each of them with one number.
+                own = [unwrap(moment) for moment in moments]
+                self._reset = [(v, float(np.ravel(v.numpy())[0])) for v in own if v.shape.num_elements()]
             self._build(parameters, buffers)
 
     def _build(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> None:
@@ -337,6 +344,8 @@ class PeriodicAverager:
                 self._received.assign_add(received)
             for (anchor, _), cleared in zip(self._anchors(), self._cleared, strict=True):
                 _clear(anchor, cleared)
+            for variable, number in self._reset:
+                variable.assign(tf.fill(variable.shape, tf.cast(number, variable.dtype)))
             done = self.state.rounds.assign_add(1)
             self._total_rounds.assign_add(1)
             self.state.steps_since_round.assign(0)

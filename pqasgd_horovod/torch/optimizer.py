@@ -22,6 +22,7 @@ from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of
+from .moments import check_has_moments
 from .periodic import PeriodicMethods
 from .quantized import GradientMethods
 from .stock import build_stock
@@ -137,6 +138,7 @@ def DistributedOptimizer(
             raise ArgumentError("optimizer is a DistributedOptimizer already; pass the plain optimizer")
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
         averaging = resolve_averaging(period, averaging)
+        check_has_moments(optimizer, averaging.moments)
         codec = codec_of(compression)
         second_codec = (
             None if second_compression is None else _require_codec(second_compression, "second_compression", averaging)

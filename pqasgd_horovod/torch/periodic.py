@@ -10,6 +10,7 @@ import torch
 from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import PeriodicAverager
+from .moments import OptimizerMoments
 from .tensors import TensorMemory, select_buffers
 from .wrapping import CommonMethods, Settings, parameters_of
 
@@ -29,6 +30,7 @@ class PeriodicMethods(CommonMethods):
             settings.exchange,
             name=settings.name,
             check_consistency=settings.check_consistency,
+            moments=OptimizerMoments(self),
         )
         self._placed: dict[torch.nn.Parameter, TensorMemory] = {}
 

@@ -61,6 +61,13 @@ def check_tensor(what: str, tensor: torch.Tensor) -> None:
         )
 
 
+def is_exchangeable(tensor: torch.Tensor) -> bool:
+    """Return whether :func:`check_tensor` has nothing against it."""
+    return (
+        tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.layout == torch.strided and is_dense(tensor)
+    )
+
+
 class TensorMemory:
     """A parameter or a buffer, looked up anew each time since ``module.to()`` and assignments to ``.data`` move it."""
 
