@@ -11,11 +11,11 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 endif
 
-.PHONY: help setup demo demo-tf reproduce test test-long test-2 test-4 bench lint sanitize clean clean-all
+.PHONY: help setup demo demo-tf reproduce reproduce-recipe test test-long test-2 test-4 bench lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+( [a-z0-9-]+)*:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+( [a-z0-9-]+)*:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make the environment in .venv; all targets below do it by themselves
 	@$(PYTHON) scripts/setup_env.py
@@ -28,6 +28,9 @@ demo-tf: setup ## the same with TensorFlow: Keras' model.fit
 
 reproduce: setup ## measure that convergence has the rate of the theory; takes some minutes
 	@$(BIN)/python scripts/reproduce.py
+
+reproduce-recipe: setup ## measure the recipes on CIFAR-10, DATA=folder or .npz; takes an hour or more
+	@$(BIN)/python scripts/reproduce_recipe.py $(if $(DATA),--data "$(DATA)")
 
 test: setup ## run all tests (PYTEST_ARGS="-k eden" for some)
 	@$(BIN)/pytest --durations=10 $(PYTEST_ARGS)

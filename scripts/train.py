@@ -29,7 +29,7 @@ from training.data import DataError, Examples, Task, load_task
 from training.progress import Progress
 from training.ranks import compression_of, on_all_ranks, require_same, threads_per_rank
 from training.torch import files
-from training.torch.models import make_model
+from training.torch.models import average_buffers, make_model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -190,14 +190,6 @@ def evaluate(hvd: Any, model: torch.nn.Module, task: Task, batch_size: int) -> t
     model.train()
     total_loss, correct, num_targets = hvd.allreduce(totals, name="evaluation", op=hvd.Sum).tolist()
     return total_loss / num_targets, correct / num_targets
-
-
-def average_buffers(hvd: Any, model: torch.nn.Module) -> None:
-    """Replace BatchNorm's statistics, which each rank gathers on its own data, by their mean over the ranks."""
-    saved = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point():
-            buffer.copy_(hvd.allreduce(buffer, name=f"buffer.{name}"))
 
 
 if __name__ == "__main__":

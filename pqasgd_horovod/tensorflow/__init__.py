@@ -11,6 +11,7 @@ from horovod.tensorflow import *  # noqa: F403
 from horovod.tensorflow import Average as _Average
 from horovod.tensorflow import global_process_set as _global_process_set
 
+from .. import recipes as recipes
 from ..averaging import AdaptivePeriod as AdaptivePeriod
 from ..averaging import Feedback as Feedback
 from ..averaging import GrowingPeriod as GrowingPeriod

@@ -6,6 +6,7 @@ Nothing of Horovod is changed. Names that Horovod has too (``Compression``, ``Di
 
 from horovod.torch import *  # noqa: F403
 
+from .. import recipes as recipes
 from ..averaging import AdaptivePeriod as AdaptivePeriod
 from ..averaging import Feedback as Feedback
 from ..averaging import GrowingPeriod as GrowingPeriod

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import pickle
+import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
@@ -73,7 +76,13 @@ CIFAR_STD = np.array([0.2470, 0.2435, 0.2616], np.float32).reshape(3, 1, 1)
 
 
 def load_cifar10(data: Path) -> Task:
-    """CIFAR-10 (A. Krizhevsky, 2009) from the folder `cifar-10-batches-py`, or from the one that holds it."""
+    """CIFAR-10 (A. Krizhevsky, 2009) from the folder `cifar-10-batches-py`, or from the one that holds it.
+
+    Or from an `.npz` of JPEG files, as a smaller set may come: see `_read_jpeg_images`.
+    """
+    if data.suffix == ".npz":
+        train, test = (Examples(*_read_jpeg_images(data, part)) for part in ("train", "test"))
+        return Task(train, test, num_classes=10, prepare=prepare_cifar10)
     folder = data / CIFAR_FOLDER if (data / CIFAR_FOLDER).is_dir() else data
     if not folder.is_dir():
         raise DataError(f"--data: {data} is no folder; unpack {CIFAR_URL} and name the folder {CIFAR_FOLDER}")
@@ -88,14 +97,21 @@ def load_cifar10(data: Path) -> Task:
     return Task(train, Examples(*_read_cifar_batch(folder / "test_batch")), num_classes=10, prepare=prepare_cifar10)
 
 
-def prepare_cifar10(images: Array, generator: np.random.Generator | None) -> Array:
-    """Standardize (N, 3, 32, 32) uint8 images; with a generator also shift and mirror each at random."""
+def first_of_each_class(examples: Examples, count: int) -> Examples:
+    """Return the first `count` examples of each class, in the order they have."""
+    chosen = np.concatenate([np.flatnonzero(examples.targets == number)[:count] for number in range(10)])
+    chosen.sort()
+    return Examples(examples.inputs[chosen], examples.targets[chosen])
+
+
+def prepare_cifar10(images: Array, generator: np.random.Generator | None, pixels: int = 4) -> Array:
+    """Standardize (N, 3, 32, 32) uint8 images; with a generator also shift, by `pixels` at most, and mirror each."""
     if generator is not None:
-        images = _shift_and_mirror(images, generator)
+        images = _shift_and_mirror(images, generator, pixels)
     return (images.astype(np.float32) / 255 - CIFAR_MEAN) / CIFAR_STD
 
 
-def _shift_and_mirror(images: Array, generator: np.random.Generator, pixels: int = 4) -> Array:
+def _shift_and_mirror(images: Array, generator: np.random.Generator, pixels: int) -> Array:
     count, channels, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (pixels, pixels), (pixels, pixels)))
     rows = np.arange(height) + generator.integers(0, 2 * pixels + 1, (count, 1))
@@ -141,6 +157,27 @@ def _read_cifar_batch(path: Path) -> tuple[Array, Array]:
     except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"--data: {path} is no batch of CIFAR-10: {error!r}") from error
     return images, labels
+
+
+def _read_jpeg_images(path: Path, part: str) -> tuple[Array, Array]:
+    """Return images and labels of a part, "train" or "test".
+
+    The arrays are PART_jpeg, all files end to end, PART_offsets, where each begins and the last one ends, and
+    PART_labels.
+    """
+    from PIL import Image
+
+    try:
+        with np.load(path) as arrays:
+            files, offsets, labels = (arrays[f"{part}_{name}"] for name in ("jpeg", "offsets", "labels"))
+        images = np.stack(
+            [np.asarray(Image.open(io.BytesIO(files[start:stop]))) for start, stop in pairwise(offsets.tolist())]
+        )
+        if images.shape != (len(labels), 32, 32, 3) or not labels.max() < 10:
+            raise ValueError(f"images of shape {images.shape} do not fit {len(labels)} labels of 0..9")
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"--data: {path} holds no JPEG images of CIFAR-10: {error!r}") from error
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
 
 
 def load_text(path: Path, context: int) -> Task:

@@ -15,6 +15,7 @@ from horovod.tensorflow.keras import allgather as allgather
 from horovod.tensorflow.keras import allreduce as allreduce
 from horovod.tensorflow.keras import broadcast as broadcast
 
+from ... import recipes as recipes
 from ...averaging import AdaptivePeriod as AdaptivePeriod
 from ...averaging import Feedback as Feedback
 from ...averaging import GrowingPeriod as GrowingPeriod

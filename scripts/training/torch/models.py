@@ -1,8 +1,9 @@
-"""One model per dataset, each of more than a million parameters, nearly all of them in weight matrices."""
+"""A model per dataset, of more than a million parameters, nearly all in weight matrices; and a smaller one."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,15 @@ def make_model(task: Task, dataset: str) -> nn.Module:
     if dataset == "text":
         return CharacterTransformer(task.num_classes, context=task.train.inputs.shape[1])
     return DigitsNet()
+
+
+@torch.no_grad()
+def average_buffers(hvd: Any, model: torch.nn.Module) -> None:
+    """Replace BatchNorm's statistics, which each rank gathers on its own data, by their mean over the ranks."""
+    saved = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.copy_(hvd.allreduce(buffer, name=f"buffer.{name}"))
 
 
 class DigitsNet(nn.Sequential):
@@ -52,6 +62,25 @@ class CifarNet(nn.Sequential):
             nn.ReLU(),
             nn.Linear(hidden, 10),
         )
+
+
+class SmallCifarNet(nn.Sequential):
+    """Four convolutions with batch normalization, 0.28 million parameters, made to be quick on one core.
+
+    (N, 3, 32, 32) -> (N, 10). Two strides at the beginning leave 8 x 8 pixels to the layers that have the weights.
+    """
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for (before, after), stride in zip(pairwise([3, 40, 64, 128, 160]), [2, 2, 1, 1], strict=True):
+            layers += [
+                nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(inplace=True),
+            ]
+        layers.insert(9, nn.MaxPool2d(2))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, 10))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 class CharacterTransformer(nn.Module):
