@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 endif
 
-.PHONY: help setup demo demo-tf reproduce reproduce-recipe test test-long test-2 test-4 bench lint sanitize clean clean-all
+.PHONY: help setup demo demo-tf demo-family reproduce reproduce-recipe test test-long test-2 test-4 bench lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -25,6 +25,9 @@ demo: setup ## train on real data with stock Horovod and with PQASGD on two rank
 
 demo-tf: setup ## the same with TensorFlow: Keras' model.fit
 	@$(BIN)/python scripts/demo.py --framework keras
+
+demo-family: setup ## train with every method of docs/methods.md, and draw accuracy against bytes
+	@$(BIN)/python scripts/demo_family.py
 
 reproduce: setup ## measure that convergence has the rate of the theory; takes some minutes
 	@$(BIN)/python scripts/reproduce.py

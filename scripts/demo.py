@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,30 +165,31 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(framework: Framework, configuration: Configuration, seed: int, epochs: int, folder: Path) -> Run:
-    """Return a finished run; raise RunError, with the end of its output, if it fails."""
+    """Return a finished run; raise RunError if it fails."""
     log = folder / f"{configuration.slug}-seed{seed}.jsonl"
-    output = log.with_suffix(".txt")
     log.unlink(missing_ok=True)
+    program = [str(ROOT / "scripts" / framework.script), *shlex.split(configuration.arguments)]
+    program += ["--seed", str(seed), "--epochs", str(epochs)]
+    # Every configuration is evaluated after the same steps, which end a period of each.
+    program += ["--eval-every", "16", "--quiet", "--log-file", str(log)]
+    run_on_ranks(f"{configuration.name}, seed {seed}", program, log.with_suffix(".txt"), framework.environment)
+    return read_run(configuration, seed, log)
+
+
+def run_on_ranks(name: str, program: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
+    """Run a Python program with its arguments on all ranks; raise RunError, with the end of its output, if it fails."""
     # horovodrun would do as well, but imports every framework that Horovod was built with before it starts a job.
     launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if launcher is None:
         raise RunError("mpirun is not there: run `make setup`, or install Open MPI into this environment")
     command = [launcher, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
     # Or else the MPI thread of a rank that waits takes the core that the other one computes on.
-    command += ["--mca", "mpi_yield_when_idle", "1", "-np", str(NUM_RANKS)]
-    command += [sys.executable, str(ROOT / "scripts" / framework.script)]
-    command += [*shlex.split(configuration.arguments), "--seed", str(seed), "--epochs", str(epochs)]
-    # Every configuration is evaluated after the same steps, which end a period of each.
-    command += ["--eval-every", "16", "--quiet", "--log-file", str(log)]
+    command += ["--mca", "mpi_yield_when_idle", "1", "-np", str(NUM_RANKS), sys.executable, *program]
     with output.open("w", encoding="utf-8") as file:
         file.write(shlex.join(command) + "\n")
         file.flush()
         process = subprocess.Popen(
-            command,
-            env=os.environ | framework.environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(RUN_TIMEOUT_SECONDS)
@@ -199,8 +201,7 @@ def train(framework: Framework, configuration: Configuration, seed: int, epochs:
             raise
     if code != 0:
         tail = "\n".join(output.read_text(encoding="utf-8").splitlines()[-20:])
-        raise RunError(f"{configuration.name}, seed {seed} failed with exit code {code}; the end of {output}:\n{tail}")
-    return read_run(configuration, seed, log)
+        raise RunError(f"{name} failed with exit code {code}; the end of {output}:\n{tail}")
 
 
 def read_run(configuration: Configuration, seed: int, log: Path) -> Run:
