@@ -11,7 +11,8 @@ whose name begins with "outside" have the momentum outside the inner optimizer.
 
     mpirun -np 4 python scripts/reproduce_recipe.py --data DATA --with-horovod balanced
 
-trains once on real ranks and prints the run, which has the same bits as that of the first seed on threads.
+trains once on real ranks and prints the run, which has the same bits as that of the first seed on threads; only
+max_fidelity has others, since there gradients travel in the order of the backward pass.
 """
 
 from __future__ import annotations
