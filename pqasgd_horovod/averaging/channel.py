@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 import numpy as np
@@ -27,7 +27,7 @@ from .selection import All, Selection
 from .state import Arrays, no_arrays
 from .statistics import ring_allreduce_nbytes
 from .strategy import PeriodicAveraging
-from .vector import AnchorArray, FlatLayout, FlatVector, TensorSpec, anchor_dtype
+from .vector import AnchorArray, ArrayView, FlatLayout, FlatVector, TensorSpec, anchor_dtype
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -142,6 +142,7 @@ class Channel:
         # walk over memory less, and an error leaves the anchor as it was.
         self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
         self._residuals = Residuals(vector.num_elements) if plan.feedback else None
+        self._snapshot: AnchorArray | None = None  # made when the first one is taken
         self._feeds_back_means = plan.feeds_back_means
         self.exchange = make_exchange(
             plan.codec,
@@ -176,10 +177,27 @@ class Channel:
         """Return the vector as it is in memory now, minus the anchor, plus what was not sent before."""
         return self.vector.source(self.anchor, self._residuals)
 
+    def take_snapshot(self, fragment: int | None = None) -> native.Source:
+        """Copy the vector, or a fragment of it, and return the copy as :meth:`source` would the vector."""
+        assert self.anchor is not None
+        if self._snapshot is None:
+            self._snapshot = np.empty_like(self.anchor)
+        tensors = self.vector.source()
+        for span in self._spans(self._buckets_of(fragment)):
+            native.gather(tensors, span.start, self._snapshot[span])
+        return FlatVector([ArrayView("snapshot", self._snapshot)]).source(self.anchor, self._residuals)
+
+    def since_snapshot(self) -> native.Source:
+        """Return the vector as it is in memory now, minus the snapshot."""
+        return self.vector.source(self._snapshot)
+
+    def _buckets_of(self, fragment: int | None) -> Sequence[int]:
+        return range(self.num_buckets) if fragment is None else self.fragments[fragment]
+
     def begin(self, source: native.Source, step: int, round: int, fragment: int | None = None) -> None:
         """Encode every bucket of :meth:`source`, or of one fragment of it, and launch its exchange."""
         anchor = None if self.outer_elements else self._float_anchor
-        for bucket in range(self.num_buckets) if fragment is None else self.fragments[fragment]:
+        for bucket in self._buckets_of(fragment):
             start, stop = self.starts[bucket], self.starts[bucket + 1]
             base = None if anchor is None else anchor[start:stop]
             self.exchange.begin(bucket, source, start, step=step, round=round, base=base)
@@ -204,7 +222,7 @@ class Channel:
         if self._float_anchor is not None and not self.outer_elements:
             source = source.without_anchor()
         total = 0.0
-        for span in self._finished_spans():
+        for span in self._spans(self.exchange.finished):
             center = self._arriving[span.start : min(span.stop, num_elements)]
             total += native.distance(source, span.start, center)
         return total
@@ -222,11 +240,8 @@ class Channel:
             native.apply(self._arriving, 0, target.without_anchor())
             self.anchor, self._arriving = self._arriving, anchor
             return
-        for span in self._finished_spans():
-            if self.outer_elements:
-                assert outer is not None
-                moved = slice(span.start, min(span.stop, self.outer_elements))
-                native.outer(*outer, self.momentum[moved], self._arriving[moved])
+        for span in self._spans(self.exchange.finished):
+            self._step_outer(span, outer)
             if arrives_added:
                 assert anchor is not None
                 anchor[span] = self._arriving[span]
@@ -234,10 +249,42 @@ class Channel:
             else:
                 native.apply(self._arriving[span], span.start, target)
 
-    def _finished_spans(self) -> list[slice]:
-        """Return where the buckets of the last round lie, neighbours together."""
+    def apply_since(self, target: native.Source, outer: Coefficients | None, num_parameters: int) -> None:
+        """Add the mean to the anchor, and the anchor to what :meth:`since_snapshot` gives.
+
+        That is for parameters, the first elements; buffers, which follow them, become the anchor.
+        """
+        self._keep_residuals()
+        anchor, spans = self.anchor, self._spans(self.exchange.finished)
+        assert anchor is not None
+        assert self._snapshot is not None
+        if self._float_anchor is None or self.outer_elements:
+            for span in spans:
+                self._step_outer(span, outer)
+                anchor[span] += self._arriving[span]
+        elif len(self.exchange.finished) == self.num_buckets:
+            self.anchor, self._arriving = self._arriving, self._float_anchor
+        else:
+            for span in spans:
+                anchor[span] = self._arriving[span]
+        assert self.anchor is not None
+        tensors = self.vector.source()
+        for span in spans:
+            buffers = slice(max(span.start, num_parameters), span.stop)
+            if buffers.start < buffers.stop:
+                native.gather(tensors, buffers.start, self._snapshot[buffers])
+            native.rebase(self.anchor[span], span.start, target)
+
+    def _step_outer(self, span: slice, outer: Coefficients | None) -> None:
+        if self.outer_elements:
+            assert outer is not None
+            moved = slice(span.start, min(span.stop, self.outer_elements))
+            native.outer(*outer, self.momentum[moved], self._arriving[moved])
+
+    def _spans(self, buckets: Iterable[int]) -> list[slice]:
+        """Return where buckets lie, neighbours together."""
         spans: list[slice] = []
-        for bucket in sorted(self.exchange.finished):
+        for bucket in sorted(buckets):
             start, stop = self.starts[bucket], self.starts[bucket + 1]
             if spans and spans[-1].stop == start:
                 spans[-1] = slice(spans[-1].start, stop)

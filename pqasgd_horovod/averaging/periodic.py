@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .. import native
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.plan import num_parts
+from .background import Background
 from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
@@ -19,6 +22,22 @@ from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
 from .vector import AnchorArray, FlatVector, TensorView
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """An average that is under way, and applied later."""
+
+    exchange: Background[list[int]]
+    """What the ranks have told each other comes out of it; until then the channels' exchanges are its own."""
+    steps: int
+    """Steps at the snapshot."""
+    due: int
+    """After which step it is applied."""
+    learning_rate: float
+    fragment: int | None
+    byte_counts: tuple[int, ...]
+    """Before it."""
 
 
 class PeriodicAverager:
@@ -62,6 +81,7 @@ class PeriodicAverager:
         self.steps_since_average = 0
         """Steps since all replicas were the same."""
         self._steps_since_round = 0
+        self._pending: _Pending | None = None
 
     @property
     def prepared(self) -> bool:
@@ -73,8 +93,9 @@ class PeriodicAverager:
 
         Tensors that had an anchor keep it, also in the middle of a period; the others take a restored anchor, or else
         their present value, which must be the same on every rank. Raises MismatchError on every rank if layout,
-        counters or anchors differ, and changes nothing then.
+        counters or anchors differ, and changes nothing then. An average under way is applied first.
         """
+        self._land(HANDSHAKE_TIMEOUT_SECONDS)
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:
             self._restored = no_arrays()
@@ -175,32 +196,34 @@ class PeriodicAverager:
     def count_step(self, learning_rate: float = 0.0) -> None:
         """Count a local step, taken or skipped, and average if the schedule says so; collective then.
 
-        ``learning_rate`` is that of the step; schedules and outer optimizers may depend on it. Raises NonFiniteError or
-        DesynchronizedError on every rank, with parameters and anchor untouched; the next step then tries again.
+        With a delay an average begins then, and is applied by the call after that many more steps. ``learning_rate`` is
+        that of the step; schedules and outer optimizers may depend on it. Raises NonFiniteError or DesynchronizedError
+        on every rank, with parameters and anchor untouched; the next step then tries again.
         """
         self.steps += 1
         self.steps_since_average += 1
         self._steps_since_round += 1
         self._learning_rate = rounded(learning_rate)
         self.statistics.count_step(self._num_parameters)
+        if self._pending is not None and self.steps >= self._pending.due:
+            self._land()
         if self._steps_since_round >= self._pace.period:
-            self.average()
-
-    def average(self) -> None:
-        """Average now: anchor += mean of the decoded changes, parameters = anchor; collective.
-
-        Of the coordinates whose turn it is.
-        """
-        self._announce(Purpose.AVERAGE)
-        fragment = self.rounds % self._averaging.selection.num_fragments if self._averaging.is_sparse else None
-        self._average(None, fragment)
+            self._announce(Purpose.AVERAGE)
+            fragment = self.rounds % self._averaging.selection.num_fragments if self._averaging.is_sparse else None
+            if self._averaging.delay and self._carrier is not None:
+                self._begin(fragment)
+            else:
+                self._average(None, fragment)
 
     def _announce(self, purpose: Purpose) -> None:
         if self._meeting is not None:
             self._meeting.announce(purpose, self.steps, self.rounds, self._pace.detail(self._learning_rate))
 
     def _average(self, details: list[int] | None, fragment: int | None = None) -> None:
-        """Average all, or a fragment; ``details`` is what the ranks have told each other if they have met already."""
+        """Average all, or a fragment: anchor += mean of the decoded changes, parameters = anchor.
+
+        ``details`` is what the ranks have told each other if they have met already.
+        """
         started = time.perf_counter()
         if self._carrier is not None and self._averaging.moments == "average":
             if details is None:
@@ -209,12 +232,7 @@ class PeriodicAverager:
             self._place_moments(self._carrier)
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         sources = [(channel, channel.source()) for channel in self._channels]
-        for channel, source in sources:
-            channel.begin(source, step=self.steps, round=self.rounds, fragment=fragment)
-        if details is None:
-            details = [] if self._meeting is None else self._meeting.agree()
-        self._channels.finish()
-        check_learning_rates(details)
+        details = self._exchange(sources, self.steps, fragment, details)
         if self._pace.uses_drift:
             # Before an outer optimizer: what counts is how far the ranks are from each other.
             self._pace.distance = sum(channel.distance(self._parameter_elements(channel)) for channel in self._channels)
@@ -222,18 +240,82 @@ class PeriodicAverager:
         for channel, source in sources:
             channel.apply(source, outer)
             self._clear_buffer_anchors(channel)
-        self._pace.advance(self.steps, self._learning_rate, details)
-        self.rounds += 1
         self._steps_since_round = 0
         if fragment is None:
             self.steps_since_average = 0
         if self._carrier is not None and self._averaging.moments == "reset":
             assert self._moments is not None
             self._moments.reset()
-        self.statistics.rounds += 1
+        self._complete(self.steps, self._learning_rate, details)
         self.statistics.exchange_seconds += time.perf_counter() - started
+        self._verify()
+
+    def _exchange(
+        self,
+        sources: Sequence[tuple[Channel, native.Source]],
+        steps: int,
+        fragment: int | None,
+        details: list[int] | None = None,
+    ) -> list[int]:
+        """Send and receive; return what the ranks have told each other."""
+        for channel, source in sources:
+            channel.begin(source, step=steps, round=self.rounds, fragment=fragment)
+        if details is None:
+            details = [] if self._meeting is None else self._meeting.agree()
+        self._channels.finish()
+        check_learning_rates(details)
+        return details
+
+    def _complete(self, steps: int, learning_rate: float, details: Sequence[int]) -> None:
+        """Count an average of what there was after ``steps``."""
+        self._pace.advance(steps, learning_rate, details)
+        self.rounds += 1
+        self.statistics.rounds += 1
+
+    def _verify(self) -> None:
         if self._check_consistency and self._carrier is not None:
-            self._channels.verify_replicas(self._carrier, self._name, "parameters", anchors=fragment is not None)
+            local = self.steps_since_average > 0
+            self._channels.verify_replicas(self._carrier, self._name, "parameters", anchors=local)
+
+    def _begin(self, fragment: int | None) -> None:
+        """Take a snapshot, and let the exchange of it run beside the next steps."""
+        started = time.perf_counter()
+        steps, byte_counts = self.steps, self._channels.byte_counts()
+        sources = [(channel, channel.take_snapshot(fragment)) for channel in self._channels]
+        self._pending = _Pending(
+            Background(lambda: self._exchange(sources, steps, fragment)),
+            steps,
+            steps + self._averaging.delay,
+            self._learning_rate,
+            fragment,
+            byte_counts,
+        )
+        self._steps_since_round = 0
+        self.statistics.exchange_seconds += time.perf_counter() - started
+
+    def _land(self, timeout: float | None = None) -> None:
+        """Apply the average under way, if there is one; raise what went wrong with it, and forget it then."""
+        if self._pending is None:
+            return
+        pending, started = self._pending, time.perf_counter()
+        # First: it fails if a tensor has changed.
+        targets = [(channel, channel.since_snapshot()) for channel in self._channels]
+        pending.exchange.wait(timeout)
+        self._pending = None
+        try:
+            details = pending.exchange.result()
+        except Exception:
+            self._steps_since_round = self._pace.period  # so that the next step tries again
+            raise
+        outer = self._pace.coefficients(pending.learning_rate)
+        for channel, target in targets:
+            channel.apply_since(target, outer, self._parameter_elements(channel))
+            self._clear_buffer_anchors(channel)
+        if pending.steps == self.steps and pending.fragment is None:
+            self.steps_since_average = 0
+        self._complete(pending.steps, pending.learning_rate, details)
+        self.statistics.exchange_seconds += time.perf_counter() - started
+        self._verify()
 
     def _place_moments(self, carrier: Carrier) -> None:
         """Lay out the moments that all ranks have, as buffers, if they are not those of the last average."""
@@ -252,22 +334,30 @@ class PeriodicAverager:
     def flush(self, timeout: float | None = None) -> None:
         """Average a last partial period; collective, but nothing happens if no step was made since the last average.
 
-        With ``timeout`` the ranks first wait for each other, and raise CollectiveTimeoutError, nothing lost, if one
-        does not come in that many seconds.
+        An average under way is applied first. With ``timeout`` the ranks first wait for each other, and raise
+        CollectiveTimeoutError, nothing lost, if one does not come in that many seconds.
         """
         if self.steps_since_average == 0:
             return
         details: list[int] = []
         if self._meeting is not None:
-            self._announce(Purpose.FLUSH)
+            deadline = None if timeout is None else time.monotonic() + timeout
             try:
-                details = self._meeting.agree(timeout)
+                if self._pending is not None:
+                    self._pending.exchange.wait(timeout)
+                    if self._pending.exchange.error is not None:
+                        self._land()  # which raises it, as on all ranks; nobody would come to the meeting
+                self._announce(Purpose.FLUSH)
+                details = self._meeting.agree(None if deadline is None else max(0.0, deadline - time.monotonic()))
             except CollectiveTimeoutError:
                 raise CollectiveTimeoutError(
                     f"{self.steps_since_average} steps were made since the last average, and averaging them takes "
                     f"every rank, but not every rank called flush() or state_dict() within {timeout} s: call "
                     "optimizer.flush() on every rank first, then state_dict() where you like"
                 ) from None
+            self._land()
+            if self.steps_since_average == 0:
+                return
         self._average(details)
 
     def _arrays(self) -> Arrays:
@@ -307,11 +397,15 @@ class PeriodicAverager:
         state was made with another configuration.
         """
         arrays = no_arrays()
+        if state is not None:
+            check_state(state, self.config())
+            arrays = taken_over(state, self._carrier, self._arrays() if keep_residuals else None)
+        if self._pending is not None:  # what it brings is not wanted, but it uses names and memory until it ends
+            self._pending.exchange.wait(HANDSHAKE_TIMEOUT_SECONDS)
+            self._pending = None
         if state is None:
             self._pace.reset()
         else:
-            check_state(state, self.config())
-            arrays = taken_over(state, self._carrier, self._arrays() if keep_residuals else None)
             self._pace.load_state_dict(state["pace"])
         self.steps = 0 if state is None else int(state["steps"])
         self.rounds = 0 if state is None else int(state["rounds"])
@@ -322,4 +416,5 @@ class PeriodicAverager:
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
-        return self.statistics.as_dict(*self._channels.byte_counts())
+        counts = self._channels.byte_counts() if self._pending is None else self._pending.byte_counts
+        return self.statistics.as_dict(*counts)

@@ -50,6 +50,11 @@ class Schedule(abc.ABC):
         """True if the inner learning rate enters, which the ranks then agree on."""
         return False
 
+    @property
+    @abc.abstractmethod
+    def shortest_period(self) -> int:
+        """The fewest steps between two averages that :meth:`advance` ever says."""
+
     @abc.abstractmethod
     def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
         """Return the number of steps to the next average.
@@ -83,6 +88,11 @@ class FixedPeriod(Schedule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "period", check_integer("period", self.period, 1, _LARGEST))
+
+    @property
+    def shortest_period(self) -> int:
+        """``period``."""
+        return self.period
 
     def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
         """Always the same."""
@@ -121,6 +131,11 @@ class PostLocal(Schedule):
         """True if the learning rate says when."""
         return self.first_steps is None
 
+    @property
+    def shortest_period(self) -> int:
+        """1, unless there are no first steps."""
+        return self.period if self.first_steps == 0 else 1
+
     def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
         """1, then ``period``."""
         return xp.where(has_dropped if self.first_steps is None else steps >= self.first_steps, self.period, 1)
@@ -148,6 +163,11 @@ class GrowingPeriod(Schedule):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, _LARGEST))
         if self.last < self.first:
             raise ArgumentError(f"last is {self.last}; it must be at least first, {self.first}")
+
+    @property
+    def shortest_period(self) -> int:
+        """``first``."""
+        return self.first
 
     def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
         """Double as often as it is time to."""
@@ -204,6 +224,11 @@ class AdaptivePeriod(Schedule):
     def uses_learning_rate(self) -> bool:
         """True."""
         return True
+
+    @property
+    def shortest_period(self) -> int:
+        """1: it shrinks as far as the drift says."""
+        return 1
 
     def next_period(self, steps: Any, has_dropped: Any, xp: Any = np) -> Any:
         """The first one."""

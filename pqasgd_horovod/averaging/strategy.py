@@ -24,8 +24,17 @@ class PeriodicAveraging:
     :math:`a \leftarrow a + \frac1n \sum_i Q(x_i - a)` and :math:`x_i \leftarrow a`, with the anchor :math:`a` of the
     last average. With ``period=1`` and nothing else the gradients are exchanged instead, as Horovod does.
 
+    With ``delay=d`` the exchange takes place beside the next d steps. What each rank sends is about a snapshot
+    :math:`s_i` of :math:`x_i` at the end of the period; after d more local steps, on every rank after the same one,
+
+    .. math:: a \leftarrow a + \frac1n \sum_i Q(s_i - a), \qquad x_i \leftarrow a + (x_i - s_i),
+
+    so that what a rank has done meanwhile is kept. Results do not depend on how long the exchange took.
+
     Source: P. Jiang and G. Agrawal, "A Linear Speedup Analysis of Distributed Deep Learning with Sparse and Quantized
-    Communication", NeurIPS 2018 (PQASGD).
+    Communication", NeurIPS 2018 (PQASGD). Delay: Shen et al., "Faster distributed deep net training: computation and
+    communication decoupled stochastic gradient descent", IJCAI 2019 (CoCoD-SGD, which has d = p); Douillard et al.,
+    "Streaming DiLoCo with overlapping communication", 2025, whose mixing of x and a is left out.
 
     Args:
         period: steps between averages, at least 1, or a schedule: :class:`~.schedule.PostLocal`,
@@ -43,6 +52,11 @@ class PeriodicAveraging:
             each number, beside b/8 for that of a parameter at b bits. So the mean is exact, and what is not negative
             stays so. ``"reset"``: they become what they are in a new optimizer, and no bytes are sent. Only where
             replicas are averaged, and all coordinates at once.
+        delay: steps between the end of a period and the application of its average, which hide the exchange: at least
+            0, below the shortest period. Larger: a slower network is hidden, and averages are older. The replicas are
+            then the same after ``flush()`` only; anchors, and what ``check_consistency`` compares, are after each
+            average. A buffer becomes the mean of the snapshots; its changes since are dropped. One more array as large
+            as the model. PyTorch only.
 
     Raises ArgumentError for other values.
 
@@ -57,6 +71,7 @@ class PeriodicAveraging:
     outer: Outer = dataclasses.field(default_factory=Replace)
     selection: Selection = dataclasses.field(default_factory=All)
     moments: str = "local"
+    delay: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.period, Schedule):
@@ -69,7 +84,24 @@ class PeriodicAveraging:
             raise ArgumentError(f"outer is {self.outer!r}; it must be an outer optimizer, such as hvd.SlowMo(beta=0.5)")
         if not isinstance(self.selection, Selection):
             raise ArgumentError(f"selection is {self.selection!r}; it must be a selection, such as hvd.Rotation(8)")
+        object.__setattr__(self, "delay", check_integer("delay", self.delay, 0, 2**31))
         self._check_moments()
+        self._check_delay()
+
+    def _check_delay(self) -> None:
+        if not self.delay:
+            return
+        if self.delay >= self.schedule.shortest_period:
+            raise ArgumentError(
+                f"delay is {self.delay}; it must be below the fewest steps between two averages, which with "
+                f"period={self.period} are {self.schedule.shortest_period}: one average is applied before the next "
+                "begins"
+            )
+        if self.moments != "local":
+            raise ArgumentError(
+                f"delay is {self.delay} with moments={self.moments!r}; moments go on while the exchange does, and what "
+                "they have gathered meanwhile would be lost: use moments='local', or delay=0"
+            )
 
     def _check_moments(self) -> None:
         if self.moments not in MOMENT_POLICIES:
@@ -118,6 +150,7 @@ class PeriodicAveraging:
             "outer": self.outer.config(),
             "selection": self.selection.config(),
             "moments": self.moments,
+            "delay": self.delay,
         }
 
     @classmethod
@@ -137,6 +170,7 @@ class PeriodicAveraging:
             outer_from_config(config["outer"]),
             selection_from_config(config["selection"]),
             config["moments"],
+            config["delay"],
         )
 
 

@@ -112,6 +112,7 @@ def _load() -> ctypes.CDLL:
         "pq_decode_add": (i32, [pointer, pointer, i64, i64, _Keys, ctypes.c_float, pointer]),
         "pq_reduce": (i32, [pointer, i32, pointer, i64, pointer, ctypes.c_float, pointer, i64, i64, pointer, pointer]),
         "pq_apply": (i32, [pointer, i64, i64, pointer]),
+        "pq_rebase": (i32, [pointer, i64, i64, pointer]),
         "pq_gather": (i32, [pointer, i64, i64, pointer, i32]),
         "pq_capture": (i32, [pointer, i64, i64]),
         "pq_distance": (i32, [pointer, i64, i64, pointer, pointer]),
@@ -380,6 +381,22 @@ def apply(mean: NDArray[np.float32], start: int, target: Source) -> None:
     if mean.dtype != np.float32 or not mean.flags.c_contiguous:
         raise ArgumentError(f"mean has dtype {mean.dtype}; allowed is a contiguous float32 array")
     check_status(_library.pq_apply(mean.ctypes.data, start, mean.size, target._as_argument), "apply")
+
+
+def rebase(base: NDArray[Any], start: int, target: Source) -> None:
+    """Set the segments to ``base + (segments - anchor)``: what has changed since the anchor moves to another base.
+
+    In the type of the anchor, which is that of ``base``, and then in that of each segment.
+
+    >>> import numpy as np
+    >>> array, before = np.array([5.0, 7.0], np.float32), np.array([4.0, 4.0], np.float32)
+    >>> rebase(np.array([100.0, 200.0], np.float32), 0, Source.from_arrays([array], before))
+    >>> array
+    array([101., 203.], dtype=float32)
+    """
+    if _NUMPY_DTYPES.get(base.dtype) != target._struct.anchor_dtype or not base.flags.c_contiguous:
+        raise ArgumentError(f"base has dtype {base.dtype}; it must be a contiguous array of the anchor's type")
+    check_status(_library.pq_rebase(base.ctypes.data, start, base.size, target._as_argument), "rebase")
 
 
 def gather(source: Source, start: int, destination: NDArray[Any]) -> None:

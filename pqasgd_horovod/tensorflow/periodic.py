@@ -14,7 +14,7 @@ from ..averaging.meeting import Purpose
 from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
 from ..averaging.vector import FlatLayout
-from ..errors import CollectiveTimeoutError, MismatchError
+from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Bytes, Handle
 from ..exchange.handshake import verify_same
 from ..exchange.wire import format_by_rank
@@ -88,6 +88,12 @@ class PeriodicAverager:
         check_consistency: bool = False,
     ) -> None:
         config.check_for_parameters()
+        if averaging.delay:
+            raise ArgumentError(
+                f"averaging has delay={averaging.delay}; it must be 0 in TensorFlow, where an exchange ends with the "
+                "run of the graph that begins it, and cannot go on beside the next ones: use delay=0, or "
+                "pqasgd_horovod.torch"
+            )
         self._carrier = carrier
         self.averaging = averaging
         self._config = config

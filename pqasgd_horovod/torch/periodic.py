@@ -41,6 +41,8 @@ class PeriodicMethods(CommonMethods):
         """Before the local update: see that what is trainable has an anchor. Collective when that has changed."""
         # A parameter frozen in the middle of a period has local progress left to average, so it keeps its place until
         # the next one: then it leaves, or the codec's noise would move it.
+        if self._settings.averaging.delay and not all(p.requires_grad for p in self._placed):
+            self._averager.flush()  # with a delay no average of the schedule leaves all replicas the same
         leaving = self._averager.steps_since_average == 0
         due = [p for p in parameters_of(self) if p.requires_grad or (p in self._placed and not leaving)]
         if self._averager.prepared and len(due) == len(self._placed) and all(p in self._placed for p in due):
@@ -58,8 +60,8 @@ class PeriodicMethods(CommonMethods):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the user's optimizer step; at the end of a period average the replicas, which is collective.
 
-        Raises NonFiniteError or DesynchronizedError on every rank; parameters and anchor are then as before the
-        average.
+        With a delay that average is applied so many steps later. Raises NonFiniteError or DesynchronizedError on every
+        rank; parameters and anchor are then as before the average.
         """
         self._prepare()
         loss = self._local_step(closure)

@@ -244,3 +244,47 @@ class TestRefusals:
             native.set_num_threads(0)
         with pytest.raises(ArgumentError, match="choose from"):
             native.force_isa("abacus")
+
+
+@pytest.mark.parametrize("anchor_dtype", [np.float32, np.float64])
+def test_rebase_carries_what_has_changed_to_another_base(isa, threads, anchor_dtype):
+    rng = np.random.default_rng(1)
+    total = sum(SIZES)
+    halves = rng.standard_normal(300).astype(np.float32)
+    for start, count in [(3, total + 290), (5, 1), (total + 300, 0)]:
+        arrays = make_arrays(np.random.default_rng(2), SIZES)
+        bf16 = to_bf16(halves)
+        segments = [(a.ctypes.data, {2: native.DTYPE_F16, 4: native.DTYPE_F32, 8: native.DTYPE_F64}[a.itemsize], a.size)
+                    for a in arrays]  # fmt: skip
+        anchor = rng.standard_normal(total + 300).astype(anchor_dtype)
+        base = rng.standard_normal(count).astype(anchor_dtype)
+        target = native.Source(
+            [*segments, (bf16.ctypes.data, native.DTYPE_BF16, bf16.size)],
+            (anchor.ctypes.data, native.DTYPE_F64 if anchor_dtype == np.float64 else native.DTYPE_F32),
+        )
+        wanted, at = [], 0
+        for before in [*(a.copy() for a in arrays), from_bf16(bf16.copy())]:
+            # A segment wider than the anchor is read in the anchor's type first.
+            narrow = before if before.dtype == anchor_dtype else before.astype(np.float32)
+            place = slice(max(at, start), max(at, start, min(at + before.size, start + count)))
+            inside = slice(place.start - at, place.stop - at)
+            after = base[place.start - start : place.stop - start] + (
+                narrow[inside].astype(anchor_dtype) - anchor[place]
+            )
+            wanted.append(before)
+            wanted[-1][inside] = after if after.dtype == before.dtype else after.astype(np.float32)
+            at += before.size
+        native.rebase(base, start, target)
+        for array, expected in zip(arrays, wanted, strict=False):
+            np.testing.assert_array_equal(array, expected)
+        np.testing.assert_array_equal(bf16, to_bf16(wanted[-1]))
+
+
+def test_rebase_refuses_a_base_of_another_type_and_a_target_without_an_anchor():
+    array = np.zeros(3, np.float32)
+    with pytest.raises(ArgumentError, match="base has dtype float64"):
+        native.rebase(np.zeros(3), 0, native.Source.from_arrays([array], array.copy()))
+    with pytest.raises(ArgumentError, match="rebase"):
+        native.rebase(np.zeros(3, np.float32), 0, native.Source.from_arrays([array]))
+    with pytest.raises(ArgumentError, match="rebase"):
+        native.rebase(np.zeros(3, np.float32), 1, native.Source.from_arrays([array], array.copy()))

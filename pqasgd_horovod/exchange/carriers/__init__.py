@@ -12,9 +12,11 @@ promise:
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +26,8 @@ Bytes = NDArray[np.uint8]
 
 _EAGER_POLLS = 20
 _LONGEST_PAUSE_SECONDS = 1e-4
+_LONGEST_PATIENT_PAUSE_SECONDS = 1e-3
+_thread = threading.local()
 
 
 class Handle(Protocol):
@@ -63,15 +67,32 @@ class Carrier(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def patiently() -> Iterator[None]:
+    """Let this thread wait with longer pauses: one that works beside the training thread, from which each poll takes.
+
+    >>> with patiently():
+    ...     wait_until(lambda: True, timeout=0)
+    True
+    """
+    _thread.longest_pause = _LONGEST_PATIENT_PAUSE_SECONDS
+    try:
+        yield
+    finally:
+        del _thread.longest_pause
+
+
 def wait_until(condition: Callable[[], bool], timeout: float | None) -> bool:
     """Poll ``condition`` until it holds (True) or ``timeout`` seconds have passed (False); None waits without end.
 
-    The pauses grow to 0.1 ms: short beside a transfer, long enough to leave the processor to whoever does the transfer.
+    The pauses grow to 0.1 ms: short beside a transfer, long enough to leave the processor to whoever does the transfer;
+    within :func:`patiently` to 1 ms.
 
     >>> wait_until(lambda: True, timeout=0), wait_until(lambda: False, timeout=0)
     (True, False)
     """
     deadline = None if timeout is None else time.monotonic() + timeout
+    longest = getattr(_thread, "longest_pause", _LONGEST_PAUSE_SECONDS)
     polls = 0
     while not condition():
         if deadline is not None and time.monotonic() >= deadline:
@@ -80,5 +101,5 @@ def wait_until(condition: Callable[[], bool], timeout: float | None) -> bool:
         if polls <= _EAGER_POLLS and hasattr(os, "sched_yield"):
             os.sched_yield()
         else:
-            time.sleep(min(1e-6 * polls, _LONGEST_PAUSE_SECONDS))
+            time.sleep(longest * min(polls / 100, 1.0))
     return True

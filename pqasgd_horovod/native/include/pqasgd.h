@@ -92,6 +92,10 @@ PQ_EXPORT int32_t pq_reduce(const pq_codec* codec, int32_t num_payloads, const u
 /* With an anchor: anchor[start..] += mean, segments = anchor in their dtype. Without: segments = mean in their dtype. */
 PQ_EXPORT int32_t pq_apply(const float* mean, int64_t start, int64_t count, const pq_source* target);
 
+/* segments = base + (segments - anchor), in the anchor's type, then in theirs: what they have changed by since the anchor was taken is
+ * carried over to a new base, of `count` numbers of the anchor's type. */
+PQ_EXPORT int32_t pq_rebase(const void* base, int64_t start, int64_t count, const pq_source* target);
+
 /* destination = source[start, start + count), minus the anchor; dtype PQ_F32, or PQ_F64 where there is no residual. */
 PQ_EXPORT int32_t pq_gather(const pq_source* source, int64_t start, int64_t count, void* destination, int32_t dtype);
 

@@ -336,6 +336,15 @@ int32_t pq_apply(const float* mean, int64_t start, int64_t count, const pq_sourc
   return PQ_OK;
 }
 
+int32_t pq_rebase(const void* base, int64_t start, int64_t count, const pq_source* target) {
+  if (!good_source(target, start, count) || !target->anchor || (count && !base)) return PQ_BAD_ARGUMENT;
+  const int64_t width = target->anchor_dtype == PQ_F32 ? 4 : 8;
+  spread(count, 1, [&](int64_t begin, int64_t end) {
+    kernels().rebase((const char*)base + begin * width, start + begin, end - begin, *target);
+  });
+  return PQ_OK;
+}
+
 int32_t pq_gather(const pq_source* source, int64_t start, int64_t count, void* destination, int32_t dtype) {
   if (!good_source(source, start, count) || (count && !destination) || (dtype != PQ_F32 && dtype != PQ_F64) ||
       (source->residual && dtype != PQ_F32))

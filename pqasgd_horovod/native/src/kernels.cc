@@ -1021,6 +1021,31 @@ void apply(const float* mean, int64_t start, int64_t count, const pq_source& tar
   });
 }
 
+template <class Number>
+void rebase_from(const Number* base, int64_t start, int64_t count, const pq_source& target) {
+  alignas(64) float scratch[kCastBlock];
+  for_pieces(target, start, count, [&](const pq_segment& segment, int64_t at, int64_t from, int64_t length) {
+    const Number* anchor = (const Number*)target.anchor + start + from;
+    const Number* b = base + from;
+    if (segment.dtype == (sizeof(Number) == 8 ? PQ_F64 : PQ_F32)) {
+      Number* x = (Number*)segment.data + at;
+      for (int64_t i = 0; i < length; ++i) x[i] = b[i] + (x[i] - anchor[i]);
+      return;
+    }
+    for (int64_t done = 0; done < length; done += kCastBlock) {
+      const int64_t n = std::min<int64_t>(kCastBlock, length - done);
+      to_floats(segment, at + done, n, scratch);
+      for (int64_t i = 0; i < n; ++i) scratch[i] = (float)(b[done + i] + ((Number)scratch[i] - anchor[done + i]));
+      store_values(scratch, n, segment, at + done);
+    }
+  });
+}
+
+void rebase(const void* base, int64_t start, int64_t count, const pq_source& target) {
+  if (target.anchor_dtype == PQ_F64) rebase_from((const double*)base, start, count, target);
+  else rebase_from((const float*)base, start, count, target);
+}
+
 void gather_values(const pq_source& source, int64_t start, int64_t count, void* destination, int32_t dtype) {
   if (dtype == PQ_F32) {
     load_values(source, start, count, (float*)destination);
@@ -1090,7 +1115,7 @@ extern const Kernels PQ_JOIN(kernels_, PQ_ISA) = {
     PQ_TEXT(PQ_ISA),
 #endif
     PQ_ISA::encode,   PQ_ISA::decode_add, PQ_ISA::reduce,        PQ_ISA::select_numbers, PQ_ISA::subtract,
-    PQ_ISA::own_rest, PQ_ISA::apply,      PQ_ISA::gather_values, PQ_ISA::outer,          PQ_ISA::distance,
-    PQ_ISA::capture};
+    PQ_ISA::own_rest, PQ_ISA::apply,      PQ_ISA::rebase,        PQ_ISA::gather_values,  PQ_ISA::outer,
+    PQ_ISA::distance, PQ_ISA::capture};
 
 }  // namespace pqasgd

@@ -56,6 +56,7 @@ struct Kernels {
   // next_residual = source minus what it counts as uncoded.
   void (*own_rest)(const Plan&, const pq_source&, int64_t start, pq_keys, int64_t begin, int64_t end);
   void (*apply)(const float* mean, int64_t start, int64_t count, const pq_source& target, bool past_caches);
+  void (*rebase)(const void* base, int64_t start, int64_t count, const pq_source& target);
   void (*gather)(const pq_source&, int64_t start, int64_t count, void* destination, int32_t dtype);
   void (*outer)(float decay, float a, float b, int64_t count, float* momentum, float* delta);
   double (*distance)(const pq_source&, int64_t start, int64_t count, const float* center);
