@@ -226,14 +226,15 @@ def test_steps_go_on_while_messages_are_on_their_way(method):
     assert run_ranks(2, program, timeout=30.0) == [True, True]
 
 
-def test_a_flush_right_at_the_snapshot_is_an_average_without_delay():
+@pytest.mark.parametrize("variant", ["two_phase", "feedback", "slowmo"])
+def test_a_flush_right_at_the_snapshot_is_an_average_without_delay(variant):
     def program(carrier, delay):
-        averager = make_averager(carrier, delay=delay)
+        averager = make_averager(carrier, **{**VARIANTS[variant], "delay": delay})
         views = make_views(SHAPES, seed=1)
         averager.prepare(views)
         for step in range(12):
             move(views, carrier.rank, step)
-            averager.count_step()
+            averager.count_step(0.1)
             if step % 4 == 3:
                 averager.flush()
         return arrays(views), averager.state_dict()
@@ -241,8 +242,10 @@ def test_a_flush_right_at_the_snapshot_is_an_average_without_delay():
     plain, delayed = (run_ranks(2, lambda carrier, d=delay: program(carrier, d)) for delay in (0, 3))
     for (one, state), (other, delayed_state) in zip(plain, delayed, strict=True):
         assert_equal(one, other)
-        assert_equal(state["anchor"], delayed_state["anchor"])
+        for kind in ("anchor", "momentum", "residual", "mean_residual"):
+            assert_equal(state[kind], delayed_state[kind])
         assert state["rounds"] == delayed_state["rounds"] == 3
+    assert bool(plain[0][1]["residual"]) == (variant == "feedback")
 
 
 def test_the_local_progress_is_averaged_too():
@@ -292,6 +295,76 @@ def test_nan_is_the_same_error_at_the_same_step_and_nothing_is_lost(where):
         for step in range(9):
             move(views, rank, step)
     np.testing.assert_allclose(first["w"], (expected[0][0].array + expected[1][0].array) / 2, rtol=0, atol=2e-6)
+
+
+def test_an_error_under_way_is_what_a_flush_raises_and_the_next_flush_works():
+    def program(carrier):
+        averager = make_averager(carrier)
+        views = make_views(SHAPES, seed=0)
+        averager.prepare(views)
+        for step in range(5):
+            move(views, carrier.rank, step)
+            good = views[0].array[0]
+            if step == 3 and carrier.rank == 1:
+                views[0].array[0] = np.inf
+            averager.count_step()
+            views[0].array[0] = good
+        with pytest.raises(NonFiniteError) as caught:
+            averager.flush()
+        averager.flush()
+        return str(caught.value), arrays(views), averager.rounds
+
+    (text, one, rounds), (text1, other, rounds1) = run_ranks(2, program)
+    assert text == text1
+    assert rounds == rounds1 == 1
+    assert_equal(one, other)
+
+
+def test_a_flush_alone_of_an_average_that_failed_does_not_wait_for_the_others():
+    def program(carrier):
+        averager = make_averager(carrier)
+        views = make_views(SHAPES, seed=0)
+        averager.prepare(views)
+        views[0].array[0] = np.nan
+        for _ in range(5):
+            averager.count_step()
+        with pytest.raises(NonFiniteError):
+            (averager.flush if carrier.rank == 0 else averager.count_step)()
+        return True
+
+    assert run_ranks(2, program, timeout=20.0) == [True, True]
+
+
+@pytest.mark.parametrize("period", [3, GrowingPeriod(3, 6, 4)], ids=str)
+def test_averages_begin_after_the_same_steps_whatever_the_delay(period):
+    def program(carrier, delay):
+        averager, begun = make_averager(carrier, period, delay), []
+        views = make_views(LARGE, seed=1)
+        averager.prepare(views)
+        for step in range(1, 25):
+            averager.count_step()
+            if averager._steps_since_round == 0:
+                begun.append(step)
+        return begun, averager.rounds
+
+    (plain, rounds), *others = (run_ranks(2, lambda carrier, d=delay: program(carrier, d))[0] for delay in (0, 1, 2))
+    assert plain == ([3, 6, 9, 12, 15, 18, 21, 24] if period == 3 else [3, 6, 12, 18, 24])
+    assert others == [(plain, rounds - 1)] * 2  # the last one is under way
+
+
+def test_the_outer_step_is_at_the_learning_rate_of_the_snapshot():
+    def program(carrier, other_rate):
+        averager = make_averager(carrier, outer=SlowMo(0.5, 0.7))
+        views = make_views(LARGE, seed=1)
+        averager.prepare(views)
+        for step in range(1, 15):
+            move(views, carrier.rank, step)
+            averager.count_step(0.1 if step % 4 == 0 else other_rate)
+        return arrays(views)
+
+    constant, changing = (run_ranks(2, lambda carrier, r=rate: program(carrier, r)) for rate in (0.1, 0.3))
+    for one, other in zip(constant, changing, strict=True):
+        assert_equal(one, other)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 5], ids=["before", "at the snapshot", "in the window"])

@@ -117,6 +117,11 @@ def test_exchange_json(tmp_path):
         assert {name: row["bytes_sent"] for name, row in own.items()} == {
             name: rows[name]["bytes_sent"] for name in names
         }
+    for where in ("on this core", "elsewhere"):
+        alone, *trained = (rows[f"8 steps {where}, {how}"] for how in ("alone", "delay 0", "delay 2", "delay 4"))
+        for row in trained:
+            assert row["exposed_seconds"] == pytest.approx(row["seconds"] - alone["seconds"])
+            assert row["bytes_sent"] == rows["ours 4 bits"]["bytes_sent"]
     assert document["settings"] == list(bench_exchange.SETTINGS)
 
 
