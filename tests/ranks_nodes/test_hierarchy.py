@@ -61,9 +61,10 @@ def test_replicas_are_the_same_and_between_nodes_there_are_codes_only(period, ex
     assert everywhere[0]["uncompressed_bytes"] == 6 * (2 * 3 * 4 * elements // 4) // 2
 
 
-@pytest.mark.parametrize("period", [1, 3])
-def test_training_resumes_bit_exactly_with_the_residuals_of_nodes(period):
-    assert_it_resumes({**OPTIONS, "period": period, "feedback": hvd.Feedback()}, saved_after=4, steps=7)
+@pytest.mark.parametrize(("period", "delay"), [(1, 0), (3, 0), (3, 2)])
+def test_training_resumes_bit_exactly_with_the_residuals_of_nodes(period, delay):
+    options = {**OPTIONS, "averaging": hvd.PeriodicAveraging(period, delay=delay), "feedback": hvd.Feedback()}
+    assert_it_resumes(options, saved_after=4, steps=7)
 
 
 def test_nan_on_one_rank_is_one_error_on_all():
