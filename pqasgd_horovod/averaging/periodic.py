@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import native
@@ -15,6 +15,7 @@ from ..exchange.plan import num_parts
 from .background import Background
 from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig
+from .counted import CountedStatistics, gather_most_counted
 from .meeting import Meeting, Purpose
 from .moments import Moments, common_moments
 from .pace import Pace, check_learning_rates, rounded
@@ -63,6 +64,7 @@ class PeriodicAverager:
         self._moments = moments
         self._parameters: Sequence[TensorView] = ()
         self._buffers: Sequence[TensorView] = ()
+        self._counted: Sequence[CountedStatistics] = ()
         self._averaging = averaging
         self._config = config
         self._name = name
@@ -88,9 +90,15 @@ class PeriodicAverager:
         """Whether the anchor is there."""
         return self._prepared
 
-    def prepare(self, parameters: Sequence[TensorView], buffers: Sequence[TensorView] = ()) -> None:
+    def prepare(
+        self,
+        parameters: Sequence[TensorView],
+        buffers: Sequence[TensorView] = (),
+        counted: Sequence[CountedStatistics] = (),
+    ) -> None:
         """Lay out the tensors and take anchors; collective.
 
+        Buffers become the mean of their values, ``counted`` statistics those of the rank with the most batches.
         Tensors that had an anchor keep it, also in the middle of a period; the others take a restored anchor, or else
         their present value, which must be the same on every rank. Raises MismatchError on every rank if layout,
         counters or anchors differ, and changes nothing then. An average under way is applied first.
@@ -101,10 +109,12 @@ class PeriodicAverager:
             self._restored = no_arrays()
             self._prepared = True
             return
-        self._lay_out(parameters, buffers)
-        self._parameters, self._buffers = parameters, buffers
+        self._lay_out(parameters, buffers, counted)
+        self._parameters, self._buffers, self._counted = parameters, buffers, counted
 
-    def _lay_out(self, parameters: Sequence[TensorView], buffers: Sequence[TensorView]) -> None:
+    def _lay_out(
+        self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], counted: Sequence[CountedStatistics]
+    ) -> None:
         assert self._carrier is not None
         arrays = self._arrays()
         anchors = arrays["anchor"]
@@ -122,7 +132,7 @@ class PeriodicAverager:
                     anchor[vector.span(i)] = anchors[tensor.name]
             digests.update(digest_tensors(vector, anchor))
             layout.append((vector, anchor, compressed))
-        digest = self._agree(parameters, buffers, digests)
+        digest = self._agree(parameters, buffers, counted, digests)
         plans = [
             plan_channel(
                 vector,
@@ -162,7 +172,11 @@ class PeriodicAverager:
         return channel.vector.offsets[sum(name not in self._buffer_names for name in channel.vector.names)]
 
     def _agree(
-        self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], digests: Mapping[str, str]
+        self,
+        parameters: Sequence[TensorView],
+        buffers: Sequence[TensorView],
+        counted: Sequence[CountedStatistics],
+        digests: Mapping[str, str],
     ) -> int:
         assert self._carrier is not None
         description = {
@@ -172,6 +186,7 @@ class PeriodicAverager:
             "buffers": {tensor.name: tensor.description for tensor in buffers},
             "parameter_order": [tensor.name for tensor in parameters],
             "buffer_order": [tensor.name for tensor in buffers],
+            "counted": [f"{layer.name}: {layer.description}" for layer in counted],
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)
@@ -233,6 +248,7 @@ class PeriodicAverager:
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         sources = [(channel, channel.source()) for channel in self._channels]
         details = self._exchange(sources, self.steps, fragment, details)
+        adopt = self._gather_counted(fragment)
         if self._pace.uses_drift:
             # Before an outer optimizer: what counts is how far the ranks are from each other.
             self._pace.distance = sum(channel.distance(self._parameter_elements(channel)) for channel in self._channels)
@@ -240,6 +256,7 @@ class PeriodicAverager:
         for channel, source in sources:
             channel.apply(source, outer)
             self._clear_buffer_anchors(channel)
+        adopt()
         self._steps_since_round = 0
         if fragment is None:
             self.steps_since_average = 0
@@ -317,13 +334,21 @@ class PeriodicAverager:
         self.statistics.exchange_seconds += time.perf_counter() - started
         self._verify()
 
+    def _gather_counted(self, fragment: int | None) -> Callable[[], None]:
+        """Return what adopts statistics, once in a rotation; collective."""
+        is_due = fragment is None or fragment == self._averaging.selection.num_fragments - 1
+        if self._carrier is None or not self._counted or not is_due:
+            return lambda: None
+        name, refuse = f"{self._name}.statistics", self._config.nonfinite == "raise"
+        return gather_most_counted(self._carrier, self._counted, name, self.statistics, refuse_nonfinite=refuse)
+
     def _place_moments(self, carrier: Carrier) -> None:
         """Lay out the moments that all ranks have, as buffers, if they are not those of the last average."""
         assert self._moments is not None
         moments = common_moments(carrier, self._moments.views(), f"{self._name}.moments")
         buffers = [*self._buffers, *moments]
         if {tensor.name for tensor in buffers} != self._buffer_names:
-            self._lay_out(self._parameters, buffers)
+            self._lay_out(self._parameters, buffers, self._counted)
 
     def _clear_buffer_anchors(self, channel: Channel) -> None:
         assert channel.anchor is not None

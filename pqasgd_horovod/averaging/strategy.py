@@ -13,7 +13,7 @@ from .outer import Outer, Replace, outer_from_config
 from .schedule import FixedPeriod, Schedule, schedule_from_config
 from .selection import All, Rotation, Selection, selection_from_config
 
-BUFFER_POLICIES = ("statistics", "all", "local")
+BUFFER_POLICIES = ("statistics", "all", "max_count", "local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,10 @@ class PeriodicAveraging:
             :class:`~.schedule.GrowingPeriod`. Larger: fewer bytes, and replicas that drift further apart.
         buffers: what becomes of floating-point buffers at an average. ``"statistics"``: the running statistics of
             normalization layers are averaged; ``"all"``: every floating-point buffer is; ``"local"``: none is. They
-            travel as float32, uncompressed.
+            travel as float32, uncompressed. ``"max_count"``: each such layer takes the statistics, and the count, of
+            the rank on which it has seen the most batches, the lowest of them, as they are: for data that is spread
+            unevenly, so that a rank with few batches does not count as much as one with many (PyTorch only: Keras'
+            layers do not count).
         outer: what is done with the mean of the changes: :class:`~.outer.Replace`, the paper's, :class:`~.outer.SlowMo`
             or :class:`~.outer.Nesterov`. A rank that trains alone steps without it.
         selection: which coordinates an average is about: :class:`~.selection.All`, or a part in turn,
@@ -101,6 +104,11 @@ class PeriodicAveraging:
             raise ArgumentError(
                 f"delay is {self.delay} with moments={self.moments!r}; moments go on while the exchange does, and what "
                 "they have gathered meanwhile would be lost: use moments='local', or delay=0"
+            )
+        if self.buffers == "max_count":
+            raise ArgumentError(
+                f"delay is {self.delay} with buffers='max_count'; the statistics of one rank go on while the exchange "
+                "does: use another policy for buffers, or delay=0"
             )
 
     def _check_moments(self) -> None:

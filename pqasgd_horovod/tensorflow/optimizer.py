@@ -478,6 +478,11 @@ def distribute(
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
         strategy = resolve_averaging(period, averaging)
         _check_moments(optimizer, strategy.moments)
+        if strategy.buffers == "max_count":
+            raise ArgumentError(
+                "buffers is 'max_count', and Keras' BatchNormalization does not count its batches: use 'statistics', "
+                "'all' or 'local'"
+            )
         codec = codec_of(compression)
         second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
         stock = strategy.exchanges_gradients and (codec is None or codec.commutes_with_sum)

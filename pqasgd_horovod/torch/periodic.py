@@ -11,7 +11,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import PeriodicAverager
 from .moments import OptimizerMoments
-from .tensors import TensorMemory, select_buffers
+from .tensors import TensorMemory, select_buffers, select_counted
 from .wrapping import CommonMethods, Settings, parameters_of
 
 
@@ -48,9 +48,10 @@ class PeriodicMethods(CommonMethods):
         if self._averager.prepared and len(due) == len(self._placed) and all(p in self._placed for p in due):
             return
         placed = {p: TensorMemory(self._parameter_names[p], functools.partial(_itself, p)) for p in due}
-        model = self._settings.model
-        buffers = [] if model is None else list(select_buffers(model, self._settings.averaging.buffers))
-        self._averager.prepare(list(placed.values()), buffers)
+        model, policy = self._settings.model, self._settings.averaging.buffers
+        buffers = [] if model is None else list(select_buffers(model, policy))
+        counted = [] if model is None else select_counted(model, policy)
+        self._averager.prepare(list(placed.values()), buffers, counted)
         self._placed = placed
 
     def synchronize(self) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .. import native
 from ..averaging.statistics import CommunicationStatistics
 from ..errors import ArgumentError
+from ..exchange.carriers import Bytes
 
 GatherHandle = Callable[[], torch.Tensor]
 """Horovod's handle of a sparse gradient on its way: call it to wait for the mean."""
@@ -185,10 +186,62 @@ def select_buffers(model: torch.nn.Module, policy: str) -> Iterator[TensorMemory
     """Yield the buffers that ``policy`` averages; see :class:`~pqasgd_horovod.averaging.PeriodicAveraging`."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        if policy == "local" or (policy == "statistics" and not isinstance(module, _NormBase)):
+        if policy in ("local", "max_count") or (policy == "statistics" and not isinstance(module, _NormBase)):
             continue
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and id(buffer) not in seen:
                 seen.add(id(buffer))
                 path = f"{module_name}.{key}" if module_name else key
                 yield TensorMemory(f"buffer {path}", functools.partial(module.get_buffer, key))
+
+
+class LayerStatistics:
+    """Running mean and variance of a normalization layer, which counts the batches that it has seen."""
+
+    def __init__(self, name: str, layer: _NormBase) -> None:
+        self.name = name
+        self._layer = layer
+        self.description = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in self._tensors())
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        mean, variance = self._layer.running_mean, self._layer.running_var
+        assert mean is not None
+        assert variance is not None
+        return [mean, variance]
+
+    def count(self) -> int:
+        """Return the number of batches."""
+        return int(self._layer.num_batches_tracked or 0)
+
+    def pack(self) -> bytes:
+        """Return the statistics as bytes."""
+        return b"".join(_bytes_of(tensor).numpy().tobytes() for tensor in self._tensors())
+
+    def _unpack(self, packed: Bytes) -> list[torch.Tensor]:
+        both = torch.from_numpy(packed.copy()).split([tensor.nbytes for tensor in self._tensors()])
+        return [part.clone().view(tensor.dtype) for part, tensor in zip(both, self._tensors(), strict=True)]
+
+    def is_finite(self, packed: Bytes) -> bool:
+        """Return whether there is no NaN or Inf in bytes of :meth:`pack`."""
+        return all(bool(part.isfinite().all()) for part in self._unpack(packed))
+
+    def adopt(self, count: int, packed: Bytes) -> None:
+        """Take over a count and bytes of :meth:`pack`."""
+        for tensor, part in zip(self._tensors(), self._unpack(packed), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+        if self._layer.num_batches_tracked is not None:
+            self._layer.num_batches_tracked.fill_(count)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def select_counted(model: torch.nn.Module, policy: str) -> list[LayerStatistics]:
+    """Return the layers whose statistics are taken over from the rank with the largest count, if that is the policy."""
+    return [
+        LayerStatistics(name, module)
+        for name, module in model.named_modules()
+        if policy == "max_count" and isinstance(module, _NormBase) and module.running_mean is not None
+    ]

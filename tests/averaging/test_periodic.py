@@ -476,7 +476,7 @@ def test_a_tensor_that_changed_its_type_is_refused_with_nothing_in_flight():
     [
         ({"period": 0}, "period is 0"),
         ({"period": 2.5}, "period is 2.5"),
-        ({"buffers": "some"}, "buffers is 'some'; it must be one of 'statistics', 'all', 'local'"),
+        ({"buffers": "some"}, "buffers is 'some'; it must be one of 'statistics', 'all', 'max_count', 'local'"),
     ],
 )
 def test_schedules_that_are_not_allowed(arguments, text):

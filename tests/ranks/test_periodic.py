@@ -139,6 +139,28 @@ def test_statistics_of_batch_norm_are_averaged_and_counters_are_not():
 
 
 @several_ranks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_statistics_of_the_rank_with_the_most_batches(dtype):
+    """Data that is spread unevenly: rank 1 sees two batches in a step, which rank 0 sees only at the end."""
+    model = make_model(dtype)
+    averaging = hvd.PeriodicAveraging(period=2, buffers="max_count")
+    optimizer = wrap(model, compression=EDEN2, averaging=averaging)
+    for step in range(5):
+        if hvd.rank() == (1 if step < 4 else 0):
+            loss_of(model, 100 + step)
+        train(model, optimizer, range(step, step + 1))
+        if step % 2 == 0:
+            local = everybody((floats(model), int(model.norm.num_batches_tracked)))
+            if step < 4:
+                assert [count for _, count in local][:2] == [2 * step + 1, 2 * step + 2]
+    optimizer.flush()
+    assert model.norm.num_batches_tracked == 10
+    for name in ("norm.running_mean", "norm.running_var"):
+        np.testing.assert_array_equal(floats(model)[name], local[0][0][name])
+    assert_replicas_equal(model)
+
+
+@several_ranks
 def test_buffers_may_stay_local_or_all_be_averaged():
     for policy, averaged in (("local", False), ("statistics", False), ("all", True)):
         model = make_model(norm=False)

@@ -96,6 +96,8 @@ def test_what_is_refused():
     reset = hvd.PeriodicAveraging(period=2, moments="reset")
     with pytest.raises(ArgumentError, match="moments is 'reset' and the optimizer is Adam, which goes by its iter"):
         wrap(keras.optimizers.Adam(), averaging=reset)
+    with pytest.raises(ArgumentError, match="buffers is 'max_count', and Keras' BatchNormalization does not count"):
+        wrap(averaging=hvd.PeriodicAveraging(period=2, buffers="max_count"))
     optimizer = wrap(keras.optimizers.Lion(), averaging=reset)
     with pytest.raises(ArgumentError, match="moments is 'reset': Keras does not tell"):
         optimizer.register_local_var(tf.Variable(1.0))
