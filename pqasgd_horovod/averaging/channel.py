@@ -137,7 +137,7 @@ class Channel:
         self.outer_elements = 0
         """How many elements, from the first one, an outer optimizer moves."""
         self.momentum: NDArray[np.float32] = np.zeros(0, np.float32)
-        """The outer optimizer's, of ``outer_elements``."""
+        """The outer optimizer's, of ``outer_elements``, if it is held here."""
         # With a float32 anchor what arrives is the next anchor, anchor + mean, and the two arrays change places: one
         # walk over memory less, and an error leaves the anchor as it was.
         self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
@@ -211,10 +211,17 @@ class Channel:
         self.exchange.begin(bucket, source, start, step=step, round=round)
         self.exchange.advance()
 
-    def hold_momentum(self, num_elements: int) -> None:
+    def move_by_outer(self, num_elements: int, holds_momentum: bool) -> None:
         """Let an outer optimizer move the first ``num_elements``; what arrives is then the mean, not the anchor."""
         self.outer_elements = num_elements
-        self.momentum = np.zeros(num_elements, np.float32)
+        self.momentum = np.zeros(num_elements if holds_momentum else 0, np.float32)
+
+    def anchors_and_means(self) -> dict[str, tuple[AnchorArray, NDArray[np.float32]]]:
+        """Return anchor and mean, as they lie in memory, of each tensor that an outer optimizer moves; before apply."""
+        assert self.anchor is not None
+        moved = self.vector.tensors_in(0, self.outer_elements)
+        spans = {self.vector.names[i]: self.vector.span(i) for i in moved}
+        return {name: (self.anchor[span], self._arriving[span]) for name, span in spans.items()}
 
     def distance(self, num_elements: int) -> float:
         """Return the squared distance of the first ``num_elements`` from the mean that has arrived; before apply."""
@@ -276,8 +283,7 @@ class Channel:
             native.rebase(self.anchor[span], span.start, target)
 
     def _step_outer(self, span: slice, outer: Coefficients | None) -> None:
-        if self.outer_elements:
-            assert outer is not None
+        if outer is not None and self.outer_elements:
             moved = slice(span.start, min(span.stop, self.outer_elements))
             native.outer(*outer, self.momentum[moved], self._arriving[moved])
 
@@ -312,7 +318,7 @@ class Channel:
         found: dict[str, AnchorArray] = {}
         if self.anchor is not None:
             found["anchor"] = self.anchor
-        if self.outer_elements:
+        if self.momentum.size:
             found["momentum"] = self.momentum
         if self._residuals is not None:
             found["residual"] = self._residuals.kept

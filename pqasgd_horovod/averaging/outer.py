@@ -8,12 +8,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..codecs.base import FLOAT32
 from ..errors import ArgumentError
+
+AnchorArray = NDArray[np.float32] | NDArray[np.float64]
 
 
 class Coefficients(NamedTuple):
@@ -145,6 +148,56 @@ class Nesterov(Outer):
         return Coefficients(self.momentum, self.lr * self.momentum, self.lr)
 
 
+@dataclasses.dataclass(frozen=True)
+class OuterOptimizer(Outer):
+    r"""Any optimizer of the framework: it steps the anchor, with :math:`-\bar\delta` for a gradient.
+
+    What ``PeriodicAveraging(outer=...)`` makes of what is no outer optimizer of this package. Every rank steps by
+    itself on the same bytes; that replicas stay bit-identical then rests on the framework's arithmetic, which may
+    differ between instruction sets and numbers of threads: use identical machines, and ``check_consistency`` to see.
+
+    Args:
+        optimizer: what the front end makes one from: in PyTorch a callable that is given parameters, in Keras an
+            optimizer or its serialized configuration.
+        description: what all ranks and a checkpoint have to agree on; JSON.
+
+    Source: Reddi et al., "Adaptive federated optimization", ICLR 2021.
+    """
+
+    id = "optimizer"
+
+    optimizer: Any
+    description: Any = None
+
+    def coefficients(self, learning_rate_ratio: float) -> Coefficients | None:
+        """None: the optimizer itself moves the anchor."""
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """Return the description."""
+        return {"id": self.id, "optimizer": self.description}
+
+
+class OuterStepper(Protocol):
+    """A framework's optimizer in the place of an outer step."""
+
+    def place(self, anchors: Mapping[str, AnchorArray]) -> None:
+        """Make the optimizer of these parameters; those that it had keep their state."""
+        ...
+
+    def step(self, anchors_and_means: Mapping[str, tuple[AnchorArray, FLOAT32]]) -> None:
+        """Move the anchors, in place, by the means of the changes."""
+        ...
+
+    def state_dict(self) -> Any:
+        """Return a copy of what is saved."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take over what was saved, for the next :meth:`place`; None: begin anew."""
+        ...
+
+
 def outer_step(coefficients: Coefficients, momentum: FLOAT32, delta: FLOAT32) -> None:
     """Do an outer step in place: the NumPy specification of :func:`pqasgd_horovod.native.outer`.
 
@@ -160,7 +213,7 @@ def outer_step(coefficients: Coefficients, momentum: FLOAT32, delta: FLOAT32) ->
     delta += a * momentum
 
 
-OUTERS: Mapping[str, type[Outer]] = {cls.id: cls for cls in (Replace, SlowMo, Nesterov)}
+OUTERS: Mapping[str, type[Outer]] = {cls.id: cls for cls in (Replace, SlowMo, Nesterov, OuterOptimizer)}
 """Outer optimizers by id."""
 
 

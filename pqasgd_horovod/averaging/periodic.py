@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import native
+from ..codecs.base import FLOAT32
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
@@ -18,6 +19,7 @@ from .config import ExchangeConfig
 from .counted import CountedStatistics, gather_most_counted
 from .meeting import Meeting, Purpose
 from .moments import Moments, common_moments
+from .outer import OuterOptimizer, OuterStepper
 from .pace import Pace, check_learning_rates, rounded
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
@@ -46,7 +48,8 @@ class PeriodicAverager:
 
     Use: :meth:`prepare` before each local update, :meth:`count_step` after it. Both are collective at times: every rank
     has to make the same calls. ``carrier`` is None for a rank that trains alone; then steps are counted and nothing
-    else happens. ``moments`` is needed where ``averaging.moments`` is not ``"local"``.
+    else happens. ``moments`` is needed where ``averaging.moments`` is not ``"local"``, ``outer_stepper`` where
+    ``averaging.outer`` is an :class:`~.outer.OuterOptimizer`.
     """
 
     def __init__(
@@ -58,9 +61,11 @@ class PeriodicAverager:
         name: str,
         check_consistency: bool = False,
         moments: Moments | None = None,
+        outer_stepper: OuterStepper | None = None,
     ) -> None:
         config.check_for_parameters()
         self._carrier = carrier if carrier is not None and carrier.size > 1 else None
+        self._stepper = outer_stepper if isinstance(averaging.outer, OuterOptimizer) else None
         self._moments = moments
         self._parameters: Sequence[TensorView] = ()
         self._buffers: Sequence[TensorView] = ()
@@ -156,16 +161,32 @@ class PeriodicAverager:
         for channel in self._channels:
             if self._pace.coefficients(0.0) is not None:
                 self._hold_momentum(channel, arrays["momentum"])
+            elif self._stepper is not None:
+                channel.move_by_outer(self._parameter_elements(channel), holds_momentum=False)
             channel.restore_residuals(arrays)
+        if self._stepper is not None:
+            self._stepper.place({name: anchor for name, (anchor, _) in self._moved().items()})
         self._restored = no_arrays()
         self._prepared = True
 
     def _hold_momentum(self, channel: Channel, momentum: Mapping[str, AnchorArray]) -> None:
         """Give the parameters of a channel their place in the outer optimizer."""
-        channel.hold_momentum(self._parameter_elements(channel))
+        channel.move_by_outer(self._parameter_elements(channel), holds_momentum=True)
         for i, name in enumerate(channel.vector.names):
             if name not in self._buffer_names:
                 channel.momentum[channel.vector.span(i)] = momentum.get(name, 0.0)
+
+    def _step_outer(self) -> None:
+        """Let an optimizer of the framework move the anchors, if there is one, in place of the means."""
+        if self._stepper is not None and self._carrier is not None:
+            moved = self._moved()
+            self._stepper.step(moved)
+            for _, mean in moved.values():
+                mean[:] = 0  # the anchor has moved
+
+    def _moved(self) -> dict[str, tuple[AnchorArray, FLOAT32]]:
+        """Return anchor and mean of each parameter, in their order in memory, for an outer optimizer."""
+        return {name: pair for channel in self._channels for name, pair in channel.anchors_and_means().items()}
 
     def _parameter_elements(self, channel: Channel) -> int:
         """Return how many elements are those of parameters, which come before buffers."""
@@ -252,6 +273,7 @@ class PeriodicAverager:
         if self._pace.uses_drift:
             # Before an outer optimizer: what counts is how far the ranks are from each other.
             self._pace.distance = sum(channel.distance(self._parameter_elements(channel)) for channel in self._channels)
+        self._step_outer()
         outer = self._pace.coefficients(self._learning_rate)
         for channel, source in sources:
             channel.apply(source, outer)
@@ -324,6 +346,7 @@ class PeriodicAverager:
         except Exception:
             self._steps_since_round = self._pace.period  # so that the next step tries again
             raise
+        self._step_outer()
         outer = self._pace.coefficients(pending.learning_rate)
         for channel, target in targets:
             channel.apply_since(target, outer, self._parameter_elements(channel))
@@ -410,6 +433,7 @@ class PeriodicAverager:
             "config": self.config(),
             **copied(self._arrays()),
             "pace": self._pace.state_dict(),
+            "outer": None if self._stepper is None else self._stepper.state_dict(),
             "owner": owner_of(self._carrier),
         }
 
@@ -432,6 +456,8 @@ class PeriodicAverager:
             self._pace.reset()
         else:
             self._pace.load_state_dict(state["pace"])
+        if self._stepper is not None:
+            self._stepper.load_state_dict(None if state is None else state["outer"])
         self.steps = 0 if state is None else int(state["steps"])
         self.rounds = 0 if state is None else int(state["rounds"])
         self.steps_since_average = self._steps_since_round = 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..codecs.base import check_integer
 from ..errors import ArgumentError
 from .moments import MOMENT_POLICIES
-from .outer import Outer, Replace, outer_from_config
+from .outer import Outer, OuterOptimizer, Replace, outer_from_config
 from .schedule import FixedPeriod, Schedule, schedule_from_config
 from .selection import All, Rotation, Selection, selection_from_config
 
@@ -46,7 +46,12 @@ class PeriodicAveraging:
             unevenly, so that a rank with few batches does not count as much as one with many (PyTorch only: Keras'
             layers do not count).
         outer: what is done with the mean of the changes: :class:`~.outer.Replace`, the paper's, :class:`~.outer.SlowMo`
-            or :class:`~.outer.Nesterov`. A rank that trains alone steps without it.
+            or :class:`~.outer.Nesterov`. Or any optimizer, which steps the anchor with the negative mean for a
+            gradient: in PyTorch a callable that is given parameters, ``lambda params: torch.optim.Adam(params, 0.01)``,
+            in Keras an optimizer, ``keras.optimizers.Adam(0.01)``; its state is saved with the anchor, and all
+            coordinates have to be averaged at once. Every rank then steps by itself on the same bytes, so the ranks'
+            machines have to be alike; ``check_consistency`` finds out if they are not. A rank that trains alone steps
+            without an outer optimizer.
         selection: which coordinates an average is about: :class:`~.selection.All`, or a part in turn,
             :class:`~.selection.Rotation`; see :func:`SparseAveraging`.
         moments: what becomes of the inner optimizer's momentum and second moments at an average. ``"local"``: they stay
@@ -71,7 +76,7 @@ class PeriodicAveraging:
 
     period: int | Schedule = 8
     buffers: str = "statistics"
-    outer: Outer = dataclasses.field(default_factory=Replace)
+    outer: Any = dataclasses.field(default_factory=Replace)
     selection: Selection = dataclasses.field(default_factory=All)
     moments: str = "local"
     delay: int = 0
@@ -83,11 +88,21 @@ class PeriodicAveraging:
             raise ArgumentError(
                 f"buffers is {self.buffers!r}; it must be one of {', '.join(map(repr, BUFFER_POLICIES))}"
             )
+        if callable(self.outer) or hasattr(self.outer, "get_config"):
+            object.__setattr__(self, "outer", OuterOptimizer(self.outer))
         if not isinstance(self.outer, Outer):
-            raise ArgumentError(f"outer is {self.outer!r}; it must be an outer optimizer, such as hvd.SlowMo(beta=0.5)")
+            raise ArgumentError(
+                f"outer is {self.outer!r}; it must be an outer optimizer, such as hvd.SlowMo(beta=0.5), or "
+                "one of the framework: in PyTorch a callable that is given parameters, in Keras an optimizer"
+            )
         if not isinstance(self.selection, Selection):
             raise ArgumentError(f"selection is {self.selection!r}; it must be a selection, such as hvd.Rotation(8)")
         object.__setattr__(self, "delay", check_integer("delay", self.delay, 0, 2**31))
+        if isinstance(self.outer, OuterOptimizer) and self.is_sparse:
+            raise ArgumentError(
+                f"outer is {self.outer.optimizer!r} with selection={self.selection}; an optimizer steps whole tensors, "
+                "and a round is about parts of them: use hvd.SlowMo or hvd.Nesterov, or average all coordinates"
+            )
         self._check_moments()
         self._check_delay()
 
@@ -147,7 +162,7 @@ class PeriodicAveraging:
     @property
     def uses_learning_rate(self) -> bool:
         """True if the inner learning rate enters, which the ranks then agree on."""
-        return self.schedule.uses_learning_rate or self.outer.uses_learning_rate
+        return bool(self.schedule.uses_learning_rate or self.outer.uses_learning_rate)
 
     def config(self) -> dict[str, Any]:
         """Return the configuration as a dict that JSON can hold."""
@@ -183,7 +198,7 @@ class PeriodicAveraging:
 
 
 def SparseAveraging(
-    period: int = 8, block: int | None = None, buffers: str = "statistics", outer: Outer | None = None
+    period: int = 8, block: int | None = None, buffers: str = "statistics", outer: Any = None
 ) -> PeriodicAveraging:
     r"""Average a part of the coordinates after every step, all of them within ``period`` steps.
 

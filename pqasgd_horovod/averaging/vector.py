@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from .. import native
 from ..errors import ArgumentError
 from .feedback import Residuals
-
-AnchorArray = NDArray[np.float32] | NDArray[np.float64]
+from .outer import AnchorArray
 
 
 class TensorSpec(Protocol):

@@ -66,6 +66,7 @@ class GraphChannel:
         momentum: the float32 variable of an outer optimizer, if any: it moves as many elements from the first one.
         residuals: float32 variables as long as the vector: where ``plan.feedback`` says so what this rank has not sent
             of its own numbers, and where ``plan.feeds_back_means`` does of the means that it made.
+        mean_arrives: also without ``momentum`` what arrives is the mean, and not the next anchor.
     """
 
     def __init__(
@@ -77,20 +78,22 @@ class GraphChannel:
         anchor: tf.Variable | None,
         momentum: tf.Variable | None = None,
         residuals: Sequence[tf.Variable] = (),
+        *,
+        mean_arrives: bool = False,
     ) -> None:
         self.plan = plan
         self.anchor = anchor
         self._momentum = momentum
         # With a float32 anchor what arrives is the next anchor, unless an outer optimizer is to see the mean.
-        self._arrives_added = anchor is not None and anchor.dtype == tf.float32 and momentum is None
+        self._arrives_added = (
+            anchor is not None and anchor.dtype == tf.float32 and momentum is None and not mean_arrives
+        )
         self._carrier = carrier
         self._digest = digest
         self._problems = problems
         self._second_codec: Codec = plan.second_codec or plan.codec.for_means
         # Only our own ops touch it, in place, so that no round needs memory of its own.
-        self._arriving = tf.Variable(
-            tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving"
-        )
+        self.arriving = tf.Variable(tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving")
         self._residuals = [
             (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
             for kept in residuals
@@ -182,7 +185,7 @@ class GraphChannel:
             round=round,
             received=received,
             bases=base,
-            arriving=self._arriving.handle,
+            arriving=self.arriving.handle,
             offset=start,
             explainer=register_explainer(
                 lambda flags, data: self._explain(
@@ -212,7 +215,7 @@ class GraphChannel:
         """Return the squared distance of the first ``num_elements`` from the mean; after the verdict, before commit."""
         spans = self._limits(fragment)
         return ops.pqasgd_distance(
-            arriving=self._arriving.handle,
+            arriving=self.arriving.handle,
             tensors=list(tensors),
             anchors=[] if self.anchor is None or self._arrives_added else [self.anchor.value()],
             spans=[min(limit, num_elements) for limit in spans],
@@ -240,14 +243,14 @@ class GraphChannel:
             return
         if self._momentum is not None:
             ops.pqasgd_outer(
-                arriving=self._arriving.handle,
+                arriving=self.arriving.handle,
                 momentum=self._momentum.handle,
                 coefficients=coefficients,
                 spans=spans,
             )
         ops.pqasgd_commit(
             spans=[] if fragment is None else spans,
-            arriving=self._arriving.handle,
+            arriving=self.arriving.handle,
             anchors=[] if self.anchor is None else [self.anchor.handle],
             variables=[variable.handle for variable in variables],
             add=self.anchor is not None and not self._arrives_added,
@@ -255,7 +258,7 @@ class GraphChannel:
 
     def means(self, tensors: Sequence[tf.Tensor], factor: float) -> list[tf.Tensor]:
         """Return the means times ``factor``, as tensors like ``tensors``; after the verdict."""
-        return list(ops.pqasgd_scatter(arriving=self._arriving.handle, tensors=list(tensors), factor=factor))
+        return list(ops.pqasgd_scatter(arriving=self.arriving.handle, tensors=list(tensors), factor=factor))
 
 
 def _messages(received: Bytes, size: int) -> list[wire.Message]:

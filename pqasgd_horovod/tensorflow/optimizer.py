@@ -40,6 +40,7 @@ from .gradients import (
     place_groups,
 )
 from .meeting import Meeting
+from .outer import describe_outer
 from .periodic import PeriodicAverager
 from .traced import after, as_written, counter, outside_of_graphs, run_once, when
 from .variables import name_of, refused_together, unwrap
@@ -476,7 +477,7 @@ def distribute(
     with construct_together(membership):
         _check_optimizer(optimizer)
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
-        strategy = resolve_averaging(period, averaging)
+        strategy = describe_outer(resolve_averaging(period, averaging))
         _check_moments(optimizer, strategy.moments)
         if strategy.buffers == "max_count":
             raise ArgumentError(

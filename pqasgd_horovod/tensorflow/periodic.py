@@ -11,6 +11,7 @@ import tensorflow as tf
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.channel import ChannelPlan, group_tensors, plan_channel, warn_of_size
 from ..averaging.meeting import Purpose
+from ..averaging.outer import OuterOptimizer
 from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
 from ..averaging.vector import FlatLayout
@@ -22,6 +23,7 @@ from .carrier import HorovodCarrier
 from .graph import GraphChannel, Problems
 from .library import ops
 from .meeting import Meeting, MeetingPoint
+from .outer import OuterStepper
 from .residuals import Residuals
 from .traced import Traced, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, refused_together, unwrap
@@ -47,6 +49,7 @@ class PeriodicState(tf.Module):
         self.memory = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # the schedule's
         self.distance = tf.Variable(-1.0, dtype=tf.float32, trainable=False)  # from the mean, at the last average
         self.momentum = [tf.Variable(tf.zeros([size]), trainable=False) for size in momentum_sizes]
+        self.outer: list[tf.Variable] = []  # of an optimizer in that place
         self.residuals = Residuals(plans)
         self.steps = counter("steps")
         self.rounds = counter("rounds")
@@ -63,7 +66,8 @@ class PeriodicState(tf.Module):
         names = (*_COUNTERS, "anchored", "learning_rate", "memory")
         momentum = {f"momentum.{i}": momentum for i, momentum in enumerate(self.momentum)}
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
-        return {**{name: getattr(self, name) for name in names}, **anchors, **momentum}
+        outer = {f"outer.{i}": variable for i, variable in enumerate(self.outer)}
+        return {**{name: getattr(self, name) for name in names}, **anchors, **momentum, **outer}
 
     def named(self) -> dict[str, tf.Variable]:
         """Return these, and those that are each rank's own."""
@@ -103,6 +107,7 @@ class PeriodicAverager:
         self._members: list[list[tf.Variable]] = []
         self._cleared: list[list[tuple[int, int]]] = []  # spans of buffers: their anchor is zero
         self._reset: list[tuple[tf.Variable, float]] = []  # what is reset after an average, and to which number
+        self._stepper: OuterStepper | None = None
         self._specs: list[VariableSpec] = []
         self._num_parameters = 0
         self._pending: Handle | None = None
@@ -170,8 +175,9 @@ class PeriodicAverager:
         for index, (plan, (members, _, _), layout) in enumerate(zip(plans, groups, layouts, strict=True)):
             anchor = self.state.anchors[index]
             momentum = self.state.momentum[index] if self._has_outer else None
+            kept, stepped = residuals[index], isinstance(self.averaging.outer, OuterOptimizer)
             self._channels.append(
-                GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum, residuals[index])
+                GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum, kept, mean_arrives=stepped)
             )
             self._members.append([by_name[spec.name] for spec in members])
             self._cleared.append(
@@ -181,6 +187,13 @@ class PeriodicAverager:
                     if spec.name in buffer_names
                 ]
             )
+        if isinstance(self.averaging.outer, OuterOptimizer):
+            shapes = [
+                [by_name[spec.name].shape for spec in members if spec.name not in buffer_names]
+                for members, _, _ in groups
+            ]
+            self._stepper = OuterStepper(self.averaging.outer.optimizer, self._channels, shapes)
+            self.state.outer = self._stepper.variables()
         self._meeting = Meeting(self._carrier, self._name)
         self._start = MeetingPoint(self._carrier, f"{self._name}.start", self._explain_start)
         self._consistency = MeetingPoint(self._carrier, f"{self._name}.consistency", self._explain_consistency)
@@ -342,6 +355,8 @@ class PeriodicAverager:
         with after(*([self._problems.verdict(all_flags)] if all_flags else [])):
             if self._channels and self.averaging.schedule.uses_drift:
                 self._measure_distance(fragment)
+            if self._stepper is not None:
+                self._stepper.step()
             for channel, members, of_channel in zip(self._channels, self._members, flags, strict=True):
                 channel.keep_residuals(of_channel, fragment)
                 channel.commit(members, coefficients, fragment)

@@ -23,6 +23,7 @@ from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of
 from .moments import check_has_moments
+from .outer import describe_outer
 from .periodic import PeriodicMethods
 from .quantized import GradientMethods
 from .stock import build_stock
@@ -137,7 +138,7 @@ def DistributedOptimizer(
         if type(optimizer).__module__ == _DistributedOptimizer.__module__:
             raise ArgumentError("optimizer is a DistributedOptimizer already; pass the plain optimizer")
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
-        averaging = resolve_averaging(period, averaging)
+        averaging = describe_outer(resolve_averaging(period, averaging))
         check_has_moments(optimizer, averaging.moments)
         codec = codec_of(compression)
         second_codec = (

@@ -10,7 +10,9 @@ import torch
 from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import PeriodicAverager
+from ..averaging.outer import OuterOptimizer
 from .moments import OptimizerMoments
+from .outer import OuterStepper
 from .tensors import TensorMemory, select_buffers, select_counted
 from .wrapping import CommonMethods, Settings, parameters_of
 
@@ -24,6 +26,7 @@ class PeriodicMethods(CommonMethods):
     def __init__(self, params: Any, *arguments: Any) -> None:
         _DistributedOptimizer.__init__(self, params, *arguments)
         settings: Settings = self._settings
+        outer = settings.averaging.outer
         self._averager = PeriodicAverager(
             settings.carrier,
             settings.averaging,
@@ -31,6 +34,7 @@ class PeriodicMethods(CommonMethods):
             name=settings.name,
             check_consistency=settings.check_consistency,
             moments=OptimizerMoments(self),
+            outer_stepper=OuterStepper(outer.optimizer, self) if isinstance(outer, OuterOptimizer) else None,
         )
         self._placed: dict[torch.nn.Parameter, TensorMemory] = {}
 

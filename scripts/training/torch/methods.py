@@ -25,7 +25,7 @@ class Method(NamedTuple):
 
     def options(self, hvd: Any) -> dict[str, Any]:
         """Return the arguments of `DistributedOptimizer`."""
-        options: dict[str, Any] = eval(f"dict({self.call})", {"hvd": hvd})
+        options: dict[str, Any] = eval(f"dict({self.call})", {"hvd": hvd, "torch": torch})
         return options
 
     def inner_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
