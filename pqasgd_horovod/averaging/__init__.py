@@ -5,6 +5,7 @@ from .feedback import Feedback
 from .gradients import GradientAverager
 from .outer import Nesterov, Replace, SlowMo
 from .periodic import PeriodicAverager
+from .policy import larger_than, smaller_than
 from .schedule import AdaptivePeriod, GrowingPeriod, PostLocal
 from .selection import Rotation
 from .strategy import PeriodicAveraging, SparseAveraging
@@ -26,4 +27,6 @@ __all__ = [
     "SlowMo",
     "SparseAveraging",
     "TensorView",
+    "larger_than",
+    "smaller_than",
 ]

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import codecs, native
+from .. import native
 from ..codecs.base import FLOAT32, Codec
 from ..errors import MismatchError, NonFiniteError, WireFormatError
 from ..exchange import make_exchange
@@ -20,7 +20,7 @@ from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 from ..exchange.layout import shard_alignment
 from ..exchange.plan import bytes_per_round, choose_exchange, num_parts
-from .config import ExchangeConfig
+from .config import AS_IT_IS, ExchangeConfig, Way
 from .feedback import Residuals
 from .outer import Coefficients
 from .selection import All, Selection
@@ -66,8 +66,8 @@ class ChannelPlan:
 def plan_channel(
     layout: FlatLayout,
     config: ExchangeConfig,
+    way: Way,
     *,
-    compressed: bool,
     name: str,
     index: int,
     size: int,
@@ -75,11 +75,9 @@ def plan_channel(
 ) -> ChannelPlan:
     """Return the plan of channel ``index`` of the optimizer ``name`` on ``size`` ranks; no selection: all of it."""
     selection = selection or All()
-    codec: Codec = config.codec if compressed else codecs.none()
-    second_codec = config.second_codec if compressed else None
+    codec, second_codec, method = way
     alignment = shard_alignment(codec, second_codec or codec.for_means)
     buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
-    method = config.method if compressed else "auto"
     if method == "auto":
         method = choose_exchange(codec, second_codec, [elements for elements, _ in buckets], size)
     return ChannelPlan(
@@ -349,26 +347,21 @@ class Channel:
         self._residuals.kept[:] = own + np.float32(self.exchange.num_parts) * means
 
 
-def split_by_size(tensors: Sequence[Spec], threshold: int) -> tuple[list[Spec], list[Spec]]:
-    """Return the tensors of at least ``threshold`` elements, which are compressed, and the rest, which is not."""
-    large = [tensor for tensor in tensors if tensor.numel >= threshold]
-    small = [tensor for tensor in tensors if tensor.numel < threshold]
-    return large, small
-
-
 def group_tensors(
-    parameters: Sequence[Spec], buffers: Sequence[Spec], small_tensor_threshold: int
-) -> list[tuple[list[Spec], np.dtype, bool]]:
+    parameters: Sequence[Spec], buffers: Sequence[Spec], config: ExchangeConfig
+) -> list[tuple[list[Spec], np.dtype, Way]]:
     """Return the channels of what is averaged with an anchor, in the order of their numbers; none is empty.
 
-    Of each: its tensors, the type of their anchor, and whether they are compressed: large parameters are; small ones
-    and all buffers travel together, as they are.
+    Of each: its tensors, the type of their anchor, and how they travel. Buffers follow the parameters that travel as
+    they are.
     """
-    groups: list[tuple[list[Spec], np.dtype, bool]] = []
+    groups: list[tuple[list[Spec], np.dtype, Way]] = []
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
-        large, small = split_by_size([p for p in parameters if anchor_dtype(p) == dtype], small_tensor_threshold)
-        small += [buffer for buffer in buffers if anchor_dtype(buffer) == dtype]
-        groups += [(tensors, dtype, compressed) for tensors, compressed in ((large, True), (small, False)) if tensors]
+        members = dict(config.by_way([p for p in parameters if anchor_dtype(p) == dtype]))
+        of_buffers = [buffer for buffer in buffers if anchor_dtype(buffer) == dtype]
+        if of_buffers:
+            members[AS_IT_IS] = members.get(AS_IT_IS, []) + of_buffers
+        groups += [(tensors, dtype, way) for way, tensors in members.items()]
     return groups
 
 

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
+from .. import codecs
 from ..codecs.base import Codec, check_integer
 from ..errors import ArgumentError
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.plan import check_method
 from .feedback import Feedback, check_feedback
+from .policy import HasShape, Rule, check_names, decide, smaller_than
 
 NON_FINITE_POLICIES = ("raise", "propagate")
 HIERARCHIES = (None, "node")
 DEFAULT_SMALL_TENSOR_THRESHOLD = 1024
+
+Spec = TypeVar("Spec", bound=HasShape)
+
+
+class Way(NamedTuple):
+    """How a tensor travels; tensors of one way are one channel."""
+
+    codec: Codec
+    second_codec: Codec | None = None
+    method: str = "auto"
+
+
+AS_IT_IS = Way(codecs.none())
+"""Uncompressed, with whichever exchange sends fewer bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +39,19 @@ class ExchangeConfig:
     """What every rank has to agree on about an exchange.
 
     Args:
-        codec: what bytes stand for the numbers.
+        codec: what bytes stand for the numbers of tensors that no rule is about.
         second_codec: the codec of the mean in the two-phase exchange; None: ``codec``. Its noise is not averaged over
             the ranks, so more bits pay.
         method: ``"allgather"``, ``"two_phase"``, or ``"auto"``: what the codec needs, or whichever sends fewer bytes.
         small_tensor_threshold: tensors of fewer elements travel uncompressed, together in one message. 0: none does.
+            It is the rule that follows those of ``policy``.
         bucket_cap_mb: largest bucket, in MiB of float32. Larger: fewer messages; smaller: more overlap of coding and
             sending.
         seed: of all rounding noise, 64 bits; the same on every rank, which draw different numbers all the same.
         nonfinite: ``"raise"``: NaN or Inf on any rank raises NonFiniteError on every rank; ``"propagate"``: the mean of
             that bucket becomes NaN on every rank.
         feedback: None, or :class:`~.feedback.Feedback`: what was not sent is added to what is sent next.
+        policy: which codec for which tensor; of these rules the first that matches decides. See :mod:`.policy`.
         hierarchy: None, or ``"node"``: the ranks of a node make their exact mean, and nodes exchange coded numbers.
 
     Raises ArgumentError for other values, for codecs that are not fit for the method, and for feedback on a codec that
@@ -51,10 +70,17 @@ class ExchangeConfig:
     seed: int = 0
     nonfinite: NonFinitePolicy = "raise"
     feedback: Feedback | None = None
+    policy: tuple[Rule, ...] = ()
     hierarchy: str | None = None
 
     def __post_init__(self) -> None:
-        check_method(self.method, self.codec, self.second_codec, ("exchange", "compression", "second_compression"))
+        for argument, codec in self._codecs().items():
+            way = self._way_of(codec) if argument == "compression" else self._way_by_rule(codec)
+            check_method(way.method, codec, way.second_codec, ("exchange", argument, "second_compression"))
+        if self.policy and self.policy[-1].pattern is ... and self.codec != codecs.none():
+            raise ArgumentError(
+                f"compression is {self.codec} and policy ends with ..., which leaves nothing for it: give one of them"
+            )
         if self.nonfinite not in NON_FINITE_POLICIES:
             raise ArgumentError(
                 f"nonfinite is {self.nonfinite!r}; it must be one of {', '.join(map(repr, NON_FINITE_POLICIES))}"
@@ -67,18 +93,63 @@ class ExchangeConfig:
             raise ArgumentError(
                 f"bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number above 0, at most 1024 MiB"
             )
-        coded = {"compression": self.codec}
+        coded = self._codecs()
         if self.second_codec is not None:
             coded["second_compression"] = self.second_codec
         check_feedback(self.feedback, coded)
 
+    def _codecs(self) -> dict[str, Codec]:
+        """Return every codec by the argument that it came with."""
+        return {"compression": self.codec, **{f"policy[{i}]": rule.codec for i, rule in enumerate(self.policy)}}
+
     def check_for_parameters(self) -> None:
-        """Raise ArgumentError unless the codec is fit for changes of parameters, and not for gradients only."""
-        if not self.codec.keeps_scale:
-            raise ArgumentError(
-                f"compression is {self.codec}, which decodes to +-1: it is for gradients, period=1 without an outer "
-                "optimizer. For changes of parameters take one with a scale, such as Compression.signsgd()"
-            )
+        """Raise ArgumentError unless codecs are fit for changes of parameters, and not for gradients only."""
+        for argument, codec in self._codecs().items():
+            if not codec.keeps_scale:
+                raise ArgumentError(
+                    f"{argument} is {codec}, which decodes to +-1: it is for gradients, period=1 without an outer "
+                    "optimizer. For changes of parameters take one with a scale, such as Compression.signsgd()"
+                )
+
+    def way_for(self, tensor: HasShape) -> Way:
+        """Return how a tensor travels: with the codec of the first rule that matches.
+
+        >>> import numpy as np
+        >>> from pqasgd_horovod import codecs
+        >>> from pqasgd_horovod.averaging import ArrayView
+        >>> config = ExchangeConfig(codecs.eden(bits=4), policy=(Rule("embed*", codecs.topk()),))
+        >>> [config.way_for(ArrayView(name, np.zeros(5000))).codec.id for name in ("embedding", "output")]
+        ['topk', 'eden']
+        >>> config.way_for(ArrayView("bias", np.zeros(5)))
+        Way(codec=NoCompression(), second_codec=None, method='auto')
+        """
+        small = Rule(smaller_than(self.small_tensor_threshold), codecs.none())
+        rule = decide((*self.policy, small), tensor.name, tensor.shape)
+        return self._way_of(self.codec) if rule is None else self._way_by_rule(rule.codec)
+
+    def _way_of(self, codec: Codec) -> Way:
+        return Way(codec, self.second_codec, self.method)
+
+    def _way_by_rule(self, codec: Codec) -> Way:
+        """Return the way of what a rule chooses: what it leaves as it is stays so."""
+        return AS_IT_IS if codec.lossless else self._way_of(codec)
+
+    def by_way(self, tensors: Sequence[Spec]) -> list[tuple[Way, list[Spec]]]:
+        """Return the tensors of each way that has any, those of ``compression`` first and uncompressed ones last."""
+        ways = [self._way_of(self.codec), *(self._way_by_rule(rule.codec) for rule in self.policy)]
+        members: dict[Way, list[Spec]] = {way: [] for way in (*(way for way in ways if way != AS_IT_IS), AS_IT_IS)}
+        for tensor in tensors:
+            members[self.way_for(tensor)].append(tensor)
+        return [(way, found) for way, found in members.items() if found]
+
+    def describe_codecs(self, tensors: Sequence[HasShape]) -> dict[str, Any]:
+        """Return what the ranks compare of a policy: of each tensor its codec. Nothing where there is no policy."""
+        return {"codecs": {t.name: self.way_for(t).codec.config() for t in tensors}} if self.policy else {}
+
+    def check_names(self, tensors: Sequence[HasShape]) -> None:
+        """Raise ArgumentError if the policy has a pattern that is for none of the tensors."""
+        if self.policy:
+            check_names(self.policy, tensors)
 
     @property
     def bucket_cap_bytes(self) -> int:
@@ -91,4 +162,5 @@ class ExchangeConfig:
         own["codec"] = self.codec.config()
         own["second_codec"] = None if self.second_codec is None else self.second_codec.config()
         own["feedback"] = None if self.feedback is None else self.feedback.config()
+        own["policy"] = [rule.config() for rule in self.policy]
         return own

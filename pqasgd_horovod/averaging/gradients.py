@@ -14,7 +14,7 @@ from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
-from .channel import Channel, ChannelSet, plan_channel, split_by_size, warn_of_size
+from .channel import Channel, ChannelSet, plan_channel, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
@@ -81,32 +81,23 @@ class GradientAverager:
             "exchange": self._config.config(),
             "gradients": {tensor.name: tensor.description for tensor in tensors},
             "gradient_order": [tensor.name for tensor in tensors],
+            **self._config.describe_codecs(tensors),
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
         self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
-        large, small = split_by_size(tensors, self._config.small_tensor_threshold)
         arrays = self._arrays()
-        vectors = [
-            (FlatVector(members), compressed) for members, compressed in ((large, True), (small, False)) if members
-        ]
+        vectors = [(way, FlatVector(members)) for way, members in self._config.by_way(tensors)]
         plans = [
-            plan_channel(
-                vector,
-                self._config,
-                compressed=compressed,
-                name=self._name,
-                index=int(not compressed),
-                size=num_parts(self._carrier),
-            )
-            for vector, compressed in vectors
+            plan_channel(vector, self._config, way, name=self._name, index=index, size=num_parts(self._carrier))
+            for index, (way, vector) in enumerate(vectors)
         ]
         warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
         self._channels.replace(
             [
                 Channel(vector, plan, None, carrier=self._carrier, config=self._config, digest=digest)
-                for plan, (vector, _) in zip(plans, vectors, strict=True)
+                for plan, (_, vector) in zip(plans, vectors, strict=True)
             ]
         )
         self._restored = no_arrays()

@@ -15,7 +15,7 @@ from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.plan import num_parts
 from .background import Background
 from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
-from .config import ExchangeConfig
+from .config import ExchangeConfig, Way
 from .counted import CountedStatistics, gather_most_counted
 from .meeting import Meeting, Purpose
 from .moments import Moments, common_moments
@@ -124,9 +124,9 @@ class PeriodicAverager:
         arrays = self._arrays()
         anchors = arrays["anchor"]
         buffer_names = frozenset(tensor.name for tensor in buffers)
-        layout: list[tuple[FlatVector, AnchorArray, bool]] = []
+        layout: list[tuple[FlatVector, AnchorArray, Way]] = []
         digests: dict[str, str] = {}
-        for tensors, dtype, compressed in group_tensors(parameters, buffers, self._config.small_tensor_threshold):
+        for tensors, dtype, way in group_tensors(parameters, buffers, self._config):
             vector = FlatVector(tensors)
             anchor = vector.gather(dtype)
             for i, tensor in enumerate(tensors):
@@ -136,19 +136,19 @@ class PeriodicAverager:
                 elif tensor.name in anchors:
                     anchor[vector.span(i)] = anchors[tensor.name]
             digests.update(digest_tensors(vector, anchor))
-            layout.append((vector, anchor, compressed))
+            layout.append((vector, anchor, way))
         digest = self._agree(parameters, buffers, counted, digests)
         plans = [
             plan_channel(
                 vector,
                 self._config,
-                compressed=compressed,
+                way,
                 name=self._name,
                 index=index,
                 size=num_parts(self._carrier),
                 selection=self._averaging.selection,
             )
-            for index, (vector, _, compressed) in enumerate(layout)
+            for index, (vector, _, way) in enumerate(layout)
         ]
         warn_of_size(plans, self._carrier, self._averaging)
         self._channels.replace(
@@ -208,6 +208,7 @@ class PeriodicAverager:
             "parameter_order": [tensor.name for tensor in parameters],
             "buffer_order": [tensor.name for tensor in buffers],
             "counted": [f"{layer.name}: {layer.description}" for layer in counted],
+            **self._config.describe_codecs(parameters),
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)

@@ -35,6 +35,11 @@ class TensorSpec(Protocol):
         ...
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape."""
+        ...
+
+    @property
     def description(self) -> str:
         """Type, shape and order in memory, to be compared between ranks."""
         ...
@@ -70,6 +75,7 @@ class ArrayView:
         self.array = array
         self.dtype = _CODES[array.dtype]
         self.numel = array.size
+        self.shape = array.shape
         self.description = f"{array.dtype} {array.shape}"
 
     def pointer(self) -> int:

@@ -244,7 +244,9 @@ class _Allreduce:
 
     def __init__(self, tensor: tf.Tensor, carrier: HorovodCarrier, config: ExchangeConfig, op: Any, name: str) -> None:
         kind = f"{tensor.dtype.name} {tensor.shape.as_list()}"
-        spec = VariableSpec(name, DTYPES[tensor.dtype], tensor.shape.num_elements(), kind)
+        spec = VariableSpec(
+            name, DTYPES[tensor.dtype], tensor.shape.num_elements(), tuple(tensor.shape.as_list()), kind
+        )
         self.traced = Traced()
         self._name, self._carrier = name, carrier
         self._description = {"tensor": kind, "op": str(op), "exchange": config.config()}
@@ -253,7 +255,8 @@ class _Allreduce:
         # Under the name where others may be about to exchange a tensor that they know.
         self._meeting.tell([_NEW, 0], HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(carrier, self._description, name)
-        plan = plan_channel(FlatLayout([spec]), config, compressed=True, name=name, index=0, size=carrier.size)
+        ((way, specs),) = config.by_way([spec])
+        plan = plan_channel(FlatLayout(specs), config, way, name=name, index=0, size=carrier.size)
         self._problems = Problems(name, config.nonfinite)
         self._channel = GraphChannel(plan, carrier, digest, self._problems, None)
         self._calls = counter("calls")

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
-from ..averaging.channel import plan_channel, split_by_size, warn_of_size
+from ..averaging.channel import plan_channel, warn_of_size
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.vector import FlatLayout
@@ -283,20 +283,12 @@ class CodedGradients(GradientAverager):
     def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
         if self._carrier is None:
             return
-        digest = self._agree(layout, exchange=self._config.config())
+        digest = self._agree(layout, exchange=self._config.config(), **self._config.describe_codecs(dense))
         position = {spec.name: i for i, spec in enumerate(dense)}
-        groups = zip(split_by_size(dense, self._config.small_tensor_threshold), (True, False), strict=True)
-        parts = [(members, compressed) for members, compressed in groups if members]
+        parts = self._config.by_way(dense)
         plans = [
-            plan_channel(
-                FlatLayout(members),
-                self._config,
-                compressed=compressed,
-                name=self._name,
-                index=index,
-                size=self._carrier.size,
-            )
-            for index, (members, compressed) in enumerate(parts)
+            plan_channel(FlatLayout(members), self._config, way, name=self._name, index=index, size=self._carrier.size)
+            for index, (way, members) in enumerate(parts)
         ]
         warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
         residuals: Sequence[Sequence[tf.Variable]] = [() for _ in plans]
@@ -304,7 +296,7 @@ class CodedGradients(GradientAverager):
             self.state.residuals = Residuals(plans)
             self.state.residuals.take(self._saved_residuals)
             residuals = self.state.residuals.of(plans)
-        for plan, (members, _), kept in zip(plans, parts, residuals, strict=True):
+        for plan, (_, members), kept in zip(plans, parts, residuals, strict=True):
             channel = GraphChannel(plan, self._carrier, digest, self._problems, None, residuals=kept)
             self._channels.append((channel, [position[spec.name] for spec in members]))
 

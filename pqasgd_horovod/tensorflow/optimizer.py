@@ -22,6 +22,7 @@ from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
 from ..averaging.feedback import Feedback, check_not_stock, feedback_from_config
+from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..codecs.base import check_integer
@@ -43,7 +44,7 @@ from .meeting import Meeting
 from .outer import describe_outer
 from .periodic import PeriodicAverager
 from .traced import after, as_written, counter, outside_of_graphs, run_once, when
-from .variables import name_of, refused_together, unwrap
+from .variables import describe_variables, name_of, refused_together, unwrap
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -81,6 +82,8 @@ class DistributedMethods(_Inner):
         membership = self._pqasgd_membership.value
         with outside_of_graphs(), refused_together(membership.carrier, f"{membership.name}.layout"):
             settings["groups"] = place_groups(settings["groups"], variables)
+            if settings["policy"]:
+                check_names(settings["policy"], describe_variables(variables))
         if isinstance(averager, GradientAverager):
             averager.regroup(settings["groups"])
         super().build(variables)
@@ -178,6 +181,7 @@ class DistributedMethods(_Inner):
         settings = dict(self._pqasgd_settings.value)
         if not isinstance(settings["groups"], int):
             settings["groups"] = self._positions_of(settings["groups"])
+        settings["policy"] = [_serialize_rule(rule) for rule in settings["policy"]]
         inner = self._inner_class.from_config(super().get_config())
         return {"optimizer": keras.saving.serialize_keras_object(inner), **settings}
 
@@ -196,7 +200,7 @@ class DistributedMethods(_Inner):
         """Return the optimizer of a configuration; collective, as its construction is."""
         settings = dict(config)
         inner = keras.saving.deserialize_keras_object(settings.pop("optimizer"), custom_objects=custom_objects)
-        return _from_settings(inner, settings)
+        return _from_settings(inner, settings, custom_objects)
 
     def _saved(self) -> dict[str, tf.Variable]:
         """Return what is saved besides Keras' own variables, by its names in a model file."""
@@ -367,11 +371,29 @@ def make_class(inner_class: type[keras.optimizers.Optimizer]) -> Any:
 make_class(keras.optimizers.SGD)
 
 
-def _from_settings(optimizer: Any, settings: dict[str, Any]) -> Any:
+def _serialize_rule(rule: Rule) -> list[Any]:
+    """Return a rule as a model file holds it; a function as Keras holds functions."""
+    pattern, codec = rule.config()
+    if isinstance(pattern, dict) and "function" in pattern:
+        pattern = {"function": keras.saving.serialize_keras_object(rule.pattern)}
+    return [pattern, codec]
+
+
+def _deserialize_pattern(pattern: Any, custom_objects: Any) -> Any:
+    if isinstance(pattern, dict) and "function" in pattern:
+        return keras.saving.deserialize_keras_object(pattern["function"], custom_objects=custom_objects)
+    return pattern_from_config(pattern)
+
+
+def _from_settings(optimizer: Any, settings: dict[str, Any], custom_objects: Any = None) -> Any:
     known = dict(settings)
     codec, second, averaging = known.pop("codec"), known.pop("second_codec"), known.pop("averaging")
     known["process_set"] = _process_set_of(known["process_set"])
     known["feedback"] = feedback_from_config(known["feedback"])
+    known["policy"] = [
+        (_deserialize_pattern(pattern, custom_objects), CodecCompressor.from_config(config))
+        for pattern, config in known["policy"]
+    ]
     return distribute(
         optimizer,
         compression=CodecCompressor.from_config(codec),
@@ -469,6 +491,7 @@ def distribute(
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
     feedback: Feedback | None = None,
+    policy: Sequence[tuple[Any, Any]] | None = None,
     model: Any = None,
     check_consistency: bool = False,
 ) -> Any:
@@ -485,12 +508,13 @@ def distribute(
                 "'all' or 'local'"
             )
         codec = codec_of(compression)
+        rules = make_policy(policy, codec_of)
         second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
-        stock = strategy.exchanges_gradients and (codec is None or codec.commutes_with_sum)
+        stock = strategy.exchanges_gradients and not rules and (codec is None or codec.commutes_with_sum)
         if not stock and (codec is None or (second_compression is not None and second_codec is None)):
             raise ArgumentError(
                 f"compression is {compression!r} with period={strategy.period}; a compressor of your own works with "
-                "period=1 only, where Horovod averages: use one of pqasgd_horovod.tensorflow.Compression"
+                "period=1 and no policy only, where Horovod averages: use one of pqasgd_horovod.tensorflow.Compression"
             )
         check_op(op, strategy, stock, gradient_predivide_factor)
         config = ExchangeConfig(
@@ -502,6 +526,7 @@ def distribute(
             seed,
             nonfinite,
             feedback,
+            rules,
         )
         if stock:
             check_not_stock(feedback, compression)
@@ -531,6 +556,7 @@ def distribute(
             "seed": seed,
             "nonfinite": nonfinite,
             "feedback": None if feedback is None else feedback.config(),
+            "policy": rules,
             "check_consistency": check_consistency,
             "sparse_as_dense": sparse_as_dense,
             "gradient_predivide_factor": gradient_predivide_factor,

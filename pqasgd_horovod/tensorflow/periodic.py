@@ -135,7 +135,7 @@ class PeriodicAverager:
         by_name = dict(zip((spec.name for spec in specs), map(unwrap, [*parameters, *buffers]), strict=True))
         self._specs = specs[: len(parameters)]
         self._num_parameters = sum(spec.numel for spec in self._specs)
-        groups = group_tensors(self._specs, buffer_specs, self._config.small_tensor_threshold)
+        groups = group_tensors(self._specs, buffer_specs, self._config)
         layouts = [FlatLayout(members) for members, _, _ in groups]
         dtypes = [tf.as_dtype(dtype) for _, dtype, _ in groups]
         sizes = [layout.num_elements for layout in layouts]
@@ -148,13 +148,13 @@ class PeriodicAverager:
             plan_channel(
                 layout,
                 self._config,
-                compressed=compressed,
+                way,
                 name=self._name,
                 index=index,
                 size=1 if self._carrier is None else self._carrier.size,
                 selection=self.averaging.selection,
             )
-            for index, ((_, _, compressed), layout) in enumerate(zip(groups, layouts, strict=True))
+            for index, ((_, _, way), layout) in enumerate(zip(groups, layouts, strict=True))
         ]
         self.state = PeriodicState(
             int(self.averaging.schedule.next_period(0, False)),
@@ -214,6 +214,7 @@ class PeriodicAverager:
             "buffers": {spec.name: spec.description for spec in specs[first:]},
             "parameter_order": [spec.name for spec in specs[:first]],
             "buffer_order": [spec.name for spec in specs[first:]],
+            **self._config.describe_codecs(specs[:first]),
         }
         return specs, verify_same(self._carrier, description, name)
 

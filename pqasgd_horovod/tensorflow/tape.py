@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -16,6 +17,7 @@ from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, check_process_set, construct_together
 from ..averaging.feedback import Feedback, check_not_stock
 from ..averaging.meeting import Purpose
+from ..averaging.policy import Rule, describe_pattern, make_policy
 from ..errors import ArgumentError, DesynchronizedError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
@@ -72,9 +74,11 @@ class _Tapes:
     def averager_of(self, sources: list[Any], gradients: list[Any], settings: dict[str, Any]) -> GradientAverager:
         """Return what averages such gradients: made once, though a tape is made in every step."""
         try:
-            layout = layout_of(describe_variables(sources), gradients)
+            specs, config = describe_variables(sources), settings["config"]
+            layout = layout_of(specs, gradients)
             check_some(gradients)
-            identity = (tuple(layout), *_identity(settings))
+            config.check_names(specs)
+            identity = ((*layout, json.dumps(config.describe_codecs(specs))), *_identity(settings))
             self._check_compressor(identity, settings["compressor"])
         except ArgumentError as error:
             with outside_of_graphs():
@@ -103,7 +107,8 @@ class _Tapes:
             raise error
 
     def _construct(self, layout: list[tuple[str, str]], settings: dict[str, Any]) -> GradientAverager:
-        config, gradients, kind = _identity(settings)
+        _, gradients, kind = _identity(settings)
+        config = settings["config"]
         description = {
             **NO_ERROR,
             "sources": dict(layout),
@@ -253,9 +258,12 @@ def _identity(settings: dict[str, Any]) -> tuple[Any, ...]:
     if not isinstance(gradients.groups, int):  # variables cannot be compared, their names can
         names = tuple(tuple(map(name_of, group)) for group in gradients.groups)
         gradients = dataclasses.replace(gradients, groups=names)
+    # A tape is made in every step, and so may the functions of its policy be: what they have decided tells them apart.
+    config: ExchangeConfig = settings["config"]
+    rules = tuple(Rule(json.dumps(describe_pattern(rule.pattern)), rule.codec) for rule in config.policy)
     compressor = settings["compressor"]
     kind = compressor if isinstance(compressor, type) else type(compressor)
-    return (settings["config"], gradients, kind)
+    return (dataclasses.replace(config, policy=rules), gradients, kind)
 
 
 def DistributedGradientTape(
@@ -278,6 +286,7 @@ def DistributedGradientTape(
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
     feedback: Feedback | None = None,
+    policy: Sequence[tuple[Any, Any]] | None = None,
 ) -> Any:
     r"""Wrap a gradient tape so that ``gradient()`` returns :math:`\frac1n \sum_i Q(g_i)`.
 
@@ -295,7 +304,10 @@ def DistributedGradientTape(
     """
     codec = codec_of(compression)
     second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
-    stock = codec is None or codec.commutes_with_sum
+    rules = make_policy(policy, codec_of)
+    if codec is None and rules:
+        raise ArgumentError(f"compression is {compression!r} with a policy; it must be one of Compression then")
+    stock = not rules and (codec is None or codec.commutes_with_sum)
     check_op(op, PeriodicAveraging(period=1), stock, gradient_predivide_factor)
     config = ExchangeConfig(
         codec or Compression.none.codec,
@@ -306,6 +318,7 @@ def DistributedGradientTape(
         seed,
         nonfinite,
         feedback,
+        rules,
     )
     if stock:
         check_not_stock(feedback, compression)

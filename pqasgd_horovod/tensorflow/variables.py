@@ -29,6 +29,7 @@ class VariableSpec:
     name: str
     dtype: int
     numel: int
+    shape: tuple[int, ...]
     description: str
 
 
@@ -69,7 +70,8 @@ def describe_variables(variables: Sequence[Any]) -> list[VariableSpec]:
         if taken[name] > 1:
             name = f"{name}#{taken[name]}"
         description = f"{dtype.name} {own.shape.as_list()}"
-        specs.append(VariableSpec(name, DTYPES[dtype], own.shape.num_elements(), description))
+        shape = tuple(own.shape.as_list())
+        specs.append(VariableSpec(name, DTYPES[dtype], own.shape.num_elements(), shape, description))
     return specs
 
 

@@ -17,6 +17,8 @@ from ..averaging import Replace as Replace
 from ..averaging import Rotation as Rotation
 from ..averaging import SlowMo as SlowMo
 from ..averaging import SparseAveraging as SparseAveraging
+from ..averaging import larger_than as larger_than
+from ..averaging import smaller_than as smaller_than
 from .carrier import HorovodCarrier as HorovodCarrier
 from .compression import CodecCompressor as CodecCompressor
 from .compression import Compression as Compression

@@ -14,6 +14,7 @@ from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
 from ..averaging.feedback import Feedback, check_not_stock
+from ..averaging.policy import make_policy
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..codecs.base import Codec, check_integer
@@ -54,6 +55,7 @@ def DistributedOptimizer(
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
     feedback: Feedback | None = None,
+    policy: Sequence[tuple[Any, Any]] | None = None,
     hierarchy: str | None = None,
     model: torch.nn.Module | None = None,
     check_consistency: bool = False,
@@ -98,6 +100,11 @@ def DistributedOptimizer(
             then skips the step on all ranks alike.
         feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
             next.
+        policy: which compression for which parameters: a list of pairs of a pattern and one of :class:`Compression`, of
+            which the first that matches decides. A pattern is a glob on the parameter's name (``"*.bias"``),
+            ``larger_than(n)`` or ``smaller_than(n)`` elements, a function of name and shape that returns True or
+            False, or ``...`` for all others. ``small_tensor_threshold`` and then ``compression`` are for what no
+            pattern matches. Buffers travel uncompressed whatever it says.
         hierarchy: None, or ``"node"``: the ranks of a node first make their mean, uncompressed, and only that is coded
             and exchanged with other nodes, once for each node. Needs ``hvd.init(process_sets="dynamic")`` and as many
             ranks on each node. Bytes are then counted between nodes.
@@ -141,6 +148,7 @@ def DistributedOptimizer(
         averaging = describe_outer(resolve_averaging(period, averaging))
         check_has_moments(optimizer, averaging.moments)
         codec = codec_of(compression)
+        rules = make_policy(policy, codec_of)
         second_codec = (
             None if second_compression is None else _require_codec(second_compression, "second_compression", averaging)
         )
@@ -150,7 +158,7 @@ def DistributedOptimizer(
             raise ArgumentError(
                 f"gradient_predivide_factor is {gradient_predivide_factor} with op={op}; it needs op=hvd.Average"
             )
-        stock = averaging.exchanges_gradients and (codec is None or codec.commutes_with_sum)
+        stock = averaging.exchanges_gradients and not rules and (codec is None or codec.commutes_with_sum)
         if not stock:
             codec = _require_codec(compression, "compression", averaging)
             _check_op(op, averaging, optimizer)
@@ -163,6 +171,7 @@ def DistributedOptimizer(
             seed=seed,
             nonfinite=nonfinite,
             feedback=feedback,
+            policy=rules,
             hierarchy=hierarchy,
         )
         if stock:
@@ -217,7 +226,7 @@ def _require_codec(compression: Any, argument: str, averaging: PeriodicAveraging
     if codec is None:
         raise ArgumentError(
             f"{argument} is {compression!r} with period={averaging.period}; a compressor of your own works with "
-            "period=1 only, where Horovod averages: use one of pqasgd_horovod.torch.Compression"
+            "period=1 and no policy only, where Horovod averages: use one of pqasgd_horovod.torch.Compression"
         )
     return codec
 

@@ -79,6 +79,7 @@ class TensorMemory:
         check_tensor(name, tensor)
         self.dtype = DTYPES[tensor.dtype]
         self.numel = tensor.numel()
+        self.shape = tuple(tensor.shape)
         self.description = describe(tensor)
 
     def pointer(self) -> int:
@@ -102,6 +103,7 @@ class GradientMemory:
         self.parameter = parameter
         self.dtype = DTYPES[parameter.dtype]
         self.numel = parameter.numel()
+        self.shape = tuple(parameter.shape)
         self.description = describe(parameter)
         self._form = _form(parameter)
         self._tensor: torch.Tensor | None = None

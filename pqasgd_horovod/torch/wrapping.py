@@ -17,6 +17,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.construction import Membership
+from ..averaging.policy import Shaped
 from ..averaging.state import ARRAYS, check_state
 from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
@@ -27,14 +28,21 @@ _NOT_COPIED = frozenset({"__dict__", "__weakref__", "__module__", "__doc__", "__
 
 
 def describe_parameters(optimizer: Any) -> dict[str, Any]:
-    """Return what of the parameters has to be the same on every rank."""
+    """Return what of the parameters has to be the same on every rank.
+
+    Raises ArgumentError if the policy has a pattern that is for none of them.
+    """
     names = [optimizer._parameter_names[p] for p in parameters_of(optimizer)]
+    shapes = [Shaped(name, tuple(p.shape)) for name, p in zip(names, parameters_of(optimizer), strict=True)]
+    config: ExchangeConfig = optimizer._settings.exchange
+    config.check_names(shapes)
     layout: dict[str, Any] = {
         "parameters": dict(zip(names, map(describe, parameters_of(optimizer)), strict=True)),
     }
     if hasattr(optimizer, "_averager"):
         # Tensors are laid end to end, so their order matters; Horovod itself goes by names alone.
         layout["parameter_order"] = names
+        layout.update(config.describe_codecs(shapes))
     return layout
 
 

@@ -50,9 +50,10 @@ def same_coordinates(replicas: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("fragments", [1, 3, 8])
 def test_every_element_is_in_one_fragment_and_fragments_are_equal(block, fragments):
     views = make_views(SHAPES, seed=1)
-    config = ExchangeConfig(codecs.eden(bits=4), bucket_cap_mb=0.01)
+    config = ExchangeConfig(codecs.eden(bits=4), bucket_cap_mb=0.01, small_tensor_threshold=0)
     selection = Rotation(fragments, block)
-    plan = plan_channel(FlatLayout(views), config, compressed=True, name="x", index=0, size=2, selection=selection)
+    ((way, views),) = config.by_way(views)
+    plan = plan_channel(FlatLayout(views), config, way, name="x", index=0, size=2, selection=selection)
     assert sorted(bucket for fragment in plan.fragments for bucket in fragment) == list(range(len(plan.sizes)))
     assert sum(plan.sizes) == NUM_ELEMENTS
     elements = [sum(plan.sizes[bucket] for bucket in fragment) for fragment in plan.fragments]

@@ -6,6 +6,7 @@ Use it in place of ``horovod.tensorflow.keras``: under Keras 3 that one's ``Dist
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -26,6 +27,8 @@ from ...averaging import Replace as Replace
 from ...averaging import Rotation as Rotation
 from ...averaging import SlowMo as SlowMo
 from ...averaging import SparseAveraging as SparseAveraging
+from ...averaging import larger_than as larger_than
+from ...averaging import smaller_than as smaller_than
 from ...averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ...averaging.schedule import Schedule
 from ...errors import ArgumentError
@@ -66,6 +69,7 @@ def DistributedOptimizer(
     seed: int = 0,
     nonfinite: NonFinitePolicy = "raise",
     feedback: Feedback | None = None,
+    policy: Sequence[tuple[Any, Any]] | None = None,
     model: Any = None,
     check_consistency: bool = False,
 ) -> Any:
@@ -110,6 +114,11 @@ def DistributedOptimizer(
             skips the step on all ranks alike.
         feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
             next. Each rank has its own residual: a model file holds that of the rank that wrote it.
+        policy: which compression for which variables: a list of pairs of a pattern and one of :class:`Compression`, of
+            which the first that matches decides. A pattern is a glob on the variable's path (``"*/bias"``),
+            ``larger_than(n)`` or ``smaller_than(n)`` elements, a function of name and shape that returns True or
+            False, which Keras saves as it does any function, or ``...`` for all others. ``small_tensor_threshold`` and
+            then ``compression`` are for what no pattern matches. Moving statistics travel uncompressed in any case.
         model: where to find BatchNormalization's moving statistics if no model is compiled with this optimizer.
         check_consistency: after each average compare checksums of all replicas (slow; for debugging).
 
@@ -160,6 +169,7 @@ def DistributedOptimizer(
         seed=seed,
         nonfinite=nonfinite,
         feedback=feedback,
+        policy=policy,
         model=model,
         check_consistency=check_consistency,
     )
