@@ -1,7 +1,7 @@
 """When replicas are averaged, and how the mean is applied. Framework-free: tensors are seen as memory."""
 
 from .config import ExchangeConfig
-from .feedback import Feedback
+from .feedback import Feedback, MomentumCorrection
 from .gradients import GradientAverager
 from .outer import Nesterov, Replace, SlowMo
 from .periodic import PeriodicAverager
@@ -18,6 +18,7 @@ __all__ = [
     "Feedback",
     "GradientAverager",
     "GrowingPeriod",
+    "MomentumCorrection",
     "Nesterov",
     "PeriodicAverager",
     "PeriodicAveraging",

@@ -21,7 +21,7 @@ from ..exchange.handshake import verify_same
 from ..exchange.layout import shard_alignment
 from ..exchange.plan import bytes_per_round, choose_exchange, num_parts
 from .config import AS_IT_IS, ExchangeConfig, Way
-from .feedback import Residuals
+from .feedback import MomentumCorrection, Residuals, Velocities
 from .outer import Coefficients
 from .selection import All, Selection
 from .state import Arrays, no_arrays
@@ -46,6 +46,8 @@ class ChannelPlan:
     name: str
     starts: tuple[int, ...]  # where buckets begin, and where the last one ends
     feedback: bool = False  # whether what is not sent is kept for the next round
+    correction: MomentumCorrection | None = None  # whether the velocity of gradients is sent in their place
+    masks: bool = False  # whether the velocity of what was sent is cleared
     fragments: tuple[tuple[int, ...], ...] = ()  # the buckets of each; none: all buckets are one
 
     @property
@@ -78,6 +80,10 @@ def plan_channel(
     codec, second_codec, method = way
     alignment = shard_alignment(codec, second_codec or codec.for_means)
     buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
+    correction = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
+    masks = correction is not None and correction.masks(codec)
+    if method == "auto" and masks:
+        method = "allgather"
     if method == "auto":
         method = choose_exchange(codec, second_codec, [elements for elements, _ in buckets], size)
     return ChannelPlan(
@@ -94,6 +100,8 @@ def plan_channel(
             for fragment in range(selection.num_fragments)
         ),
         feedback=config.feedback is not None and not codec.lossless,
+        correction=correction,
+        masks=masks and size > 1,  # one rank alone sends everything
     )
 
 
@@ -142,6 +150,10 @@ class Channel:
         self._residuals = Residuals(vector.num_elements) if plan.feedback else None
         self._snapshot: AnchorArray | None = None  # made when the first one is taken
         self._feeds_back_means = plan.feeds_back_means
+        self.velocities = (
+            None if plan.correction is None else Velocities(vector.num_elements, plan.correction, plan.masks)
+        )
+        """With momentum correction; their ``clipping`` is set by whoever knows all channels."""
         self.exchange = make_exchange(
             plan.codec,
             carrier,
@@ -205,7 +217,12 @@ class Channel:
         """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there."""
         tensors = self.tensors_in(bucket)
         start = self.starts[bucket] - self.vector.offsets[tensors.start]
-        source = self.vector.source(residuals=self._residuals, part=tensors)
+        if self.velocities is None:
+            source = self.vector.source(residuals=self._residuals, part=tensors)
+        else:
+            span = slice(self.starts[bucket], self.starts[bucket + 1])
+            self.velocities.advance(self.vector.source(part=tensors), start, span)
+            source, start = self.velocities.source(self._residuals), span.start
         self.exchange.begin(bucket, source, start, step=step, round=round)
         self.exchange.advance()
 
@@ -231,6 +248,15 @@ class Channel:
             center = self._arriving[span.start : min(span.stop, num_elements)]
             total += native.distance(source, span.start, center)
         return total
+
+    def squared_norm(self) -> float:
+        """Return the sum of squares of the vector as it is in memory now."""
+        source = self.vector.source()
+        origin = np.zeros(max(self.exchange.buckets), np.float32)
+        return sum(
+            native.distance(source, start, origin[:size])
+            for start, size in zip(self.starts, self.exchange.buckets, strict=False)
+        )
 
     def apply(self, target: native.Source, outer: Coefficients | None = None) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean.
@@ -297,6 +323,8 @@ class Channel:
         return spans
 
     def _keep_residuals(self) -> None:
+        if self.velocities is not None:
+            self.velocities.keep(self.starts, self.exchange.averaged, self._residuals)
         if self._residuals is not None:
             self._residuals.keep(self.starts, self.exchange.averaged)
             self.exchange.keep_residuals()
@@ -322,6 +350,8 @@ class Channel:
             found["residual"] = self._residuals.kept
         if self._feeds_back_means:
             found["mean_residual"] = self._mean_residual()
+        if self.velocities is not None:
+            found["velocity"] = self.velocities.kept
         return found
 
     def restore_residuals(self, arrays: Mapping[str, Mapping[str, AnchorArray]]) -> None:
@@ -330,6 +360,9 @@ class Channel:
         What belongs to the mean of a shard that is another rank's now goes into the mean by way of this rank's own
         residual, of which the mean takes one part in as many as there are ranks.
         """
+        if self.velocities is not None:
+            for i, name in enumerate(self.vector.names):
+                self.velocities.kept[self.vector.span(i)] = arrays["velocity"].get(name, 0.0)
         if self._residuals is None:
             return
         own, means = (np.zeros(self.vector.num_elements, np.float32) for _ in range(2))

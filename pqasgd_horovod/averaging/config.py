@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.plan import check_method
-from .feedback import Feedback, check_feedback
+from .feedback import Feedback, MomentumCorrection, check_feedback
 from .policy import HasShape, Rule, check_names, decide, smaller_than
 
 NON_FINITE_POLICIES = ("raise", "propagate")
@@ -97,6 +97,42 @@ class ExchangeConfig:
         if self.second_codec is not None:
             coded["second_compression"] = self.second_codec
         check_feedback(self.feedback, coded)
+        self._check_correction()
+
+    def _check_correction(self) -> None:
+        if isinstance(self.feedback, MomentumCorrection) and self.hierarchy is not None:
+            raise ArgumentError(
+                f"hierarchy is {self.hierarchy!r} with feedback={self.feedback}; each rank applies momentum to its own "
+                "gradients, and a node has only their mean: use one of them"
+            )
+        for argument, codec in self._codecs().items():
+            if (
+                self.method == "two_phase"
+                and isinstance(self.feedback, MomentumCorrection)
+                and self.feedback.masks(codec)
+            ):
+                raise ArgumentError(
+                    f"exchange is 'two_phase' with {argument}={codec} and feedback={self.feedback}; the owner of a "
+                    "shard sends all of its own numbers there, and would clear all their momentum: use "
+                    "exchange='allgather', or masking=False"
+                )
+
+    def at(self, step: int) -> ExchangeConfig:
+        """Return the configuration of a step: while density warms up sparse codecs keep more than after it.
+
+        >>> from pqasgd_horovod import codecs
+        >>> config = ExchangeConfig(codecs.topk(density=0.001), feedback=MomentumCorrection(warmup_steps=100))
+        >>> [config.at(step).codec.density for step in (0, 30, 100)]
+        [0.25, 0.0625, 0.001]
+        """
+        density = self.feedback.least_density(step) if isinstance(self.feedback, MomentumCorrection) else 0.0
+        if not density:
+            return self
+        return dataclasses.replace(
+            self,
+            codec=self.codec.at_least(density),
+            policy=tuple(dataclasses.replace(rule, codec=rule.codec.at_least(density)) for rule in self.policy),
+        )
 
     def _codecs(self) -> dict[str, Codec]:
         """Return every codec by the argument that it came with."""
@@ -104,6 +140,11 @@ class ExchangeConfig:
 
     def check_for_parameters(self) -> None:
         """Raise ArgumentError unless codecs are fit for changes of parameters, and not for gradients only."""
+        if isinstance(self.feedback, MomentumCorrection):
+            raise ArgumentError(
+                f"feedback is {self.feedback}; it is for gradients, period=1 without an outer optimizer: for changes "
+                "of parameters, which have their momentum, use hvd.Feedback()"
+            )
         for argument, codec in self._codecs().items():
             if not codec.keeps_scale:
                 raise ArgumentError(

@@ -3,18 +3,25 @@ r"""What about that which was not sent: the residual, kept on each rank and adde
 A lossy codec leaves :math:`u - Q(u)` behind. With error feedback it is not lost: each round sends
 :math:`u = v + r` and keeps :math:`r \leftarrow u - Q(u)`, for what a rank codes and, in the two-phase exchange, for the
 mean that the owner of a shard codes again. Everything then arrives sooner or later, whatever the codec drops.
+
+What arrives late has missed the momentum of the steps between. With momentum correction each rank therefore applies
+momentum to its own gradients, before anything is dropped, and what it accumulates is the velocity.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..codecs.base import FLOAT32, Codec
+from .. import native
+from ..codecs.base import FLOAT32, Codec, check_integer
 from ..errors import ArgumentError
+from .outer import Coefficients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,100 @@ class Feedback:
         return {"id": self.id, **dataclasses.asdict(self)}
 
 
+_WARMUP_STAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumCorrection(Feedback):
+    r"""Error feedback on the velocity: with ``topk`` deep gradient compression (DGC).
+
+    Of its gradient g each rank makes, and keeps, a velocity u and what was not sent, v:
+
+    .. math:: u \leftarrow m u + g, \qquad v \leftarrow v + u, \qquad \text{send } Q(v), \quad v \leftarrow v - Q(v)
+
+    (with ``nesterov`` :math:`v \leftarrow v + g + m u`), and with ``masking`` :math:`u_k \leftarrow 0` wherever a
+    sparse codec has sent :math:`v_k`, so that no stale momentum drives it on. The mean over the ranks takes the place
+    of the gradient; the optimizer's own momentum has to be 0. Tensors that travel as they are have a velocity too, and
+    send all of it: momentum SGD. A weight decay of the optimizer is not multiplied by momentum: give it
+    :math:`1/(1 - m)` times as much.
+
+    For gradients, ``period=1``. Two float32 numbers for each parameter are kept on each rank, and belong to the
+    checkpoint: save on every rank.
+
+    Args:
+        momentum: m, from 0 to below 1.
+        nesterov: Nesterov's momentum, as in ``torch.optim.SGD``.
+        masking: momentum factor masking. Sparse codecs then take ``exchange="allgather"``, which ``"auto"`` chooses:
+            in the other one the owner of a shard sends all of its own numbers, and would lose all their momentum.
+        clip_norm: None, or the largest norm, above 0, of the mean of all gradients together, as of
+            ``clip_grad_norm_``; each of n ranks clips its own to :math:`n^{-1/2}` of it. Nothing is sent before
+            backward has ended then.
+        warmup_steps: steps in which sparse codecs keep more: 25 %, 6.25 %, 1.6 % and 0.4 % of the numbers, or their own
+            density if it is larger, each for a quarter of these steps. The ranks lay out their messages anew between.
+
+    Raises ArgumentError for other values.
+
+    Source: Lin, Han, Mao, Wang, Dally, "Deep gradient compression: reducing the communication bandwidth for
+    distributed training", ICLR 2018, algorithms 2 and 4, and appendix B.
+
+    >>> MomentumCorrection(momentum=0.9).coefficients
+    Coefficients(decay=0.9, a=1.0, b=0.0)
+    >>> [MomentumCorrection(warmup_steps=100).least_density(step) for step in (0, 25, 99, 100)]
+    [0.25, 0.0625, 0.00390625, 0.0]
+    """
+
+    id = "momentum_correction"
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    masking: bool = True
+    clip_norm: float | None = None
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.momentum) or not 0 <= self.momentum < 1:
+            raise ArgumentError(f"momentum is {self.momentum!r}; it must be a number from 0 to below 1")
+        for name in ("nesterov", "masking"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.clip_norm is not None and (not _is_number(self.clip_norm) or not 0 < self.clip_norm < float("inf")):
+            raise ArgumentError(f"clip_norm is {self.clip_norm!r}; it must be None or a number above 0")
+        check_integer("warmup_steps", self.warmup_steps, 0, 2**48)
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """The step that makes velocity and increment of velocity and gradient; see :func:`.outer.outer_step`."""
+        return Coefficients(self.momentum, self.momentum if self.nesterov else 1.0, 1.0 if self.nesterov else 0.0)
+
+    def masks(self, codec: Codec) -> bool:
+        """Return whether the momentum of what ``codec`` has sent is cleared: where it sends all that would be all."""
+        return self.masking and codec.selects
+
+    def least_density(self, step: int) -> float:
+        """Return the part of the numbers that is kept at least in a step; 0 after the warm-up."""
+        if step >= self.warmup_steps:
+            return 0.0
+        return 0.25 ** (1 + _WARMUP_STAGES * step // self.warmup_steps)
+
+    def clipping(self, norm: float, size: int) -> float:
+        """Return what a gradient of this norm is multiplied by on each of ``size`` ranks.
+
+        >>> MomentumCorrection(clip_norm=1.0).clipping(norm=2.0, size=4)
+        0.25
+        """
+        limit = math.inf if self.clip_norm is None else self.clip_norm / math.sqrt(size)
+        # What is not finite is reported where it is sent.
+        return limit / norm if limit < norm < math.inf else 1.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+FEEDBACKS: Mapping[str, type[Feedback]] = {cls.id: cls for cls in (Feedback, MomentumCorrection)}
+"""Feedbacks by id."""
+
+
 def feedback_from_config(config: Mapping[str, Any] | None) -> Feedback | None:
     """Return the feedback that a ``config()`` describes; None for none.
 
@@ -52,9 +153,10 @@ def feedback_from_config(config: Mapping[str, Any] | None) -> Feedback | None:
     if config is None:
         return None
     arguments = dict(config)
-    if arguments.pop("id", None) != Feedback.id:
-        raise ArgumentError(f"feedback is {config!r}; its id must be {Feedback.id!r}")
-    return Feedback(**arguments)
+    cls = FEEDBACKS.get(arguments.pop("id", None))
+    if cls is None:
+        raise ArgumentError(f"feedback is {config!r}; its id must be one of {', '.join(FEEDBACKS)}")
+    return cls(**arguments)
 
 
 def check_feedback(feedback: Feedback | None, codecs: Mapping[str, Codec]) -> None:
@@ -81,6 +183,55 @@ def check_not_stock(feedback: Feedback | None, compression: Any) -> None:
         )
 
 
+def check_no_momentum(feedback: Feedback | None, settings: Sequence[tuple[str, Any]]) -> None:
+    """Raise ArgumentError if momentum is corrected and the user's optimizer has any, among its ``settings``."""
+    for name, value in settings:
+        if isinstance(feedback, MomentumCorrection) and value:
+            raise ArgumentError(
+                f"optimizer has {name}={value!r} with feedback={feedback}, which applies momentum before anything is "
+                f"compressed, and once is enough: make the optimizer with {name}=0"
+            )
+
+
+class Velocities:
+    """The velocity of one rank's gradients, a flat vector, and by how much it lets grow what is to be sent.
+
+    Two arrays of the first, so that a round that fails changes nothing.
+    """
+
+    def __init__(self, num_elements: int, correction: MomentumCorrection, masks: bool) -> None:
+        self._coefficients = correction.coefficients
+        self._masks = masks
+        self.kept: FLOAT32 = np.zeros(num_elements, np.float32)
+        self._next: FLOAT32 = np.zeros(num_elements, np.float32)
+        self._increment: FLOAT32 = np.zeros(num_elements, np.float32)
+        self.clipping = 1.0
+        """What gradients are multiplied by."""
+
+    def advance(self, gradients: native.Source, start: int, span: slice) -> None:
+        """Make velocity and increment of ``span``, whose gradients begin at element ``start`` of their source."""
+        velocity, increment = self._next[span], self._increment[span]
+        native.gather(gradients, start, increment)
+        if self.clipping != 1:
+            np.multiply(increment, np.float32(self.clipping), out=increment)
+        np.copyto(velocity, self.kept[span])
+        native.outer(*self._coefficients, velocity, increment)
+
+    def source(self, residuals: Residuals | None) -> native.Source:
+        """Return what is to be sent: the increment, plus what was not sent before."""
+        segment = (self._increment.ctypes.data, native.DTYPE_F32, self._increment.size)
+        pointers = None if residuals is None else residuals.pointers()
+        return native.Source([segment], None, (self._increment, residuals), pointers)
+
+    def keep(self, starts: Sequence[int], averaged: Sequence[int], residuals: Residuals | None) -> None:
+        """After a round, and before :meth:`Residuals.keep`: keep the velocity of the buckets that have a mean."""
+        for bucket in averaged:
+            span = slice(starts[bucket], starts[bucket + 1])
+            if self._masks and residuals is not None:
+                residuals.clear_where_sent(span, self._increment[span], self._next[span])
+            self.kept[span] = self._next[span]
+
+
 class Residuals:
     """What one rank has not sent of a flat vector: that of the last round, and that of the round under way.
 
@@ -94,6 +245,11 @@ class Residuals:
     def pointers(self, start: int = 0) -> tuple[int, int]:
         """Return where the residual that is added, and the one that is written, have element ``start``."""
         return self.kept.ctypes.data + 4 * start, self._next.ctypes.data + 4 * start
+
+    def clear_where_sent(self, span: slice, given: FLOAT32, velocity: FLOAT32) -> None:
+        """Set ``velocity`` to 0 where anything was sent of ``given`` and the residual; ``given`` is used up."""
+        np.add(given, self.kept[span], out=given)  # as it was encoded
+        velocity[given != self._next[span]] = 0
 
     def keep(self, starts: Sequence[int], averaged: Sequence[int]) -> None:
         """After a round: keep what it left of the buckets that have a mean; ``starts`` are the limits of all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,13 @@ import numpy as np
 
 from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier
+from ..exchange.carriers.alone import AloneCarrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, plan_channel, warn_of_size
 from .config import ExchangeConfig
+from .feedback import MomentumCorrection
 from .meeting import Meeting, Purpose
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
@@ -53,6 +56,9 @@ class GradientAverager:
         check_consistency: bool = False,
     ) -> None:
         self._carrier = carrier if carrier is not None and carrier.size > 1 else None
+        self._correction = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
+        if self._carrier is None and self._correction is not None:
+            self._carrier = AloneCarrier()  # nobody else has the momentum
         self._config = config
         self._name = name
         self._sum_over_ranks = sum_over_ranks
@@ -62,10 +68,18 @@ class GradientAverager:
         self._buckets_of: dict[str, tuple[Channel, list[int]]] = {}
         self._missing: dict[tuple[Channel, int], int] = {}
         self._ready: set[str] = set()
+        self._laid_out: tuple[Sequence[TensorView], int] = ((), 0)
         self._num_elements = 0
+        self._config_now = config
+        self._is_outdated = False  # the density of a warm-up has changed since tensors were laid out
         self._restored = no_arrays()
         self.statistics = CommunicationStatistics.of(self._carrier)
         self.steps = 0
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether gradients become anything else; if not there is nothing to prepare."""
+        return self._carrier is not None
 
     def prepare(self, tensors: Sequence[TensorView], num_elsewhere: int = 0) -> None:
         """Lay out the gradients and agree on that; collective.
@@ -73,30 +87,32 @@ class GradientAverager:
         ``num_elsewhere`` more elements are averaged by other means; full communication would average them too. Raises
         MismatchError on every rank if the ranks differ.
         """
+        self._laid_out = (tensors, num_elsewhere)
         self._num_elements = sum(tensor.numel for tensor in tensors) + num_elsewhere
         if self._carrier is None:
             return
+        config = self._config.at(self.steps)
         description = {
             "steps": self.steps,
             "exchange": self._config.config(),
             "gradients": {tensor.name: tensor.description for tensor in tensors},
             "gradient_order": [tensor.name for tensor in tensors],
-            **self._config.describe_codecs(tensors),
+            **config.describe_codecs(tensors),
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
         self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
         arrays = self._arrays()
-        vectors = [(way, FlatVector(members)) for way, members in self._config.by_way(tensors)]
+        vectors = [(way, FlatVector(members)) for way, members in config.by_way(tensors)]
         plans = [
-            plan_channel(vector, self._config, way, name=self._name, index=index, size=num_parts(self._carrier))
+            plan_channel(vector, config, way, name=self._name, index=index, size=num_parts(self._carrier))
             for index, (way, vector) in enumerate(vectors)
         ]
         warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
         self._channels.replace(
             [
-                Channel(vector, plan, None, carrier=self._carrier, config=self._config, digest=digest)
+                Channel(vector, plan, None, carrier=self._carrier, config=config, digest=digest)
                 for plan, (_, vector) in zip(plans, vectors, strict=True)
             ]
         )
@@ -107,9 +123,11 @@ class GradientAverager:
             for i, tensor in enumerate(channel.vector.tensors):
                 buckets = [bucket for bucket in range(channel.num_buckets) if i in channel.tensors_in(bucket)]
                 self._buckets_of[tensor.name] = (channel, buckets)
+        self._config_now = config
         self._start_step()
 
     def _start_step(self) -> None:
+        self._is_outdated = list(self._channels) != [] and self._config.at(self.steps) != self._config_now
         self._ready = set()
         self._missing = {
             (channel, bucket): len(channel.tensors_in(bucket))
@@ -119,7 +137,15 @@ class GradientAverager:
 
     def ready(self, name: str) -> None:
         """Take note that a gradient stays as it is until :meth:`finish`; launch each bucket that is now complete."""
-        if self._carrier is None or name in self._ready:
+        if self._carrier is not None and not self._is_outdated and not self._clips:
+            self._launch(name)
+
+    @property
+    def _clips(self) -> bool:
+        return self._correction is not None and self._correction.clip_norm is not None
+
+    def _launch(self, name: str) -> None:
+        if name in self._ready:
             return
         self._ready.add(name)
         channel, buckets = self._buckets_of[name]
@@ -135,8 +161,15 @@ class GradientAverager:
         or some ranks would apply a mean that others do not. Raises NonFiniteError or DesynchronizedError on every rank,
         with the gradients untouched.
         """
+        if self._is_outdated:
+            self.prepare(*self._laid_out)
+        if self._correction is not None and self._clips:
+            norm = math.sqrt(sum(channel.squared_norm() for channel in self._channels))
+            for channel in self._channels:
+                assert channel.velocities is not None
+                channel.velocities.clipping = self._correction.clipping(norm, channel.exchange.size)
         for name in self._buckets_of:
-            self.ready(name)
+            self._launch(name)
         started = time.perf_counter()
         try:
             checksums: list[int] = []
@@ -147,8 +180,8 @@ class GradientAverager:
             self._channels.finish()
             _check_frozen(checksums)
         finally:
-            self._start_step()
             self.steps += 1
+            self._start_step()
             self.statistics.count_step(self._num_elements)
         for channel in self._channels:
             if self._carrier is not None and self._sum_over_ranks:
@@ -194,6 +227,7 @@ class GradientAverager:
             channel.restore_residuals(arrays)
         self._restored = no_arrays() if list(self._channels) else arrays
         self.steps = 0 if state is None else int(state["steps"])
+        self._start_step()
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""

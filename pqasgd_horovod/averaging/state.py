@@ -16,9 +16,9 @@ from .strategy import PeriodicAveraging
 logger = logging.getLogger("pqasgd_horovod")
 
 STATE_VERSION = 2
-ARRAYS = ("anchor", "momentum", "residual", "mean_residual")
+ARRAYS = ("anchor", "momentum", "residual", "mean_residual", "velocity")
 """What of a state is arrays, by parameter name."""
-RESIDUALS = ("residual", "mean_residual")
+RESIDUALS = ("residual", "mean_residual", "velocity")
 """Which of them are each rank's own."""
 _FIELDS = ("version", "steps", "rounds", "config", *ARRAYS, "pace", "owner")
 
@@ -79,7 +79,7 @@ def taken_over(state: Mapping[str, Any], carrier: Carrier | None, present: Array
     arrays: Arrays = {kind: dict(state[kind]) for kind in ARRAYS}
     if present is not None:
         arrays.update({kind: present[kind] for kind in RESIDUALS})
-    elif arrays["residual"] and state["owner"] not in (None, owner_of(carrier)):
+    elif any(arrays[kind] for kind in RESIDUALS) and state["owner"] not in (None, owner_of(carrier)):
         logger.warning(
             "the residual in the saved state is that of rank %d of %d; rank %d of %d begins without one. Save on every "
             "rank, and load each rank's own state, or all of them through hvd.combine_states",
@@ -96,7 +96,7 @@ def combine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     What all ranks have alike is that of the first. What was not sent yet would have moved the mean by
     :math:`\frac1n \sum_i r_i + \sum_i R_i`, with the residuals r of the ranks' own numbers and R of the means that they
     made: that is the residual which every rank of the new world takes over, so that in a mean over any number of ranks
-    it is still there. It is added up in float64, and rounded to float32.
+    it is still there. It is added up in float64, and rounded to float32, as is the mean of the velocities.
 
     Raises ArgumentError unless there is one state of each rank, of the same step, without hierarchy.
     """
@@ -121,4 +121,8 @@ def combine_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             pending += np.asarray(state["residual"][name], np.float64) / len(states)
             pending += state["mean_residual"].get(name, 0.0)
         combined["residual"][name] = pending.astype(np.float32)
+    combined["velocity"] = {
+        name: np.mean([np.asarray(state["velocity"][name], np.float64) for state in states], axis=0).astype(np.float32)
+        for name in states[0]["velocity"]
+    }
     return combined

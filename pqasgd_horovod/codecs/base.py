@@ -157,6 +157,15 @@ class Codec(abc.ABC):
         return None
 
     @property
+    def selects(self) -> bool:
+        """True if some numbers are sent and nothing of the others."""
+        return False
+
+    def at_least(self, density: float) -> Codec:
+        """Return the codec that sends at least this part of the numbers."""
+        return self
+
+    @property
     def for_means(self) -> Codec:
         """The codec of the means in the two-phase exchange, unless another one is asked for."""
         return self

@@ -96,6 +96,21 @@ class Sparse(Codec):
         return self.values.contractive
 
     @property
+    def selects(self) -> bool:
+        """True."""
+        return True
+
+    def at_least(self, density: float) -> Codec:
+        """Return the codec that keeps at least this part.
+
+        >>> from pqasgd_horovod import codecs
+        >>> codecs.topk(density=0.01).at_least(0.25).density, codecs.topk(density=0.5).at_least(0.25).density
+        (0.25, 0.5)
+        """
+        changed: dict[str, Any] = {"density": max(self.density, density)}
+        return dataclasses.replace(self, **changed)
+
+    @property
     def density_units(self) -> int:
         """The density in units of 2^-30."""
         return round(self.density * _DENSITY_UNIT)

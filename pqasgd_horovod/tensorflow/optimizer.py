@@ -21,7 +21,7 @@ from horovod.tensorflow import mpi_ops
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
-from ..averaging.feedback import Feedback, check_not_stock, feedback_from_config
+from ..averaging.feedback import Feedback, MomentumCorrection, check_not_stock, feedback_from_config
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
@@ -462,6 +462,15 @@ def _check_moments(optimizer: Any, policy: str) -> None:
         )
 
 
+def refuse_correction(feedback: Feedback | None) -> None:
+    """Raise ArgumentError for momentum correction, which graphs of this version have not."""
+    if isinstance(feedback, MomentumCorrection):
+        raise ArgumentError(
+            f"feedback is {feedback}; momentum correction is in pqasgd_horovod.torch only: use hvd.Feedback(), and the "
+            "optimizer's own momentum"
+        )
+
+
 def _scales_loss(optimizer: Any) -> bool:
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
@@ -509,6 +518,7 @@ def distribute(
             )
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
+        refuse_correction(feedback)
         second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
         stock = strategy.exchanges_gradients and not rules and (codec is None or codec.commutes_with_sum)
         if not stock and (codec is None or (second_compression is not None and second_codec is None)):

@@ -13,7 +13,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
-from ..averaging.feedback import Feedback, check_not_stock
+from ..averaging.feedback import Feedback, check_no_momentum, check_not_stock
 from ..averaging.policy import make_policy
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
@@ -29,7 +29,7 @@ from .periodic import PeriodicMethods
 from .quantized import GradientMethods
 from .stock import build_stock
 from .tensors import find_model
-from .wrapping import CommonMethods, Settings, build, describe_parameters
+from .wrapping import CommonMethods, Settings, build, describe_parameters, momenta_of
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -99,7 +99,7 @@ def DistributedOptimizer(
             changes. ``"propagate"``: the mean becomes NaN on every rank; with ``period=1`` GradScaler needs this, and
             then skips the step on all ranks alike.
         feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
-            next.
+            next. Or :class:`MomentumCorrection`, for gradients and an optimizer without momentum: DGC.
         policy: which compression for which parameters: a list of pairs of a pattern and one of :class:`Compression`, of
             which the first that matches decides. A pattern is a glob on the parameter's name (``"*.bias"``),
             ``larger_than(n)`` or ``smaller_than(n)`` elements, a function of name and shape that returns True or
@@ -174,6 +174,8 @@ def DistributedOptimizer(
             policy=rules,
             hierarchy=hierarchy,
         )
+        for group in optimizer.param_groups:
+            check_no_momentum(feedback, momenta_of(group))
         if stock:
             check_not_stock(feedback, compression)
             if hierarchy is not None:

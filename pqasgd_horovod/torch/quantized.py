@@ -13,7 +13,8 @@ import torch
 from horovod.torch.mpi_ops import sparse_allreduce_async
 from horovod.torch.optimizer import _DistributedOptimizer
 
-from ..averaging import GradientAverager
+from ..averaging import GradientAverager, MomentumCorrection
+from ..errors import ArgumentError
 from .tensors import GatherHandle, GradientMemory, counting
 from .wrapping import CommonMethods, Settings, parameters_of
 
@@ -118,6 +119,11 @@ class GradientMethods(CommonMethods):
                 sparse[parameter] = name
             elif parameter in self._gradients or parameter.requires_grad:
                 gradients[parameter] = GradientMemory(name, parameter)
+        if sparse and isinstance(self._settings.exchange.feedback, MomentumCorrection):
+            raise ArgumentError(
+                f"gradients of {sorted(sparse.values())} are sparse, with feedback={self._settings.exchange.feedback}: "
+                "sparse gradients travel as they are and would have no momentum; use sparse_as_dense=True"
+            )
         self._averager.prepare(list(gradients.values()), sum(parameter.numel() for parameter in sparse))
         self._gradients, self._sparse = gradients, sparse
         self._add_hooks()
@@ -128,7 +134,7 @@ class GradientMethods(CommonMethods):
         Raises NonFiniteError, MismatchError or DesynchronizedError on every rank, with the gradients as this rank
         computed them.
         """
-        if self._settings.carrier is None:
+        if not self._averager.exchanges:
             self._averager.finish()
             self._synchronized = True
             return

@@ -17,6 +17,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.construction import Membership
+from ..averaging.feedback import check_no_momentum
 from ..averaging.policy import Shaped
 from ..averaging.state import ARRAYS, check_state
 from ..errors import ArgumentError
@@ -94,6 +95,12 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Paramet
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
+
+
+def momenta_of(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return what of a parameter group is a momentum, by name."""
+    betas = group.get("betas") or (0.0,)
+    return [("momentum", group.get("momentum", 0.0)), ("betas[0]", betas[0])]
 
 
 def export_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +181,8 @@ class CommonMethods(_DistributedOptimizer):
                 "param_group: parameters cannot be added after loss.backward() and before optimizer.step() or "
                 "optimizer.synchronize(): the gradients are still being exchanged"
             )
+        if "_parameter_names" in self.__dict__:
+            check_no_momentum(self._settings.exchange.feedback, momenta_of({**self.defaults, **param_group}))
         self._inner_class.add_param_group(self, param_group)
         if "_parameter_names" not in self.__dict__:
             return  # the constructor of the user's optimizer adds the first groups
