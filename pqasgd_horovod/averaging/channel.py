@@ -80,7 +80,7 @@ def plan_channel(
     codec, second_codec, method = way
     alignment = shard_alignment(codec, second_codec or codec.for_means)
     buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
-    correction = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
+    correction = config.correction
     masks = correction is not None and correction.masks(codec)
     if method == "auto" and masks:
         method = "allgather"

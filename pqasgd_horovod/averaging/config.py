@@ -100,17 +100,13 @@ class ExchangeConfig:
         self._check_correction()
 
     def _check_correction(self) -> None:
-        if isinstance(self.feedback, MomentumCorrection) and self.hierarchy is not None:
+        if self.correction is not None and self.hierarchy is not None:
             raise ArgumentError(
                 f"hierarchy is {self.hierarchy!r} with feedback={self.feedback}; each rank applies momentum to its own "
                 "gradients, and a node has only their mean: use one of them"
             )
         for argument, codec in self._codecs().items():
-            if (
-                self.method == "two_phase"
-                and isinstance(self.feedback, MomentumCorrection)
-                and self.feedback.masks(codec)
-            ):
+            if self.method == "two_phase" and self.correction is not None and self.correction.masks(codec):
                 raise ArgumentError(
                     f"exchange is 'two_phase' with {argument}={codec} and feedback={self.feedback}; the owner of a "
                     "shard sends all of its own numbers there, and would clear all their momentum: use "
@@ -125,7 +121,16 @@ class ExchangeConfig:
         >>> [config.at(step).codec.density for step in (0, 30, 100)]
         [0.25, 0.0625, 0.001]
         """
-        density = self.feedback.least_density(step) if isinstance(self.feedback, MomentumCorrection) else 0.0
+        return self.in_stage(0 if self.correction is None else self.correction.stage(step))
+
+    @property
+    def correction(self) -> MomentumCorrection | None:
+        """The feedback, if it corrects momentum."""
+        return self.feedback if isinstance(self.feedback, MomentumCorrection) else None
+
+    def in_stage(self, stage: int) -> ExchangeConfig:
+        """Return the configuration of a stage of the warm-up."""
+        density = 0.0 if self.correction is None else self.correction.densities[stage]
         if not density:
             return self
         return dataclasses.replace(
@@ -140,7 +145,7 @@ class ExchangeConfig:
 
     def check_for_parameters(self) -> None:
         """Raise ArgumentError unless codecs are fit for changes of parameters, and not for gradients only."""
-        if isinstance(self.feedback, MomentumCorrection):
+        if self.correction is not None:
             raise ArgumentError(
                 f"feedback is {self.feedback}; it is for gradients, period=1 without an outer optimizer: for changes "
                 "of parameters, which have their momentum, use hvd.Feedback()"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -88,7 +88,8 @@ class MomentumCorrection(Feedback):
 
     >>> MomentumCorrection(momentum=0.9).coefficients
     Coefficients(decay=0.9, a=1.0, b=0.0)
-    >>> [MomentumCorrection(warmup_steps=100).least_density(step) for step in (0, 25, 99, 100)]
+    >>> correction = MomentumCorrection(warmup_steps=100)
+    >>> [correction.densities[correction.stage(step)] for step in (0, 25, 99, 100)]
     [0.25, 0.0625, 0.00390625, 0.0]
     """
 
@@ -119,11 +120,14 @@ class MomentumCorrection(Feedback):
         """Return whether the momentum of what ``codec`` has sent is cleared: where it sends all that would be all."""
         return self.masking and codec.selects
 
-    def least_density(self, step: int) -> float:
-        """Return the part of the numbers that is kept at least in a step; 0 after the warm-up."""
-        if step >= self.warmup_steps:
-            return 0.0
-        return 0.25 ** (1 + _WARMUP_STAGES * step // self.warmup_steps)
+    @property
+    def densities(self) -> tuple[float, ...]:
+        """Of each stage of the warm-up, and after it, the part of the numbers that is kept at least."""
+        return (*(0.25 ** (1 + stage) for stage in range(_WARMUP_STAGES)), 0.0) if self.warmup_steps else (0.0,)
+
+    def stage(self, step: Any, minimum: Callable[[Any, int], Any] = min) -> Any:
+        """Return which of the ``densities`` a step has; ``minimum`` is that of the framework of ``step``."""
+        return minimum(_WARMUP_STAGES * step // self.warmup_steps, _WARMUP_STAGES) if self.warmup_steps else 0
 
     def clipping(self, norm: float, size: int) -> float:
         """Return what a gradient of this norm is multiplied by on each of ``size`` ranks.

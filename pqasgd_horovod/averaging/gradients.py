@@ -18,7 +18,6 @@ from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, plan_channel, warn_of_size
 from .config import ExchangeConfig
-from .feedback import MomentumCorrection
 from .meeting import Meeting, Purpose
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
@@ -56,7 +55,7 @@ class GradientAverager:
         check_consistency: bool = False,
     ) -> None:
         self._carrier = carrier if carrier is not None and carrier.size > 1 else None
-        self._correction = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
+        self._correction = config.correction
         if self._carrier is None and self._correction is not None:
             self._carrier = AloneCarrier()  # nobody else has the momentum
         self._config = config

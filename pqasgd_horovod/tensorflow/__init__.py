@@ -15,6 +15,7 @@ from .. import recipes as recipes
 from ..averaging import AdaptivePeriod as AdaptivePeriod
 from ..averaging import Feedback as Feedback
 from ..averaging import GrowingPeriod as GrowingPeriod
+from ..averaging import MomentumCorrection as MomentumCorrection
 from ..averaging import Nesterov as Nesterov
 from ..averaging import PeriodicAveraging as PeriodicAveraging
 from ..averaging import PostLocal as PostLocal

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -13,16 +14,18 @@ import numpy as np
 import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
-from ..averaging.channel import plan_channel, warn_of_size
+from ..averaging.channel import ChannelPlan, plan_channel, warn_of_size
+from ..averaging.feedback import MomentumCorrection
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError
+from ..exchange.carriers.alone import AloneCarrier
 from ..exchange.handshake import verify_same
 from .carrier import HorovodCarrier, allgather, constant_names
 from .graph import GraphChannel, Problems
 from .meeting import Meeting
-from .residuals import Residuals
+from .residuals import Residuals, Velocity
 from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, unwrap
 
@@ -107,6 +110,16 @@ def layout_of(specs: Sequence[VariableSpec], gradients: Sequence[Gradient]) -> l
     return [(spec.name, f"{spec.description} {kind}") for spec, kind in zip(specs, kinds, strict=True)]
 
 
+def check_dense(correction: MomentumCorrection, layout: Sequence[tuple[str, str]]) -> None:
+    """Raise ArgumentError if a gradient is sparse, which travels as it is, and momentum is corrected."""
+    sparse = [name for name, description in layout if description.endswith(" sparse")]
+    if sparse:
+        raise ArgumentError(
+            f"gradients of {sparse} are sparse, with feedback={correction}: sparse gradients travel as they are and "
+            "would have no momentum; use sparse_as_dense=True"
+        )
+
+
 def check_some(gradients: Sequence[Gradient]) -> None:
     """Raise ArgumentError if there is no gradient at all."""
     if all(gradient is None for gradient in gradients):
@@ -129,7 +142,7 @@ class GradientAverager(abc.ABC):
             self.state = GradientState()
             self._turns = Turns()
             self._total_steps = counter("total_steps")
-            self._sparse_sent, self._sparse_received = counter("sparse_sent"), counter("sparse_received")
+            self._counted_sent, self._counted_received = counter("counted_sent"), counter("counted_received")
         if carrier is not None:
             self._meeting = meeting or Meeting(carrier, name)
         self._carrier = carrier
@@ -164,13 +177,19 @@ class GradientAverager(abc.ABC):
                 self._build([specs[i] for i in dense], [variables[i] for i in dense], layout)
             self._layout = layout
         result = list(gradients)
+        given = [gradients[i] for i in present]
         if self._carrier is None:
             self._count()
-            return result
-        means = self._traced(self._average, [gradients[i] for i in present])
+            means = self._average_alone(given)
+        else:
+            means = self._traced(self._average, given)
         for i, mean in zip(present, means, strict=True):
             result[i] = mean
         return result
+
+    def _average_alone(self, gradients: list[Gradient]) -> list[Gradient]:
+        """Return what the gradients of one rank alone become."""
+        return gradients
 
     def regroup(self, groups: Groups) -> None:
         """Let Horovod fuse these gradients; before the first average."""
@@ -226,8 +245,8 @@ class GradientAverager(abc.ABC):
             values = allgather(gradient.values, f"{name}.values", process_set)
             indices = allgather(gradient.indices, f"{name}.indices", process_set)
         own = _nbytes(gradient.values) + _nbytes(gradient.indices)
-        self._sparse_sent.assign_add((self._carrier.size - 1) * own)
-        self._sparse_received.assign_add(_nbytes(values) + _nbytes(indices) - own)
+        self._counted_sent.assign_add((self._carrier.size - 1) * own)
+        self._counted_received.assign_add(_nbytes(values) + _nbytes(indices) - own)
         if self._settings.op == horovod.Average:
             values = values / tf.cast(self._carrier.size, values.dtype)
         return tf.IndexedSlices(values, indices, gradient.dense_shape)
@@ -244,7 +263,8 @@ class GradientAverager(abc.ABC):
         statistics.rounds = statistics.steps
         sent, received = self._dense_bytes_per_step()
         return statistics.as_dict(
-            statistics.rounds * sent + int(self._sparse_sent), statistics.rounds * received + int(self._sparse_received)
+            statistics.rounds * sent + int(self._counted_sent),
+            statistics.rounds * received + int(self._counted_received),
         )
 
     @abc.abstractmethod
@@ -273,71 +293,156 @@ class CodedGradients(GradientAverager):
     ) -> None:  # fmt: skip
         super().__init__(carrier, settings, name=name, meeting=meeting)
         self._config = config
-        self._channels: list[tuple[GraphChannel, list[int]]] = []
+        self._stages: list[list[GraphChannel]] = []  # of a warm-up; the channels of each
+        self._positions: list[list[int]] = []  # of the gradients of each channel
+        self._velocities: list[Velocity] = []
         self._saved_residuals: Mapping[str, np.ndarray] = {}
+        with outside_of_graphs():
+            self._claimed = counter("claimed")
         if carrier is not None:
             self._problems = Problems(name, config.nonfinite)
-            with outside_of_graphs():
-                self._claimed = counter("claimed")
+
+    def _check_layout(self, layout: list[tuple[str, str]], gradients: Sequence[Gradient]) -> None:
+        super()._check_layout(layout, gradients)
+        if self._config.correction is not None:
+            check_dense(self._config.correction, layout)
 
     def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
-        if self._carrier is None:
+        if self._carrier is None and self._config.correction is None:
             return
-        digest = self._agree(layout, exchange=self._config.config(), **self._config.describe_codecs(dense))
+        digest = 0
+        if self._carrier is not None:
+            digest = self._agree(layout, exchange=self._config.config(), **self._config.describe_codecs(dense))
         position = {spec.name: i for i, spec in enumerate(dense)}
-        parts = self._config.by_way(dense)
-        plans = [
-            plan_channel(FlatLayout(members), self._config, way, name=self._name, index=index, size=self._carrier.size)
-            for index, (way, members) in enumerate(parts)
-        ]
-        warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
+        parts = [members for _, members in self._config.by_way(dense)]
+        self._positions = [[position[spec.name] for spec in members] for members in parts]
+        correction = self._config.correction
+        stages = [self._plan(dense, stage) for stage in range(1 if correction is None else len(correction.densities))]
+        plans = stages[-1]
         residuals: Sequence[Sequence[tf.Variable]] = [() for _ in plans]
-        if any(plan.feedback for plan in plans):
+        if any(plan.feedback or plan.correction for plan in plans):
             self.state.residuals = Residuals(plans)
             self.state.residuals.take(self._saved_residuals)
             residuals = self.state.residuals.of(plans)
-        for plan, (_, members), kept in zip(plans, parts, residuals, strict=True):
-            channel = GraphChannel(plan, self._carrier, digest, self._problems, None, residuals=kept)
-            self._channels.append((channel, [position[spec.name] for spec in members]))
+            kept = self.state.residuals.velocities
+            self._velocities = [Velocity(plan, of_plan) for plan, of_plan in zip(plans, kept, strict=bool(kept))]
+        if self._carrier is None:
+            return
+        warn_of_size(stages[0], self._carrier, PeriodicAveraging(period=1))
+        for stage, of_stage in enumerate(stages):
+            others = self._stages[0] if self._stages else [None] * len(plans)
+            self._stages.append(
+                [
+                    GraphChannel(plan, self._carrier, (digest + stage) % 2**64, self._problems, None, None, kept, other)
+                    for plan, kept, other in zip(of_stage, residuals, others, strict=True)
+                ]
+            )
+
+    def _plan(self, dense: Sequence[VariableSpec], stage: int) -> list[ChannelPlan]:
+        correction, size = self._config.correction, 1 if self._carrier is None else self._carrier.size
+        density = 0.0 if correction is None else correction.densities[stage]
+        return [
+            plan_channel(
+                FlatLayout(members),
+                self._config,
+                way._replace(codec=way.codec.at_least(density)),
+                name=self._name,
+                index=index,
+                size=size,
+            )
+            for index, (way, members) in enumerate(self._config.by_way(dense))
+        ]
 
     def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-        assert self._carrier is not None
         if self.state.residuals is not None:
             when(self._claimed > 0, None, self._claim)
+        if len(self._stages) == 1:
+            return self._average_stage(0, gradients)
+        assert self._config.correction is not None
+
+        def branch(stage: int) -> Callable[[], list[tf.Tensor]]:
+            return lambda: self._average_stage(stage, gradients)
+
+        stage = tf.cast(self._config.correction.stage(self.state.steps.value(), tf.minimum), tf.int32)
+        return list(tf.switch_case(stage, {index: branch(index) for index in range(len(self._stages))}))
+
+    def _average_stage(self, stage: int, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        assert self._carrier is not None
         steps = self.state.steps.value()
+        channels = self._stages[stage]
+        given = [[gradients[i] for i in positions] for positions in self._positions]
+        moved = self._advance(gradients, given)
         exchanged = [
-            (channel, positions, channel.exchange([gradients[i] for i in positions], steps, steps))
-            for channel, positions in self._channels
+            channel.exchange(moved[i][1] if moved else given[i], steps, steps) for i, channel in enumerate(channels)
         ]
-        verdict = self._problems.verdict([flag for _, _, flags in exchanged for flag in flags])
+        verdict = self._problems.verdict([flag for flags in exchanged for flag in flags])
         factor = float(self._carrier.size) if self._settings.op == horovod.Sum else 1.0
         result: list[tf.Tensor] = list(gradients)
-        with tf.control_dependencies([] if verdict is None else [verdict]):
-            for channel, positions, flags in exchanged:
-                channel.keep_residuals(flags)
-                means = channel.means([gradients[i] for i in positions], factor)
-                for i, mean in zip(positions, means, strict=True):
-                    result[i] = mean
+        with after(verdict):
+            for i, (channel, flags) in enumerate(zip(channels, exchanged, strict=True)):
+                done = [self._velocities[i].keep(*moved[i], channel.residual, flags)] if moved else []
+                with after(*done):
+                    channel.keep_residuals(flags)
+                for position, mean in zip(self._positions[i], channel.means(given[i], factor), strict=True):
+                    result[position] = mean
+            if len(self._stages) > 1:
+                sent, received = _sum_of_bytes(channels)
+                self._counted_sent.assign_add(sent)
+                self._counted_received.assign_add(received)
+        return result
+
+    def _advance(
+        self, gradients: Sequence[tf.Tensor], given: Sequence[Sequence[tf.Tensor]]
+    ) -> list[tuple[list[tf.Tensor], list[tf.Tensor]]]:
+        """Return velocities and increments of each channel; nothing without momentum correction."""
+        correction, clipping = self._config.correction, None
+        if correction is not None and correction.clip_norm is not None:
+            squares = [tf.reduce_sum(tf.square(tf.cast(gradient, tf.float64))) for gradient in gradients]
+            norm = tf.sqrt(tf.add_n(squares))
+            limit = correction.clip_norm / math.sqrt(1 if self._carrier is None else self._carrier.size)
+            clips = tf.math.is_finite(norm) & (norm > limit)
+            clipping = tf.cast(tf.where(clips, limit / norm, tf.ones_like(norm)), tf.float32)
+        return [
+            velocity.advance(of_channel, clipping)
+            for velocity, of_channel in zip(self._velocities, given, strict=bool(self._velocities))
+        ]
+
+    def _average_alone(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        if self._config.correction is None:
+            return gradients
+        when(self._claimed > 0, None, self._claim)
+        result = list(gradients)
+        given = [[gradients[i] for i in positions] for positions in self._positions]
+        for i, (velocities, increments) in enumerate(self._advance(gradients, given)):
+            self._velocities[i].keep(velocities, increments)
+            for position, increment in zip(self._positions[i], increments, strict=True):
+                like = gradients[position]
+                result[position] = tf.cast(tf.reshape(increment, tf.shape(like)), like.dtype)
         return result
 
     @property
     def awaits_residuals(self) -> bool:
         """True until the first average, if there is feedback: residuals are laid out when there are gradients."""
-        return self._carrier is not None and self._config.feedback is not None and self.state.residuals is None
+        keeps = self._config.correction if self._carrier is None else self._config.feedback
+        return keeps is not None and self.state.residuals is None
 
     def restore_residuals(self, saved: Mapping[str, np.ndarray]) -> None:
         """Take over residuals from a model file, by their names there, when they are laid out."""
         self._saved_residuals = saved
 
     def _dense_bytes_per_step(self) -> tuple[int, int]:
-        each = [channel.bytes_per_round() for channel, _ in self._channels]
-        return sum(sent for sent, _ in each), sum(received for _, received in each)
+        # In a warm-up a step's bytes are counted as it is made.
+        return _sum_of_bytes(self._stages[0]) if len(self._stages) == 1 else (0, 0)
 
     def _claim(self) -> None:
-        assert self._carrier is not None
         assert self.state.residuals is not None
-        self.state.residuals.claim(self._carrier)
+        self.state.residuals.claim(self._carrier or AloneCarrier())
         self._claimed.assign(1)
+
+
+def _sum_of_bytes(channels: Sequence[GraphChannel]) -> tuple[int, int]:
+    each = [channel.bytes_per_round() for channel in channels]
+    return sum(sent for sent, _ in each), sum(received for _, received in each)
 
 
 class StockGradients(GradientAverager):

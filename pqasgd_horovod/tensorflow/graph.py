@@ -67,6 +67,7 @@ class GraphChannel:
         residuals: float32 variables as long as the vector: where ``plan.feedback`` says so what this rank has not sent
             of its own numbers, and where ``plan.feeds_back_means`` does of the means that it made.
         mean_arrives: also without ``momentum`` what arrives is the mean, and not the next anchor.
+        other: a channel of the same vector, of which one or the other is exchanged in a step: it has the memory.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class GraphChannel:
         residuals: Sequence[tf.Variable] = (),
         *,
         mean_arrives: bool = False,
+        other: GraphChannel | None = None,
     ) -> None:
         self.plan = plan
         self.anchor = anchor
@@ -93,11 +95,21 @@ class GraphChannel:
         self._problems = problems
         self._second_codec: Codec = plan.second_codec or plan.codec.for_means
         # Only our own ops touch it, in place, so that no round needs memory of its own.
+        self.arriving: tf.Variable
+        self._residuals: list[tuple[tf.Variable, tf.Variable]]
+        if other is not None:
+            self.arriving, self._residuals = other.arriving, other._residuals
+            return
         self.arriving = tf.Variable(tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving")
         self._residuals = [
             (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
             for kept in residuals
         ]
+
+    @property
+    def residual(self) -> tuple[tf.Variable, tf.Variable] | None:
+        """What was not sent of this rank's own numbers in the last round, and in the one that has landed."""
+        return self._residuals[0] if self.plan.feedback else None
 
     def bytes_per_round(self, fragment: int | None = None) -> tuple[int, int]:
         """Return the bytes sent and received in a round of all buckets, or of one fragment."""

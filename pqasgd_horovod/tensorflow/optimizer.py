@@ -21,7 +21,7 @@ from horovod.tensorflow import mpi_ops
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
-from ..averaging.feedback import Feedback, MomentumCorrection, check_not_stock, feedback_from_config
+from ..averaging.feedback import Feedback, MomentumCorrection, check_no_momentum, check_not_stock, feedback_from_config
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
@@ -462,13 +462,16 @@ def _check_moments(optimizer: Any, policy: str) -> None:
         )
 
 
-def refuse_correction(feedback: Feedback | None) -> None:
-    """Raise ArgumentError for momentum correction, which graphs of this version have not."""
-    if isinstance(feedback, MomentumCorrection):
+def _check_momentum(feedback: Feedback | None, optimizer: Any) -> None:
+    """Raise ArgumentError if momentum is corrected and would be applied twice, or to gradients of changing scale."""
+    if not isinstance(feedback, MomentumCorrection):
+        return
+    if _scales_loss(optimizer):
         raise ArgumentError(
-            f"feedback is {feedback}; momentum correction is in pqasgd_horovod.torch only: use hvd.Feedback(), and the "
-            "optimizer's own momentum"
+            f"optimizer is a LossScaleOptimizer with feedback={feedback}; velocities of gradients of different scales "
+            "cannot be added: train in float32 or bfloat16, without a loss scale"
         )
+    check_no_momentum(feedback, [(name, getattr(optimizer, name, 0.0)) for name in ("momentum", "beta_1")])
 
 
 def _scales_loss(optimizer: Any) -> bool:
@@ -518,7 +521,6 @@ def distribute(
             )
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
-        refuse_correction(feedback)
         second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
         stock = strategy.exchanges_gradients and not rules and (codec is None or codec.commutes_with_sum)
         if not stock and (codec is None or (second_compression is not None and second_codec is None)):
@@ -543,6 +545,7 @@ def distribute(
         if keras.config.dtype_policy().name == "mixed_float16" and not _scales_loss(optimizer):
             # As compile() would, but around the exchange: all ranks then skip the same steps.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        _check_momentum(feedback, optimizer)
         if _scales_loss(optimizer) and strategy.exchanges_gradients and not stock:
             # An overflow is what a loss scale looks for, not an error.
             config = ExchangeConfig(**{**vars(config), "nonfinite": "propagate"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -10,12 +11,64 @@ import tensorflow as tf
 
 from ..averaging.channel import ChannelPlan
 from ..errors import ArgumentError
-from .carrier import HorovodCarrier
+from ..exchange.carriers import Carrier
 from .traced import when
+
+
+class Velocity:
+    """The velocity of one channel's gradients, in a graph: :class:`pqasgd_horovod.averaging.feedback.Velocities`."""
+
+    def __init__(self, plan: ChannelPlan, kept: tf.Variable) -> None:
+        assert plan.correction is not None
+        self._plan = plan
+        self._nesterov = plan.correction.nesterov
+        self._momentum = tf.constant(plan.correction.momentum, tf.float32)
+        self._kept = kept
+
+    def advance(
+        self, gradients: Sequence[tf.Tensor], clipping: tf.Tensor | None
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Return velocities and increments of the plan's tensors, flat, one by one: a bucket waits for its own."""
+        velocities, increments = [], []
+        kept = self._kept.value()
+        for i, gradient in enumerate(gradients):
+            flat = tf.reshape(tf.cast(gradient, tf.float32), [-1])
+            if clipping is not None:
+                flat = flat * clipping
+            velocity = self._momentum * kept[self._plan.layout.span(i)] + flat
+            velocities.append(velocity)
+            increments.append(flat + self._momentum * velocity if self._nesterov else velocity)
+        return velocities, increments
+
+    def keep(
+        self,
+        velocities: Sequence[tf.Tensor],
+        increments: Sequence[tf.Tensor],
+        residual: tuple[tf.Variable, tf.Variable] | None = None,
+        flags: Sequence[tf.Tensor] | None = None,
+    ) -> tf.Operation:
+        """Keep the velocity of the buckets that have a mean, before residuals are kept.
+
+        ``residual`` is that of the last round and that of this one; without ``flags`` all buckets have a mean.
+        """
+        velocity, kept, plan = tf.concat(list(velocities), 0), self._kept.value(), self._plan
+        if plan.masks and residual is not None:
+            before, after_it = (variable.value() for variable in residual)
+            unsent = tf.equal(tf.concat(list(increments), 0) + before, after_it)
+            velocity = tf.where(unsent, velocity, tf.zeros_like(velocity))
+        if flags is None:
+            return self._kept.assign(velocity)
+        parts = [
+            tf.where(tf.equal(tf.reshape(flag, []), 0), velocity[start:stop], kept[start:stop])
+            for flag, (start, stop) in zip(flags, itertools.pairwise(plan.starts), strict=True)
+        ]
+        return self._kept.assign(tf.concat(parts, 0))
 
 
 class Residuals(tf.Module):
     """Of each channel with feedback, two variables: what was not sent of a rank's own numbers, and of means it made.
+
+    With momentum correction each channel also has the velocity of its gradients.
 
     They are this rank's own. A checkpoint that was saved by another rank, or in a world of another size, brings
     residuals that are not: :meth:`claim` clears those.
@@ -26,6 +79,8 @@ class Residuals(tf.Module):
         sizes = [(plan.layout.num_elements, plan.feedback, plan.feeds_back_means) for plan in plans]
         self.own = [tf.Variable(tf.zeros([size]), trainable=False) for size, of_own, _ in sizes if of_own]
         self.means = [tf.Variable(tf.zeros([size]), trainable=False) for size, _, of_means in sizes if of_means]
+        sizes_of_velocities = [plan.layout.num_elements for plan in plans if plan.correction is not None]
+        self.velocities = [tf.Variable(tf.zeros([size]), trainable=False) for size in sizes_of_velocities]
         with tf.device("CPU:0"):
             self.owner = tf.Variable([-1, -1], dtype=tf.int64, trainable=False, name="residual_owner")
 
@@ -37,9 +92,13 @@ class Residuals(tf.Module):
             for plan in plans
         ]
 
-    def claim(self, carrier: HorovodCarrier) -> None:
+    @property
+    def _kept(self) -> list[tf.Variable]:
+        return [*self.own, *self.means, *self.velocities]
+
+    def claim(self, carrier: Carrier) -> None:
         """Before the first step in a process: begin without residuals where they are those of another rank."""
-        if not self.own:
+        if not self._kept:
             return
         this = tf.constant([carrier.rank, carrier.size], tf.int64)
         when(tf.reduce_all(tf.equal(self.owner, this)), None, lambda: when(self.owner[0] < 0, None, self._clear))
@@ -51,16 +110,17 @@ class Residuals(tf.Module):
             "without one: restore each rank's own checkpoint",
             output_stream=sys.stderr,
         )  # fmt: skip
-        for variable in (*self.own, *self.means):
+        for variable in self._kept:
             variable.assign(tf.zeros_like(variable))
 
     def named(self) -> dict[str, tf.Variable]:
         """Return the variables by the names under which a model file holds them."""
-        if not self.own:
+        if not self._kept:
             return {}
         own = {f"residual.{i}": variable for i, variable in enumerate(self.own)}
         means = {f"mean_residual.{i}": variable for i, variable in enumerate(self.means)}
-        return {**own, **means, "residual_owner": self.owner}
+        velocities = {f"residual_velocity.{i}": variable for i, variable in enumerate(self.velocities)}
+        return {**own, **means, **velocities, "residual_owner": self.owner}
 
     def take(self, saved: Mapping[str, np.ndarray]) -> None:
         """Take over what :meth:`named` gave; raise ArgumentError unless it fits. Nothing saved: nothing to take."""

@@ -28,7 +28,7 @@ from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of
 from .gradients import GradientAverager, GradientSettings, check_groups, check_some, layout_of
 from .meeting import Meeting
-from .optimizer import check_op, make_averager, refuse_correction, scaled
+from .optimizer import check_op, make_averager, scaled
 from .traced import Turns, after, as_written, outside_of_graphs
 from .variables import NO_ERROR, describe_variables, name_of, unwrap
 
@@ -305,7 +305,6 @@ def DistributedGradientTape(
     codec = codec_of(compression)
     second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
     rules = make_policy(policy, codec_of)
-    refuse_correction(feedback)
     if codec is None and rules:
         raise ArgumentError(f"compression is {compression!r} with a policy; it must be one of Compression then")
     stock = not rules and (codec is None or codec.commutes_with_sum)

@@ -51,6 +51,20 @@ def positions_by_sorting(values: np.ndarray, kept: int) -> list[int]:
     return sorted(ranking[:kept])
 
 
+@pytest.mark.parametrize("codec", ALL_CODECS, ids=name)
+def test_what_selects_leaves_the_others_as_they_are(codec):
+    """The fact that momentum factor masking relies on; and of a codec that selects nothing more cannot be asked for."""
+    values = np.random.default_rng(5).standard_normal(4999).astype(np.float32)
+    _, rest = codec.reference_encode_with_feedback(values, np.zeros_like(values), KEY, shared_key=SHARED_KEY)
+    untouched, more = int(np.count_nonzero(rest == values)), codec.at_least(0.5)
+    if codec.selects:
+        assert untouched >= values.size - codec.num_kept(values.size)
+        assert more == dataclasses.replace(codec, density=max(0.5, codec.density))
+    else:
+        assert more is codec
+        assert untouched < values.size / 2 or codec.id in ("terngrad", "qsgd", "maxscale")  # zero is one of few levels
+
+
 @pytest.mark.parametrize("density", [1e-5, 0.001, 0.01, 0.1, 0.4, 0.9, 1.0])
 @pytest.mark.parametrize("size", [1, 5, 64, 100, 1000, 8192])
 def test_the_largest_are_kept_of_equal_ones_the_first(density, size):

@@ -27,8 +27,8 @@ def test_each_codec_has_its_channel(period):
     fit(model, 4)
     assert_replicas_equal(model)
     coded = [(EDEN2.codec, 30 * 60 + 40 * 5), (POLICY[1][1].codec, 60 * 40), (hvd.Compression.none.codec, 105)]
-    channels = model.optimizer._pqasgd_averager.value._channels
-    plans = [(channel if period > 1 else channel[0]).plan for channel in channels]
+    averager = model.optimizer._pqasgd_averager.value
+    plans = [channel.plan for channel in (averager._channels if period > 1 else averager._stages[0])]
     assert {plan.codec: plan.layout.num_elements for plan in plans} == dict(coded)
     expected = (hvd.size() - 1) * sum(64 + codec.payload_nbytes(numel) for codec, numel in coded)
     stats = model.optimizer.communication_stats()

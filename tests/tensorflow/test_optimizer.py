@@ -12,7 +12,6 @@ import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
 import pqasgd_horovod.tensorflow.keras as hvd_keras
-from pqasgd_horovod.averaging import MomentumCorrection
 from pqasgd_horovod.errors import ArgumentError
 
 EDEN2 = hvd.Compression.eden(bits=2)
@@ -114,10 +113,6 @@ def test_the_configuration_survives_json_and_keras(options):
             "second_compression is 3; it must be one of",
         ),
         (lambda d: d(keras.optimizers.SGD(), period=0), "period is 0"),
-        (
-            lambda d: d(keras.optimizers.SGD(), compression=EDEN2, feedback=MomentumCorrection()),
-            r"feedback is MomentumCorrection\(.*; momentum correction is in pqasgd_horovod.torch only",
-        ),
         (lambda d: d(keras.optimizers.SGD(), averaging=8), "averaging is 8; it must be a strategy such as"),
         (
             lambda d: d(keras.optimizers.SGD(), period=2, averaging=hvd.PeriodicAveraging(period=3)),

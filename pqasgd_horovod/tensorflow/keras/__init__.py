@@ -20,6 +20,7 @@ from ... import recipes as recipes
 from ...averaging import AdaptivePeriod as AdaptivePeriod
 from ...averaging import Feedback as Feedback
 from ...averaging import GrowingPeriod as GrowingPeriod
+from ...averaging import MomentumCorrection as MomentumCorrection
 from ...averaging import Nesterov as Nesterov
 from ...averaging import PeriodicAveraging as PeriodicAveraging
 from ...averaging import PostLocal as PostLocal
@@ -113,7 +114,8 @@ def DistributedOptimizer(
             changes. ``"propagate"``: the mean becomes NaN on every rank; a loss scale with ``period=1`` uses that, and
             skips the step on all ranks alike.
         feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
-            next. Each rank has its own residual: a model file holds that of the rank that wrote it.
+            next; or :class:`MomentumCorrection`, for gradients and an optimizer without momentum: DGC. Each rank has
+            its own residual: a model file holds that of the rank that wrote it.
         policy: which compression for which variables: a list of pairs of a pattern and one of :class:`Compression`, of
             which the first that matches decides. A pattern is a glob on the variable's path (``"*/bias"``),
             ``larger_than(n)`` or ``smaller_than(n)`` elements, a function of name and shape that returns True or
