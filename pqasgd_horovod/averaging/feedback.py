@@ -65,7 +65,7 @@ class MomentumCorrection(Feedback):
     sparse codec has sent :math:`v_k`, so that no stale momentum drives it on. The mean over the ranks takes the place
     of the gradient; the optimizer's own momentum has to be 0. Tensors that travel as they are have a velocity too, and
     send all of it: momentum SGD. A weight decay of the optimizer is not multiplied by momentum: give it
-    :math:`1/(1 - m)` times as much.
+    :math:`1/(1 - m)` times as much. Gradients must not have a loss scale that changes: velocities would mix scales.
 
     For gradients, ``period=1``. Two float32 numbers for each parameter are kept on each rank, and belong to the
     checkpoint: save on every rank.
