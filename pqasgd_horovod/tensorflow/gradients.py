@@ -333,7 +333,9 @@ class CodedGradients(GradientAverager):
             others = self._stages[0] if self._stages else [None] * len(plans)
             self._stages.append(
                 [
-                    GraphChannel(plan, self._carrier, (digest + stage) % 2**64, self._problems, None, None, kept, other)
+                    GraphChannel(
+                        plan, self._carrier, (digest + stage) % 2**64, self._problems, None, None, kept, other=other
+                    )
                     for plan, kept, other in zip(of_stage, residuals, others, strict=True)
                 ]
             )
