@@ -130,7 +130,7 @@ class GradientAverager(abc.ABC):
     """Replaces gradients by their mean, or sum, over the ranks.
 
     What has a gradient is looked at in the first call, and is the same on every rank and in every later call. Sparse
-    gradients (``tf.IndexedSlices``) travel as they are, by two allgathers, unless ``sparse_as_dense``. ``carrier`` is
+    gradients (``tf.IndexedSlices``) travel uncompressed, by two allgathers, unless ``sparse_as_dense``. ``carrier`` is
     None for a rank that trains alone; then gradients are what they were. ``meeting`` is where the ranks meet before
     each average, by default one under this averager's own name.
     """
@@ -238,8 +238,9 @@ class GradientAverager(abc.ABC):
         self._total_steps.assign_add(1)
 
     def _average_sparse(self, index: int, gradient: tf.IndexedSlices) -> tf.IndexedSlices:
-        """Horovod's way: everybody gets everybody's rows."""
+        """Horovod's way: everybody gets everybody's rows, of each rank each row once."""
         assert self._carrier is not None
+        gradient = _coalesced(gradient)
         process_set, name = self._carrier.process_set, f"{self._name}.sparse.{index}"
         with tf.device(self._settings.device_sparse):
             values = allgather(gradient.values, f"{name}.values", process_set)
@@ -278,6 +279,13 @@ class GradientAverager(abc.ABC):
     @abc.abstractmethod
     def _dense_bytes_per_step(self) -> tuple[int, int]:
         """Return the bytes sent and received for dense gradients in a step."""
+
+
+def _coalesced(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+    """Return the same gradient, with rows that are there several times added up."""
+    rows, positions = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, positions, tf.size(rows))
+    return tf.IndexedSlices(values, rows, gradient.dense_shape)
 
 
 def _nbytes(tensor: tf.Tensor) -> tf.Tensor:

@@ -20,9 +20,6 @@ from .wrapping import CommonMethods, Settings, parameters_of
 class PeriodicMethods(CommonMethods):
     """``period>1``: local steps, and at the end of each period PQASGD's average."""
 
-    _step_supports_amp_scaling = True
-    """GradScaler then always calls ``step()``, also when it finds Inf, so that the ranks count the same steps."""
-
     def __init__(self, params: Any, *arguments: Any) -> None:
         _DistributedOptimizer.__init__(self, params, *arguments)
         settings: Settings = self._settings
@@ -69,25 +66,10 @@ class PeriodicMethods(CommonMethods):
         rank; parameters and anchor are then as before the average.
         """
         self._prepare()
-        loss = self._local_step(closure)
+        loss = self._inner_step(closure)
         self._synchronized = False
         self._averager.count_step(float(self.param_groups[0].get("lr", 0.0)))
         return loss
-
-    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is None:
-            return self._inner_class.step(self, closure)
-        if float(found_inf):
-            return None
-        if grad_scale is not None:
-            inverse = grad_scale.double().reciprocal().float()
-            for parameter in parameters_of(self):
-                if parameter.grad is not None:
-                    parameter.grad.mul_(inverse)
-        # A fused optimizer would take these for its own and scale once more; GradScaler removes them afterwards.
-        self.found_inf = self.grad_scale = None
-        return self._inner_class.step(self, closure)
 
     def flush(self, timeout: float | None = None) -> None:
         """Average a last partial period: call it on every rank before evaluating, saving or ending.

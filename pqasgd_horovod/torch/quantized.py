@@ -18,6 +18,11 @@ from ..errors import ArgumentError
 from .tensors import GatherHandle, GradientMemory, counting
 from .wrapping import CommonMethods, Settings, parameters_of
 
+_CHANGE_MEANS = (
+    "gradients leave during backward, so it is their means that have to be clipped or unscaled. Call "
+    "optimizer.synchronize() before, and afterwards, inside optimizer.skip_synchronize(), optimizer.step()"
+)
+
 
 class GradientMethods(CommonMethods):
     """``period=1`` with a codec that does not commute with a sum: coded gradients, exchanged during backward."""
@@ -34,6 +39,7 @@ class GradientMethods(CommonMethods):
         )
         self._gradients: dict[torch.nn.Parameter, GradientMemory] = {}
         self._sparse: dict[torch.nn.Parameter, str] = {}
+        self._computed: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}
         self._layout_is_current: bool | None = None
         self._hooked: set[torch.nn.Parameter] = set()
         self._add_hooks()
@@ -68,8 +74,10 @@ class GradientMethods(CommonMethods):
         self._allreduce_delay[parameter] -= 1
         # Horovod's skip_synchronize and zero_grad look here for gradients in flight.
         self._handles[parameter] = None
-        if self._allreduce_delay[parameter] == 0 and self._is_current():
-            self._launch(parameter)
+        if self._allreduce_delay[parameter] == 0:
+            self._computed[parameter] = parameter.grad, parameter.grad._version
+            if self._is_current():
+                self._launch(parameter)
 
     def _launch(self, parameter: torch.nn.Parameter) -> None:
         if parameter in self._gradients:
@@ -89,6 +97,7 @@ class GradientMethods(CommonMethods):
             )
         elif not gradient.is_sparse:
             gradient = gradient.to_sparse(1)
+        gradient = gradient.coalesce()  # a row that this rank has used several times travels once
         name = f"{self._settings.name}.{self._sparse[parameter]}"
         handle = sparse_allreduce_async(gradient, name=name, op=self.op, process_set=self.process_set)
         return counting(handle, gradient, self._averager.statistics)
@@ -132,7 +141,9 @@ class GradientMethods(CommonMethods):
         """Wait until every gradient is the mean over all ranks; collective.
 
         Raises NonFiniteError, MismatchError or DesynchronizedError on every rank, with the gradients as this rank
-        computed them.
+        computed them; and, when the exchange is over, ArgumentError on a rank that has changed gradients since backward
+        computed them, as clipping does: they leave during backward. (``GradScaler.unscale_`` leaves no trace that could
+        be found here.)
         """
         if not self._averager.exchanges:
             self._averager.finish()
@@ -143,6 +154,12 @@ class GradientMethods(CommonMethods):
         for parameter in itertools.chain(self._gradients, self._sparse):
             self._launch(parameter)
         averaged = False
+        changed = [
+            self._parameter_names[parameter]
+            for parameter, (gradient, version) in self._computed.items()
+            if gradient._version != version or not _is_same(parameter.grad, gradient)
+        ]
+        self._computed.clear()
         frozen = [gradient.name for parameter, gradient in self._gradients.items() if not parameter.requires_grad]
         try:
             self._averager.finish(frozen)
@@ -157,13 +174,28 @@ class GradientMethods(CommonMethods):
             self._layout_is_current = None
         for parameter, gradient in received.items():
             parameter.grad = gradient
+        if changed:
+            raise ArgumentError(
+                f"the gradients of {changed} were changed after backward had computed them, and before they were "
+                f"averaged: {_CHANGE_MEANS}"
+            )
         self._synchronized = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize, unless inside ``skip_synchronize()``, then let the user's optimizer step.
 
-        A ``closure`` computes gradients anew: they are synchronized each time it is called.
+        A ``closure`` computes gradients anew: they are synchronized each time it is called. Raises ArgumentError, when
+        the exchange is over, if GradScaler calls it outside of ``skip_synchronize()``.
         """
+        is_scaled = getattr(self, "found_inf", None) is not None
+        if is_scaled and self._should_synchronize and self._averager.exchanges:
+            self.synchronize()
+            self._synchronized = False
+            del self.found_inf, self.grad_scale
+            raise ArgumentError(
+                f"GradScaler has looked for Inf in gradients that are not averaged yet: {_CHANGE_MEANS}, "
+                "scaler.step(optimizer)"
+            )
         if closure is not None and self._should_synchronize:
             return self._inner_class.step(self, lambda: self._evaluate(closure))
         if self._should_synchronize:
@@ -175,7 +207,7 @@ class GradientMethods(CommonMethods):
                 )
             self.synchronize()
         self._synchronized = False
-        return self._inner_class.step(self, closure)
+        return self._inner_step(closure)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
@@ -183,6 +215,10 @@ class GradientMethods(CommonMethods):
         self.synchronize()
         self._synchronized = False
         return loss
+
+
+def _is_same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    return one is other or (one is not None and torch.equal(one, other))
 
 
 # The user's own step is hooked and profiled by torch; this one around it must not be, or step hooks would run twice.

@@ -9,7 +9,7 @@ methods of the classes in this package are copied over Horovod's, and the class 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -140,6 +140,25 @@ def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor
 
 class CommonMethods(_DistributedOptimizer):
     """What every optimizer of this package adds to Horovod's. Never instantiated: :func:`build` copies the methods."""
+
+    _step_supports_amp_scaling = True
+    """GradScaler then always calls ``step()``, also when it finds Inf, so that the ranks count the same steps."""
+
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Let the user's optimizer step, unless GradScaler has found Inf; the gradients that it left scaled are not."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return self._inner_class.step(self, closure)
+        if float(found_inf):
+            return None
+        if grad_scale is not None:
+            inverse = grad_scale.double().reciprocal().float()
+            for parameter in parameters_of(self):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(inverse)
+        # A fused optimizer would take these for its own and scale once more; GradScaler removes them afterwards.
+        self.found_inf = self.grad_scale = None
+        return self._inner_class.step(self, closure)
 
     def flush(self, timeout: float | None = None) -> None:
         """Average a last partial period: call it on every rank before evaluating, saving or ending.

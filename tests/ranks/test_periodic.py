@@ -395,18 +395,55 @@ def test_process_sets_train_apart():
         hvd.remove_process_set(pair)
 
 
-def test_clipping_is_local():
-    model = make_model()
-    optimizer = wrap(model, compression=EDEN2, period=2)
-    for step in range(2):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.synchronize()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-        with optimizer.skip_synchronize():
+@pytest.mark.parametrize("synchronized", [True, False])
+def test_clipping_is_local(synchronized):
+    """With or without Horovod's idiom: the rank's own gradient is clipped, as by a plain optimizer."""
+    model, alone = make_model(norm=False), make_model(norm=False)
+    optimizer, plain = wrap(model, compression=EDEN2, period=3), sgd(alone)
+
+    def step(number):
+        for m, o in ((model, optimizer), (alone, plain)):
+            o.zero_grad()
+            loss_of(m, number).backward()
+            if o is optimizer and synchronized:
+                o.synchronize()
+            assert torch.nn.utils.clip_grad_norm_(m.parameters(), 0.01) > 0.01
+        if synchronized:
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        else:
             optimizer.step()
+        plain.step()
+
+    for number in range(2):
+        step(number)
+        assert_equal(floats(model), floats(alone))
+    step(2)
     assert optimizer.communication_stats()["rounds"] == 1
     assert_replicas_equal(model)
+
+
+@pytest.mark.parametrize("moments", ["local", "average"])
+def test_a_rank_that_skips_its_first_steps_has_no_moments_yet(moments):
+    """A loss scale that is too large at first: counters stay in step, and so does what is averaged."""
+    model = make_model()
+    averaging = hvd.PeriodicAveraging(period=2, moments=moments)
+    optimizer = wrap(model, compression=EDEN2, averaging=averaging)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    for step in range(6):
+        optimizer.zero_grad()
+        poisoned = step < 3 and hvd.rank() == hvd.size() - 1
+        scaler.scale(loss_of(model, step) * (torch.inf if poisoned else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        assert bool(optimizer.state[model.fc1.weight]) != (poisoned and step < 3)
+    stats = everybody(optimizer.communication_stats())
+    assert {(entry["steps"], entry["rounds"]) for entry in stats} == {(6, 3)}
+    assert_replicas_equal(model)
+    momentum = everybody(optimizer.state[model.fc1.weight]["momentum_buffer"].numpy().tobytes())
+    assert (len(set(momentum)) == 1) == (moments == "average" or hvd.size() == 1)
 
 
 @several_ranks

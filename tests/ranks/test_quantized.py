@@ -135,7 +135,11 @@ def test_one_backward_pass_too_many_is_an_error():
     loss_of(model, 0).backward()
     with pytest.raises(AssertionError, match="backward_passes_per_step"):
         loss_of(model, 0).backward()
-    optimizer.synchronize()
+    if hvd.size() > 1:
+        assert "were changed after backward" in assert_raises_everywhere(ArgumentError, optimizer.synchronize)
+    assert_replicas_equal_gradients(model)
+    optimizer.zero_grad()
+    train(model, optimizer, range(1))
     assert_replicas_equal_gradients(model)
 
 
@@ -160,6 +164,53 @@ def test_clipping_between_synchronize_and_step():
     optimizer.synchronize()
     with pytest.warns(UserWarning, match="twice"):
         optimizer.step()
+
+
+@several_ranks
+def test_a_clipped_mean_is_the_mean_clipped():
+    model, twin = make_model(norm=False), make_model(norm=False)
+    optimizer, other = (wrap(m, compression=MAXSCALE, exchange="allgather") for m in (model, twin))
+    for m in (model, twin):
+        loss_of(m, 0).backward()
+    optimizer.synchronize()
+    other.synchronize()
+    means = gradients(twin)
+    assert_equal(gradients(model), means)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    assert norm > 0.05
+    assert norm.item() == pytest.approx(np.sqrt(sum(float((mean**2).sum()) for mean in means.values())), rel=1e-5)
+    for name, clipped in gradients(model).items():
+        np.testing.assert_allclose(clipped, means[name] * (0.05 / norm.item()), rtol=1e-4, atol=1e-9)
+    before = floats(model)
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    for name, value in floats(model).items():  # the first step of SGD with momentum and weight decay
+        step = 0.1 * (gradients(model)[name] + np.float32(1e-3) * before[name])
+        np.testing.assert_allclose(value, before[name] - step, rtol=0, atol=1e-6)
+
+
+@several_ranks
+@pytest.mark.parametrize("steps", [0, 1])
+def test_gradients_that_are_clipped_or_unscaled_before_they_are_averaged_are_an_error(steps):
+    model = make_model(norm=False)
+    optimizer = wrap(model, compression=MAXSCALE)
+    train(model, optimizer, range(steps))
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    text = assert_raises_everywhere(ArgumentError, optimizer.step)
+    assert "'fc1.weight'" in text
+    assert "Call optimizer.synchronize() before" in text
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss_of(model, 2)).backward()
+    before = floats(model)
+    text = assert_raises_everywhere(ArgumentError, lambda: scaler.step(optimizer))
+    assert "GradScaler has looked for Inf in gradients that are not averaged yet" in text
+    assert_equal(floats(model), before)
+    optimizer.zero_grad()
+    train(model, optimizer, range(3, 4))
+    assert_replicas_equal(model)
 
 
 class Branches(torch.nn.Module):
@@ -321,6 +372,34 @@ def test_bytes_of_sparse_gradients_are_those_of_an_allgather(dtype):
 
 
 @horovods_sparse_path
+@several_ranks
+def test_a_row_that_was_used_several_times_travels_once():
+    def step(words):
+        torch.manual_seed(1)
+        model = torch.nn.Embedding(50, 40, sparse=True)
+        optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), compression=MAXSCALE)
+        (model(torch.tensor(words)) * torch.arange(1.0, 1 + len(words))[:, None]).sum().backward()
+        optimizer.synchronize()
+        return model.weight.grad.to_dense(), optimizer.communication_stats()["bytes_sent"]
+
+    rank = hvd.rank()
+    mean, sent = step([3, 7 + rank, 3, 3])
+    expected = torch.zeros(50, 40)
+    expected[3] = 1 + 3 + 4
+    for other in range(hvd.size()):
+        expected[7 + other] += 2 / hvd.size()
+    torch.testing.assert_close(mean, expected)
+    assert sent == (hvd.size() - 1) * 2 * (40 * 4 + 8)
+
+
+@pytest.mark.parametrize(("rows", "fewer"), [(50, "sparse"), (400, "dense")])
+def test_dense_is_fewer_bytes_where_more_than_b_of_32_rows_are_used(rows, fewer):
+    """1,000 rows at 4 bits: the limit is near 125."""
+    dense = hvd.Compression.maxscale(bits=4).codec.payload_nbytes(1000 * 40)
+    assert (rows * (40 * 4 + 8) < dense) == (fewer == "sparse")
+
+
+@horovods_sparse_path
 def test_a_rank_without_sparse_gradient_sends_nothing_of_it():
     model = torch.nn.Embedding(50, 40, sparse=True)
     optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), compression=MAXSCALE)
@@ -385,7 +464,8 @@ def test_closures_are_synchronized_each_time():
     assert optimizer.communication_stats()["rounds"] == 3
 
 
-def test_grad_scaler_skips_on_all_ranks_alike():
+@pytest.mark.parametrize("unscaled", [True, False])
+def test_grad_scaler_skips_on_all_ranks_alike(unscaled):
     model = make_model(norm=False)
     optimizer = wrap(model, compression=MAXSCALE, nonfinite="propagate", check_consistency=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -397,13 +477,16 @@ def test_grad_scaler_skips_on_all_ranks_alike():
             loss = loss * torch.inf
         loss.backward()
         optimizer.synchronize()
-        scaler.unscale_(optimizer)
+        if unscaled:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         before = floats(model)
         with optimizer.skip_synchronize():
             scaler.step(optimizer)
         scaler.update()
-        if step == 1:
-            assert_equal(before, floats(model))
+        moved = [float(np.abs(value - before[name]).max()) for name, value in floats(model).items()]
+        assert max(moved) < 0.5
+        assert (max(moved) == 0) == (step == 1)
         scales.append(scaler.get_scale())
     assert scales[1] == scales[0] / 2
     assert len({tuple(other) for other in everybody(scales)}) == 1

@@ -209,15 +209,40 @@ def test_sparse_gradients(compression, dense):
 def test_sparse_gradients_in_an_optimizer():
     table = keras.Variable(np.zeros((50, 30), np.float32), name="table")
     optimizer = wrap(keras.optimizers.SGD(1.0), compression=EDEN4)
-    slices = tf.IndexedSlices(tf.ones([2, 30]), tf.constant([hvd.rank(), 9]), tf.constant([50, 30]))
+    slices = tf.IndexedSlices(tf.ones([3, 30]), tf.constant([9, hvd.rank(), 9]), tf.constant([50, 30]))
     optimizer.apply([slices], [table])
     expected = np.zeros((50, 30), np.float32)
     for rank in range(hvd.size()):
-        expected[[rank, 9]] -= np.float32(1 / hvd.size())
+        expected[rank] -= np.float32(1 / hvd.size())
+        expected[9] -= np.float32(2 / hvd.size())
     np.testing.assert_allclose(table.numpy(), expected, rtol=2.0**-22)
     stats = optimizer.communication_stats()
-    own = 2 * 30 * 4 + 2 * 4
+    own = 2 * 30 * 4 + 2 * 4  # row 9 once
     assert stats["bytes_sent"] == stats["bytes_received"] == (hvd.size() - 1) * own
+
+
+@pytest.mark.parametrize("clip", [{"clipnorm": 2.0}, {"global_clipnorm": 2.0}, {"clipvalue": 0.01}], ids=str)
+def test_keras_clips_the_mean_of_coded_gradients_and_its_own_gradients_between_averages(clip):
+    gradients = list(map(tf.constant, gradients_of(0)))
+
+    def moved(optimizer):
+        variables = make_variables()
+        before = values(variables)
+        optimizer.apply(gradients, variables)
+        return [old - new for old, new in zip(before, values(variables), strict=True)]
+
+    means = moved(wrap(keras.optimizers.SGD(1.0), compression=EDEN4, exchange="allgather"))
+    if "clipvalue" in clip:
+        expected = [np.clip(mean, -0.01, 0.01) for mean in means]
+    elif "clipnorm" in clip:
+        expected = [mean * min(1.0, 2.0 / np.linalg.norm(mean)) for mean in means]
+    else:
+        expected = [mean * (2.0 / np.sqrt(sum(np.sum(m**2) for m in means))) for mean in means]
+    clipped = moved(wrap(keras.optimizers.SGD(1.0, **clip), compression=EDEN4, exchange="allgather"))
+    for mine, wanted in zip(clipped, expected, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-6)  # a few roundings of variables below 8
+    local = moved(wrap(keras.optimizers.SGD(1.0, **clip), compression=EDEN4, period=2))
+    assert_equal(local, moved(keras.optimizers.SGD(1.0, **clip)))
 
 
 def test_a_persistent_tape():
