@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from . import codecs
-from .codecs.base import Codec
+from .codecs.base import Codec, Scheme
 from .errors import ArgumentError
 
 Self = TypeVar("Self", bound="CodecCompressor")
@@ -25,7 +25,7 @@ class CodecCompressor:
     _horovod: ClassVar[Any]  # Horovod's own Compression
     _front_end: ClassVar[str]  # the module that users import
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Scheme) -> None:
         self.codec = codec
 
     def compress(self, tensor: Any) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ class CodecCompressor:
     def __repr__(self) -> str:
         fields = {field.name: getattr(self.codec, field.name) for field in dataclasses.fields(self.codec)}
         arguments = ", ".join(
-            f"{key}={type(self)(value) if isinstance(value, Codec) else value!r}" for key, value in fields.items()
+            f"{key}={type(self)(value) if isinstance(value, Scheme) else value!r}" for key, value in fields.items()
         )
         is_method = hasattr(CompressionMethods, self.codec.id)  # the casts are attributes
         return f"Compression.{self.codec.id}({arguments})" if is_method else f"Compression.{self.codec.id}"
@@ -153,6 +153,14 @@ class CompressionMethods(Generic[Made]):
         return cls._compressor(codec)
 
     @classmethod
+    def powersgd(cls, approximation_rank: int = 2) -> Made:
+        """Matrices as two factors of low rank (PowerSGD); see ``codecs.powersgd``.
+
+        With error feedback: ``feedback=hvd.Feedback()``.
+        """
+        return cls._compressor(codecs.powersgd(approximation_rank=approximation_rank))
+
+    @classmethod
     def chain(cls, sparsifier: CodecCompressor, quantizer: CodecCompressor) -> Made:
         """The sparsifier, with the numbers that it keeps compressed by the quantizer; see ``codecs.chain``.
 
@@ -167,13 +175,13 @@ class CompressionMethods(Generic[Made]):
     @classmethod
     def _codec(cls, argument: str, compressor: Any) -> Codec:
         codec = codec_of(compressor, argument, cls)
-        if codec is None:
+        if not isinstance(codec, Codec):
             raise ArgumentError(f"{argument} is {compressor!r}; it must be one of Compression, such as eden(bits=4)")
         return codec
 
 
-def codec_of(compression: Any, argument: str, methods: type[CompressionMethods[Any]]) -> Codec | None:
-    """Return the codec that a ``compression=`` stands for; None for a compressor of the user's own.
+def codec_of(compression: Any, argument: str, methods: type[CompressionMethods[Any]]) -> Scheme | None:
+    """Return the codec, or other scheme, that a ``compression=`` stands for; None for a compressor of the user's own.
 
     Horovod's ``Compression.none`` and ``fp16`` and a bare codec are understood. Raises ArgumentError for what is no
     compressor at all.
@@ -181,7 +189,7 @@ def codec_of(compression: Any, argument: str, methods: type[CompressionMethods[A
     compressor = methods._compressor
     if isinstance(compression, CodecCompressor):
         return compression.codec
-    if isinstance(compression, Codec):
+    if isinstance(compression, Scheme):
         return compression
     if compression is compressor._horovod.none:
         return codecs.none()

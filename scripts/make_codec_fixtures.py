@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pqasgd_horovod import codecs  # noqa: E402
+from pqasgd_horovod.codecs import low_rank  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "codecs" / "fixtures"
 INPUT = "input.bin"
@@ -93,7 +94,29 @@ def fixtures(values: np.ndarray) -> dict[str, bytes]:
         }
         files[f"{file_stem(codec)}.bin"] = payload.tobytes()
         files[f"{file_stem(codec)}.json"] = (json.dumps(description, indent=2) + "\n").encode()
+    files["powersgd-3.json"] = low_rank_fixture(values)
     return files
+
+
+def low_rank_fixture(values: np.ndarray) -> bytes:
+    """Return the digests of all that becomes of a matrix of these numbers, repeated, on one rank."""
+    scheme, shape = codecs.powersgd(approximation_rank=3), (70, 130)
+    matrix = np.resize(values, shape)
+    start = low_rank.draw(KEY, scheme.approximation_rank, shape[1])
+    left = low_rank.reference_orthogonalize(low_rank.reference_project(matrix, start))
+    right = low_rank.reference_backproject(matrix, left)
+    mean = low_rank.reference_product(left, right)
+    parts = {
+        "start": start,
+        "left": left,
+        "right": right,
+        "mean": mean,
+        "rest": matrix - mean,
+        "next_start": low_rank.reference_orthogonalize(right),
+    }
+    digests = {name: hashlib.sha256(part.astype("<f4").tobytes()).hexdigest() for name, part in parts.items()}
+    description = {"config": scheme.config(), "key": KEY, "shape": shape, "sha256": digests}
+    return (json.dumps(description, indent=2) + "\n").encode()
 
 
 def main() -> int:

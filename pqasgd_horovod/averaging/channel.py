@@ -7,18 +7,19 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import native
 from ..codecs.base import FLOAT32, Codec
+from ..codecs.low_rank import PowerSgd
 from ..errors import MismatchError, NonFiniteError, WireFormatError
-from ..exchange import make_exchange
+from ..exchange import Exchange, LowRankExchange, make_exchange
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
-from ..exchange.layout import shard_alignment
+from ..exchange.layout import join_tensors, shard_alignment
 from ..exchange.plan import bytes_per_round, choose_exchange, num_parts
 from .config import AS_IT_IS, ExchangeConfig, Way
 from .feedback import MomentumCorrection, Residuals, Velocities
@@ -49,6 +50,7 @@ class ChannelPlan:
     correction: MomentumCorrection | None = None  # whether the velocity of gradients is sent in their place
     masks: bool = False  # whether the velocity of what was sent is cleared
     fragments: tuple[tuple[int, ...], ...] = ()  # the buckets of each; none: all buckets are one
+    low_rank: PowerSgd | None = None  # then tensors are matrices, and their factors are what the codec codes
 
     @property
     def feeds_back_means(self) -> bool:
@@ -64,6 +66,40 @@ class ChannelPlan:
         """Return the indices of the tensors that lie in a bucket, wholly or in part."""
         return self.layout.tensors_in(self.starts[bucket], self.starts[bucket + 1])
 
+    def matrices_in(self, bucket: int) -> list[tuple[int, int]]:
+        """Return these tensors as matrices."""
+        return [self.layout.matrices[i] for i in self.tensors_in(bucket)]
+
+    @property
+    def messages(self) -> list[int]:
+        """Elements of each vector that is averaged."""
+        if self.low_rank is None:
+            return self.sizes
+        factors = [self.low_rank.factor_sizes(matrix) for matrix in self.layout.matrices]
+        buckets = [self.tensors_in(bucket) for bucket in range(len(self.sizes))]
+        return [sum(factors[i][side] for i in bucket) for bucket in buckets for side in (0, 1)]
+
+    def make_exchange(self, carrier: Carrier, config: ExchangeConfig, digest: int) -> Exchange:
+        """Return what brings the means."""
+        options: dict[str, Any] = {
+            "name": self.name,
+            "seed": self.seed,
+            "digest": digest,
+            "method": self.method,
+            "nonfinite": config.nonfinite,
+        }
+        if self.low_rank is not None:
+            matrices = [self.matrices_in(bucket) for bucket in range(len(self.sizes))]
+            return LowRankExchange(self.low_rank.approximation_rank, carrier, matrices, **options)
+        return make_exchange(
+            self.codec,
+            carrier,
+            self.sizes,
+            second_codec=self.second_codec,
+            feedback=self.feeds_back_means,
+            **options,
+        )
+
 
 def plan_channel(
     layout: FlatLayout,
@@ -77,20 +113,20 @@ def plan_channel(
 ) -> ChannelPlan:
     """Return the plan of channel ``index`` of the optimizer ``name`` on ``size`` ranks; no selection: all of it."""
     selection = selection or All()
-    codec, second_codec, method = way
-    alignment = shard_alignment(codec, second_codec or codec.for_means)
-    buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
+    codec, second_codec = way.codec.message_codec, way.second_codec
+    low_rank = way.codec if isinstance(way.codec, PowerSgd) else None
+    if low_rank is None:
+        alignment = shard_alignment(codec, second_codec or codec.for_means)
+        buckets = selection.cut(layout.num_elements, alignment, config.bucket_cap_bytes)
+    else:
+        buckets = [(elements, 0) for elements in join_tensors(layout.sizes(), config.bucket_cap_bytes)]
     correction = config.correction
-    masks = correction is not None and correction.masks(codec)
-    if method == "auto" and masks:
-        method = "allgather"
-    if method == "auto":
-        method = choose_exchange(codec, second_codec, [elements for elements, _ in buckets], size)
-    return ChannelPlan(
+    masks = correction is not None and correction.masks(way.codec)
+    plan = ChannelPlan(
         layout=layout,
         codec=codec,
         second_codec=second_codec,
-        method=method,
+        method="allgather" if way.method == "auto" and masks else way.method,
         # Bucket numbers begin at 0 in every channel: another seed keeps the rounding noise of channels apart.
         seed=(config.seed + index) % 2**64,
         name=f"{name}.{index}",
@@ -99,16 +135,20 @@ def plan_channel(
             tuple(bucket for bucket, (_, of) in enumerate(buckets) if of == fragment)
             for fragment in range(selection.num_fragments)
         ),
-        feedback=config.feedback is not None and not codec.lossless,
+        feedback=config.feedback is not None and not way.codec.lossless,
         correction=correction,
         masks=masks and size > 1,  # one rank alone sends everything
+        low_rank=low_rank,
     )
+    if plan.method == "auto":
+        plan = dataclasses.replace(plan, method=choose_exchange(codec, second_codec, plan.messages, size))
+    return plan
 
 
 def warn_of_size(plans: Sequence[ChannelPlan], carrier: Carrier, averaging: PeriodicAveraging) -> None:
     """Say so, on one rank, if the first rounds send more than Horovod's allreduce in fp16 would in as many steps."""
     size = num_parts(carrier)
-    nbytes = sum(bytes_per_round(plan.method, plan.codec, plan.second_codec, plan.sizes, size) for plan in plans)
+    nbytes = sum(bytes_per_round(plan.method, plan.codec, plan.second_codec, plan.messages, size) for plan in plans)
     steps = int(averaging.schedule.next_period(0, False)) * averaging.selection.num_fragments
     of_fp16 = steps * ring_allreduce_nbytes(sum(plan.layout.num_elements for plan in plans), size, itemsize=2)
     if carrier.rank == 0 and nbytes > 1.05 * of_fp16:
@@ -154,18 +194,7 @@ class Channel:
             None if plan.correction is None else Velocities(vector.num_elements, plan.correction, plan.masks)
         )
         """With momentum correction; their ``clipping`` is set by whoever knows all channels."""
-        self.exchange = make_exchange(
-            plan.codec,
-            carrier,
-            plan.sizes,
-            name=plan.name,
-            seed=plan.seed,
-            digest=digest,
-            method=plan.method,
-            second_codec=plan.second_codec,
-            nonfinite=config.nonfinite,
-            feedback=plan.feeds_back_means,
-        )
+        self.exchange = plan.make_exchange(carrier, config, digest)
 
     @property
     def num_buckets(self) -> int:
@@ -263,7 +292,7 @@ class Channel:
 
         Of the buckets of the last round.
         """
-        self._keep_residuals()
+        self._keep_state()
         anchor = self._float_anchor
         arrives_added = anchor is not None and not self.outer_elements
         if arrives_added and len(self.exchange.finished) == self.num_buckets:
@@ -285,7 +314,7 @@ class Channel:
 
         That is for parameters, the first elements; buffers, which follow them, become the anchor.
         """
-        self._keep_residuals()
+        self._keep_state()
         anchor, spans = self.anchor, self._spans(self.exchange.finished)
         assert anchor is not None
         assert self._snapshot is not None
@@ -322,12 +351,12 @@ class Channel:
                 spans.append(slice(start, stop))
         return spans
 
-    def _keep_residuals(self) -> None:
+    def _keep_state(self) -> None:
         if self.velocities is not None:
             self.velocities.keep(self.starts, self.exchange.averaged, self._residuals)
         if self._residuals is not None:
             self._residuals.keep(self.starts, self.exchange.averaged)
-            self.exchange.keep_residuals()
+        self.exchange.commit()
 
     def _mean_residual(self) -> FLOAT32:
         """Return what this rank has not sent yet of the means that it made; 0 outside of the shards that it owns."""
@@ -339,23 +368,37 @@ class Channel:
                 means[start + span.start : start + span.stop] = numbers
         return means
 
-    def arrays(self) -> dict[str, AnchorArray]:
-        """Return what is saved, each as long as the vector, or the beginning of it: the kinds in ``state.ARRAYS``."""
-        found: dict[str, AnchorArray] = {}
+    def arrays(self) -> Arrays:
+        """Return what is saved, by tensor name."""
+        vectors: dict[str, AnchorArray] = {}  # each as long as the vector, or the beginning of it
         if self.anchor is not None:
-            found["anchor"] = self.anchor
+            vectors["anchor"] = self.anchor
         if self.momentum.size:
-            found["momentum"] = self.momentum
+            vectors["momentum"] = self.momentum
         if self._residuals is not None:
-            found["residual"] = self._residuals.kept
+            vectors["residual"] = self._residuals.kept
         if self._feeds_back_means:
-            found["mean_residual"] = self._mean_residual()
+            vectors["mean_residual"] = self._mean_residual()
         if self.velocities is not None:
-            found["velocity"] = self.velocities.kept
+            vectors["velocity"] = self.velocities.kept
+        names = list(enumerate(self.vector.names))
+        found = no_arrays()
+        found |= {kind: {name: flat[self.vector.span(i)] for i, name in names} for kind, flat in vectors.items()}
+        if isinstance(self.exchange, LowRankExchange):
+            found["factor"] = {name: self.exchange.start(i) for i, name in names}
         return found
 
-    def restore_residuals(self, arrays: Mapping[str, Mapping[str, AnchorArray]]) -> None:
-        """Take over what :meth:`arrays` gave, by tensor name, also where shards were cut in another way.
+    def restore(self, arrays: Arrays) -> None:
+        """Take over what :meth:`arrays` gave, but for anchors and momentum; what is not there is left as it is new.
+
+        Raises ArgumentError for a factor of another size.
+        """
+        self._restore_residuals(arrays)
+        if isinstance(self.exchange, LowRankExchange):
+            self.exchange.restore([arrays["factor"].get(name) for name in self.vector.names])
+
+    def _restore_residuals(self, arrays: Arrays) -> None:
+        """Take over residuals, also where shards were cut in another way.
 
         What belongs to the mean of a shard that is another rank's now goes into the mean by way of this rank's own
         residual, of which the mean takes one part in as many as there are ranks.
@@ -398,12 +441,14 @@ def group_tensors(
     return groups
 
 
+def digest_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """Return a digest of each array."""
+    return {name: hashlib.sha256(values.tobytes()).hexdigest()[:16] for name, values in arrays.items()}
+
+
 def digest_tensors(vector: FlatVector, values: AnchorArray) -> dict[str, str]:
     """Return a digest of each tensor's part of ``values``, by name."""
-    return {
-        tensor.name: hashlib.sha256(values[vector.span(i)].tobytes()).hexdigest()[:16]
-        for i, tensor in enumerate(vector.tensors)
-    }
+    return digest_arrays({tensor.name: values[vector.span(i)] for i, tensor in enumerate(vector.tensors)})
 
 
 class ChannelSet:
@@ -430,10 +475,8 @@ class ChannelSet:
         """Return what is saved of all channels, by tensor name, without the tensors ``skipped``."""
         found = no_arrays()
         for channel in self._channels:
-            for kind, values in channel.arrays().items():
-                for i, name in enumerate(channel.vector.names):
-                    if name not in skipped:
-                        found[kind][name] = values[channel.vector.span(i)]
+            for kind, named in channel.arrays().items():
+                found[kind].update({name: values for name, values in named.items() if name not in skipped})
         return found
 
     def finish(self) -> None:

@@ -7,25 +7,27 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from .. import codecs
-from ..codecs.base import Codec, check_integer
+from ..codecs.base import Codec, Scheme, check_integer
 from ..errors import ArgumentError
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.plan import check_method
 from .feedback import Feedback, MomentumCorrection, check_feedback
 from .policy import HasShape, Rule, check_names, decide, smaller_than
+from .strategy import PeriodicAveraging
+from .vector import TensorSpec
 
 NON_FINITE_POLICIES = ("raise", "propagate")
 HIERARCHIES = (None, "node")
 DEFAULT_SMALL_TENSOR_THRESHOLD = 1024
 
-Spec = TypeVar("Spec", bound=HasShape)
+Spec = TypeVar("Spec", bound=TensorSpec)
 
 
 class Way(NamedTuple):
     """How a tensor travels; tensors of one way are one channel."""
 
-    codec: Codec
+    codec: Scheme
     second_codec: Codec | None = None
     method: str = "auto"
 
@@ -39,7 +41,8 @@ class ExchangeConfig:
     """What every rank has to agree on about an exchange.
 
     Args:
-        codec: what bytes stand for the numbers of tensors that no rule is about.
+        codec: what bytes stand for the numbers of tensors that no rule is about: a codec, or a scheme of its own such
+            as ``codecs.powersgd()``. Tensors that it does not fit travel as they are.
         second_codec: the codec of the mean in the two-phase exchange; None: ``codec``. Its noise is not averaged over
             the ranks, so more bits pay.
         method: ``"allgather"``, ``"two_phase"``, or ``"auto"``: what the codec needs, or whichever sends fewer bytes.
@@ -62,7 +65,7 @@ class ExchangeConfig:
     'auto'
     """
 
-    codec: Codec
+    codec: Scheme
     second_codec: Codec | None = None
     method: str = "auto"
     small_tensor_threshold: int = DEFAULT_SMALL_TENSOR_THRESHOLD
@@ -76,7 +79,13 @@ class ExchangeConfig:
     def __post_init__(self) -> None:
         for argument, codec in self._codecs().items():
             way = self._way_of(codec) if argument == "compression" else self._way_by_rule(codec)
-            check_method(way.method, codec, way.second_codec, ("exchange", argument, "second_compression"))
+            names = ("exchange", argument, "second_compression")
+            check_method(way.method, codec.message_codec, way.second_codec, names)
+        if self.second_codec is not None and not isinstance(self.codec, Codec):
+            raise ArgumentError(
+                f"second_compression is {self.second_codec} with compression={self.codec}, which sends means as they "
+                "are: leave second_compression out"
+            )
         if self.policy and self.policy[-1].pattern is ... and self.codec != codecs.none():
             raise ArgumentError(
                 f"compression is {self.codec} and policy ends with ..., which leaves nothing for it: give one of them"
@@ -97,7 +106,16 @@ class ExchangeConfig:
         if self.second_codec is not None:
             coded["second_compression"] = self.second_codec
         check_feedback(self.feedback, coded)
+        self._check_hierarchy()
         self._check_correction()
+
+    def _check_hierarchy(self) -> None:
+        for argument, codec in self._codecs().items():
+            if self.hierarchy is not None and not isinstance(codec, Codec):
+                raise ArgumentError(
+                    f"hierarchy is {self.hierarchy!r} with {argument}={codec}, whose factors all ranks exchange: "
+                    "leave hierarchy out, or use a codec of flat vectors such as Compression.eden(bits=2)"
+                )
 
     def _check_correction(self) -> None:
         if self.correction is not None and self.hierarchy is not None:
@@ -139,26 +157,32 @@ class ExchangeConfig:
             policy=tuple(dataclasses.replace(rule, codec=rule.codec.at_least(density)) for rule in self.policy),
         )
 
-    def _codecs(self) -> dict[str, Codec]:
+    def _codecs(self) -> dict[str, Scheme]:
         """Return every codec by the argument that it came with."""
         return {"compression": self.codec, **{f"policy[{i}]": rule.codec for i, rule in enumerate(self.policy)}}
 
-    def check_for_parameters(self) -> None:
-        """Raise ArgumentError unless codecs are fit for changes of parameters, and not for gradients only."""
+    def check_for_parameters(self, averaging: PeriodicAveraging) -> None:
+        """Raise ArgumentError unless codecs are fit for changes of parameters that are averaged in this way."""
         if self.correction is not None:
             raise ArgumentError(
                 f"feedback is {self.feedback}; it is for gradients, period=1 without an outer optimizer: for changes "
                 "of parameters, which have their momentum, use hvd.Feedback()"
             )
         for argument, codec in self._codecs().items():
+            if averaging.is_sparse and not isinstance(codec, Codec):
+                raise ArgumentError(
+                    f"{argument} is {codec} with averaging={averaging}, which averages parts of the parameters in "
+                    "turn; it needs whole matrices: use hvd.PeriodicAveraging without a selection, or a codec of flat "
+                    "vectors such as Compression.eden(bits=2)"
+                )
             if not codec.keeps_scale:
                 raise ArgumentError(
                     f"{argument} is {codec}, which decodes to +-1: it is for gradients, period=1 without an outer "
                     "optimizer. For changes of parameters take one with a scale, such as Compression.signsgd()"
                 )
 
-    def way_for(self, tensor: HasShape) -> Way:
-        """Return how a tensor travels: with the codec of the first rule that matches.
+    def way_for(self, tensor: TensorSpec) -> Way:
+        """Return how a tensor travels: with the codec of the first rule that matches, if it fits the tensor.
 
         >>> import numpy as np
         >>> from pqasgd_horovod import codecs
@@ -169,14 +193,18 @@ class ExchangeConfig:
         >>> config.way_for(ArrayView("bias", np.zeros(5)))
         Way(codec=NoCompression(), second_codec=None, method='auto')
         """
+        way = self._chosen_for(tensor)
+        return way if way.codec.fits(tensor.matrix) else AS_IT_IS
+
+    def _chosen_for(self, tensor: HasShape) -> Way:
         small = Rule(smaller_than(self.small_tensor_threshold), codecs.none())
         rule = decide((*self.policy, small), tensor.name, tensor.shape)
         return self._way_of(self.codec) if rule is None else self._way_by_rule(rule.codec)
 
-    def _way_of(self, codec: Codec) -> Way:
-        return Way(codec, self.second_codec, self.method)
+    def _way_of(self, codec: Scheme) -> Way:
+        return Way(codec, self.second_codec if isinstance(codec, Codec) else None, self.method)
 
-    def _way_by_rule(self, codec: Codec) -> Way:
+    def _way_by_rule(self, codec: Scheme) -> Way:
         """Return the way of what a rule chooses: what it leaves as it is stays so."""
         return AS_IT_IS if codec.lossless else self._way_of(codec)
 
@@ -190,12 +218,16 @@ class ExchangeConfig:
 
     def describe_codecs(self, tensors: Sequence[HasShape]) -> dict[str, Any]:
         """Return what the ranks compare of a policy: of each tensor its codec. Nothing where there is no policy."""
-        return {"codecs": {t.name: self.way_for(t).codec.config() for t in tensors}} if self.policy else {}
+        return {"codecs": {t.name: self._chosen_for(t).codec.config() for t in tensors}} if self.policy else {}
 
     def check_names(self, tensors: Sequence[HasShape]) -> None:
         """Raise ArgumentError if the policy has a pattern that is for none of the tensors."""
         if self.policy:
             check_names(self.policy, tensors)
+
+    def compresses(self, tensor: TensorSpec) -> bool:
+        """Return whether a tensor is compressed; the others travel as they are, together in one message."""
+        return tensor.numel >= self.small_tensor_threshold and self.codec.fits(tensor.matrix)
 
     @property
     def bucket_cap_bytes(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import native
-from ..codecs.base import FLOAT32, Codec, check_integer
+from ..codecs.base import FLOAT32, Scheme, check_integer
 from ..errors import ArgumentError
 from .outer import Coefficients
 
@@ -116,7 +116,7 @@ class MomentumCorrection(Feedback):
         """The step that makes velocity and increment of velocity and gradient; see :func:`.outer.outer_step`."""
         return Coefficients(self.momentum, self.momentum if self.nesterov else 1.0, 1.0 if self.nesterov else 0.0)
 
-    def masks(self, codec: Codec) -> bool:
+    def masks(self, codec: Scheme) -> bool:
         """Return whether the momentum of what ``codec`` has sent is cleared: where it sends all that would be all."""
         return self.masking and codec.selects
 
@@ -163,9 +163,15 @@ def feedback_from_config(config: Mapping[str, Any] | None) -> Feedback | None:
     return cls(**arguments)
 
 
-def check_feedback(feedback: Feedback | None, codecs: Mapping[str, Codec]) -> None:
+def check_feedback(feedback: Feedback | None, codecs: Mapping[str, Scheme]) -> None:
     """Raise ArgumentError unless every codec, by the name of its argument, is fit for ``feedback``."""
     if feedback is None:
+        for argument, codec in codecs.items():
+            if codec.needs_feedback:
+                raise ArgumentError(
+                    f"feedback is None with {argument} {codec}, which sends the same few directions again and again: "
+                    "what lies in others would be lost for good. Pass feedback=hvd.Feedback()"
+                )
         return
     if not isinstance(feedback, Feedback):
         raise ArgumentError(f"feedback is {feedback!r}; it must be None or hvd.Feedback()")

@@ -16,7 +16,7 @@ from ..exchange.carriers.alone import AloneCarrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
-from .channel import Channel, ChannelSet, plan_channel, warn_of_size
+from .channel import Channel, ChannelSet, digest_arrays, plan_channel, warn_of_size
 from .config import ExchangeConfig
 from .meeting import Meeting, Purpose
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
@@ -91,18 +91,19 @@ class GradientAverager:
         if self._carrier is None:
             return
         config = self._config.at(self.steps)
+        arrays = self._arrays()
         description = {
             "steps": self.steps,
             "exchange": self._config.config(),
             "gradients": {tensor.name: tensor.description for tensor in tensors},
             "gradient_order": [tensor.name for tensor in tensors],
+            "factors": digest_arrays(arrays["factor"]),
             **config.describe_codecs(tensors),
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
         self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
-        arrays = self._arrays()
         vectors = [(way, FlatVector(members)) for way, members in config.by_way(tensors)]
         plans = [
             plan_channel(vector, config, way, name=self._name, index=index, size=num_parts(self._carrier))
@@ -118,7 +119,7 @@ class GradientAverager:
         self._restored = no_arrays()
         self._buckets_of = {}
         for channel in self._channels:
-            channel.restore_residuals(arrays)
+            channel.restore(arrays)
             for i, tensor in enumerate(channel.vector.tensors):
                 buckets = [bucket for bucket in range(channel.num_buckets) if i in channel.tensors_in(bucket)]
                 self._buckets_of[tensor.name] = (channel, buckets)
@@ -223,7 +224,7 @@ class GradientAverager:
             check_state(state, self.config())
             arrays = taken_over(state, self._carrier, self._arrays() if keep_residuals else None)
         for channel in self._channels:
-            channel.restore_residuals(arrays)
+            channel.restore(arrays)
         self._restored = no_arrays() if list(self._channels) else arrays
         self.steps = 0 if state is None else int(state["steps"])
         self._start_step()

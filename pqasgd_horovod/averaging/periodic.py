@@ -14,7 +14,7 @@ from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.plan import num_parts
 from .background import Background
-from .channel import Channel, ChannelSet, digest_tensors, group_tensors, plan_channel, warn_of_size
+from .channel import Channel, ChannelSet, digest_arrays, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig, Way
 from .counted import CountedStatistics, gather_most_counted
 from .meeting import Meeting, Purpose
@@ -63,7 +63,7 @@ class PeriodicAverager:
         moments: Moments | None = None,
         outer_stepper: OuterStepper | None = None,
     ) -> None:
-        config.check_for_parameters()
+        config.check_for_parameters(averaging)
         self._carrier = carrier if carrier is not None and carrier.size > 1 else None
         self._stepper = outer_stepper if isinstance(averaging.outer, OuterOptimizer) else None
         self._moments = moments
@@ -137,7 +137,7 @@ class PeriodicAverager:
                     anchor[vector.span(i)] = anchors[tensor.name]
             digests.update(digest_tensors(vector, anchor))
             layout.append((vector, anchor, way))
-        digest = self._agree(parameters, buffers, counted, digests)
+        digest = self._agree(parameters, buffers, counted, digests, digest_arrays(arrays["factor"]))
         plans = [
             plan_channel(
                 vector,
@@ -163,7 +163,7 @@ class PeriodicAverager:
                 self._hold_momentum(channel, arrays["momentum"])
             elif self._stepper is not None:
                 channel.move_by_outer(self._parameter_elements(channel), holds_momentum=False)
-            channel.restore_residuals(arrays)
+            channel.restore(arrays)
         if self._stepper is not None:
             self._stepper.place({name: anchor for name, (anchor, _) in self._moved().items()})
         self._restored = no_arrays()
@@ -198,6 +198,7 @@ class PeriodicAverager:
         buffers: Sequence[TensorView],
         counted: Sequence[CountedStatistics],
         digests: Mapping[str, str],
+        factors: Mapping[str, str],
     ) -> int:
         assert self._carrier is not None
         description = {
@@ -221,7 +222,8 @@ class PeriodicAverager:
             "pace": self._pace.common_state(),
         }
         try:
-            verify_same(self._carrier, {**counters, "parameters": digests}, f"{self._name}.start")
+            start = {**counters, "parameters": digests, "factors": factors}
+            verify_same(self._carrier, start, f"{self._name}.start")
         except MismatchError as error:
             raise MismatchError(
                 "the ranks do not start from the same parameters: before the first step call "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..codecs.base import Codec, check_integer
+from ..codecs.base import Scheme, check_integer
 from ..errors import ArgumentError
 
 _LARGEST = 2**48
@@ -107,7 +107,7 @@ class Rule:
 
     pattern: Any
     """A glob on the name, Ellipsis for whatever is left, or a function of name and shape."""
-    codec: Codec
+    codec: Scheme
 
     def matches(self, name: str, shape: Sequence[int]) -> bool:
         """Return whether the pattern matches; raise ArgumentError if a function does not say."""
@@ -156,7 +156,7 @@ def pattern_from_config(config: Any) -> Any:
     return ... if config == REST else config
 
 
-def make_policy(policy: Any, codec_of: Callable[[Any, str], Codec | None]) -> tuple[Rule, ...]:
+def make_policy(policy: Any, codec_of: Callable[[Any, str], Scheme | None]) -> tuple[Rule, ...]:
     """Return the rules of a ``policy=``, a list of pairs of pattern and compression; None: no rules.
 
     ``codec_of`` returns the codec of a compression, which has the name of an argument; None for one of the user's own.

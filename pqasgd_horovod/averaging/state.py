@@ -15,8 +15,8 @@ from .strategy import PeriodicAveraging
 
 logger = logging.getLogger("pqasgd_horovod")
 
-STATE_VERSION = 2
-ARRAYS = ("anchor", "momentum", "residual", "mean_residual", "velocity")
+STATE_VERSION = 3
+ARRAYS = ("anchor", "momentum", "residual", "mean_residual", "velocity", "factor")
 """What of a state is arrays, by parameter name."""
 RESIDUALS = ("residual", "mean_residual", "velocity")
 """Which of them are each rank's own."""

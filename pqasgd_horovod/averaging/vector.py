@@ -40,6 +40,11 @@ class TensorSpec(Protocol):
         ...
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that the elements are, in their order in memory; one row if it is none."""
+        ...
+
+    @property
     def description(self) -> str:
         """Type, shape and order in memory, to be compared between ranks."""
         ...
@@ -76,6 +81,8 @@ class ArrayView:
         self.dtype = _CODES[array.dtype]
         self.numel = array.size
         self.shape = array.shape
+        rows = array.shape[0] if array.ndim > 1 and array.size else 1
+        self.matrix = (rows, array.size // rows)
         self.description = f"{array.dtype} {array.shape}"
 
     def pointer(self) -> int:
@@ -96,6 +103,7 @@ class FlatLayout:
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self.names = [spec.name for spec in specs]
+        self.matrices = [spec.matrix for spec in specs]
         self.offsets = [0, *itertools.accumulate(spec.numel for spec in specs)]
         self.num_elements = self.offsets[-1]
 

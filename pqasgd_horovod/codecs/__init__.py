@@ -4,7 +4,7 @@ Every codec is a class in :data:`registry`, and here by its id: ``codecs.none()`
 ``codecs.maxscale(bits=4)``, ``codecs.qsgd(bits=4)``, ``codecs.terngrad()``, ``codecs.eden(bits=4)``,
 ``codecs.natural()``, ``codecs.signsgd()``, ``codecs.onebit()``, ``codecs.topk(density=0.01)``, ``codecs.randomk()``,
 ``codecs.threshold(value)``. A new codec is a new file in this folder with a class under ``@register``; nothing else
-needs to know of it.
+needs to know of it. ``codecs.powersgd()`` is no codec of a flat vector, but a :class:`Scheme` that sends matrices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
-from .base import Codec, from_config, register, registry
+from .base import Codec, Scheme, from_config, register, registry, schemes
 from .eden import Eden
 from .sparse import chain
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time these come from 
     from .cast import Fp16 as fp16  # noqa: F401
     from .cast import NoCompression as none  # noqa: F401
     from .eden import Eden as eden  # noqa: F401
+    from .low_rank import PowerSgd as powersgd  # noqa: F401
     from .natural import Natural as natural  # noqa: F401
     from .sign import OneBit as onebit  # noqa: F401
     from .sign import SignSgd as signsgd  # noqa: F401
@@ -34,9 +35,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time these come from 
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-globals().update(registry)
+globals().update(schemes)
 
-__all__ = ["Codec", "chain", "from_config", "quantize", "register", "registry", *sorted(registry)]
+__all__ = ["Codec", "Scheme", "chain", "from_config", "quantize", "register", "registry", "schemes", *sorted(schemes)]
 
 
 def quantize(bits: int) -> Codec:

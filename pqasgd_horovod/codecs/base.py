@@ -33,24 +33,28 @@ _SCALE_DTYPE = np.dtype("<f4")
 _VALUE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _ANCHOR_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
+schemes: dict[str, type[Scheme]] = {}
+"""Every scheme by its id; filled by :func:`register`."""
 registry: dict[str, type[Codec]] = {}
-"""Every codec by its id; filled by :func:`register`."""
+"""Those of them that are codecs."""
 
-CodecClass = TypeVar("CodecClass", bound="type[Codec]")
+SchemeClass = TypeVar("SchemeClass", bound="type[Scheme]")
 
 
-def register(cls: CodecClass) -> CodecClass:
-    """Class decorator: enter a codec into :data:`registry` under its ``id``."""
-    if cls.id in registry:
+def register(cls: SchemeClass) -> SchemeClass:
+    """Class decorator: enter a scheme into :data:`schemes` under its ``id``, and a codec into :data:`registry` too."""
+    if cls.id in schemes:
         raise ArgumentError(
-            f"codec id {cls.id!r} is taken by {registry[cls.id].__name__}; give {cls.__name__} another id"
+            f"codec id {cls.id!r} is taken by {schemes[cls.id].__name__}; give {cls.__name__} another id"
         )
-    registry[cls.id] = cls
+    schemes[cls.id] = cls
+    if issubclass(cls, Codec):
+        registry[cls.id] = cls
     return cls
 
 
-def from_config(config: Mapping[str, Any]) -> Codec:
-    """Return the codec that a ``config()`` describes; the inverse of :meth:`Codec.config`.
+def from_config(config: Mapping[str, Any]) -> Scheme:
+    """Return the scheme, most often a codec, that a ``config()`` describes; the inverse of :meth:`Scheme.config`.
 
     Raises ArgumentError if the id is not registered, or a field is unknown or has a value that is not allowed.
 
@@ -60,9 +64,9 @@ def from_config(config: Mapping[str, Any]) -> Codec:
     """
     arguments = dict(config)
     codec_id = arguments.pop("id", None)
-    if not isinstance(codec_id, str) or codec_id not in registry:
-        raise ArgumentError(f"config['id'] is {codec_id!r}; registered codecs are {', '.join(sorted(registry))}")
-    cls = registry[codec_id]
+    if not isinstance(codec_id, str) or codec_id not in schemes:
+        raise ArgumentError(f"config['id'] is {codec_id!r}; registered codecs are {', '.join(sorted(schemes))}")
+    cls = schemes[codec_id]
     known = [field.name for field in dataclasses.fields(cls)]
     unknown = sorted(set(arguments) - set(known))
     if unknown:
@@ -96,36 +100,27 @@ class EncodedBlocks(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec(abc.ABC):
-    r"""What bytes stand for these numbers; the base of every codec.
+class Scheme(abc.ABC):
+    r"""What ``compression=`` stands for: the facts that averaging relies on; the base of every codec.
 
-    For a vector :math:`v` the decoded vector :math:`Q(v)` has the error :math:`E\|Q(v) - v\|^2 \le q \|v\|^2`.
-    Subclasses are frozen dataclasses: hashable, and equal if and only if their configurations are equal. They state
-    facts that other parts rely on, and define what a vector becomes: :class:`BlockCodec` for codes of independent
-    blocks, of which nearly all codecs are.
+    Subclasses are frozen dataclasses: hashable, and equal if and only if their configurations are equal. Nearly all are
+    a :class:`Codec`, of one flat vector. One that has to know the tensors' shapes is not: it decides which tensors it
+    fits, and what travels of them.
     """
 
     id: ClassVar[str]
-    """The name in configurations and in :data:`registry`."""
+    """The name in configurations and in :data:`schemes`."""
     commutes_with_sum: ClassVar[bool] = False
     """True if a sum of encoded vectors is a sensible code of the sum, in a dtype that Horovod's allreduce adds."""
     lossless: ClassVar[bool] = False
     """True if decoding gives back every float32 number."""
-
-    @property
-    @abc.abstractmethod
-    def bits(self) -> int:
-        """Bits of one code, before what packing may save."""
-
-    @property
-    @abc.abstractmethod
-    def block_size(self) -> int:
-        """Elements that are coded together: the literature's bucket. Vectors are best cut at its multiples."""
+    needs_feedback: ClassVar[bool] = False
+    """True if there is no sense in it without error feedback."""
 
     @property
     @abc.abstractmethod
     def unbiased(self) -> bool:
-        """True if the decoded vector is right on average over all keys, up to the resolution of the random numbers."""
+        """True if what is decoded is right on average over all keys, up to the resolution of the random numbers."""
 
     @property
     def contractive(self) -> bool:
@@ -142,6 +137,59 @@ class Codec(abc.ABC):
         return True
 
     @property
+    def selects(self) -> bool:
+        """True if some numbers are sent and nothing of the others."""
+        return False
+
+    def at_least(self, density: float) -> Scheme:
+        """Return the scheme that sends at least this part of the numbers."""
+        return self
+
+    @property
+    @abc.abstractmethod
+    def message_codec(self) -> Codec:
+        """What codes the vectors that are exchanged."""
+
+    def fits(self, matrix: tuple[int, int]) -> bool:
+        """Return whether a tensor, seen as a matrix of (rows, columns), is compressed, and not sent as it is."""
+        return True
+
+    def kept_numel(self, matrix: tuple[int, int]) -> int:
+        """Return how many numbers, alike on all ranks, are kept of such a tensor from one round to the next."""
+        return 0
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration as a dict that JSON can hold; :func:`from_config` takes it back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        inner = {name: value.config() for name, value in values.items() if isinstance(value, Scheme)}
+        return {"id": self.id, **values, **inner}
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(Scheme):
+    r"""What bytes stand for these numbers, a flat vector.
+
+    For a vector :math:`v` the decoded vector :math:`Q(v)` has the error :math:`E\|Q(v) - v\|^2 \le q \|v\|^2`.
+    Subclasses define what a vector becomes: :class:`BlockCodec` for codes of independent blocks, of which nearly all
+    codecs are.
+    """
+
+    @property
+    def message_codec(self) -> Codec:
+        """Itself."""
+        return self
+
+    @property
+    @abc.abstractmethod
+    def bits(self) -> int:
+        """Bits of one code, before what packing may save."""
+
+    @property
+    @abc.abstractmethod
+    def block_size(self) -> int:
+        """Elements that are coded together: the literature's bucket. Vectors are best cut at its multiples."""
+
+    @property
     def exchange_method(self) -> str | None:
         """The only exchange that this codec is fit for if both phases are coded by it; None: any."""
         return None
@@ -155,15 +203,6 @@ class Codec(abc.ABC):
     def shared_selection(self) -> tuple[int, ...] | None:
         """What decides, besides keys, which numbers are sent, where all ranks send the same ones; elsewhere None."""
         return None
-
-    @property
-    def selects(self) -> bool:
-        """True if some numbers are sent and nothing of the others."""
-        return False
-
-    def at_least(self, density: float) -> Codec:
-        """Return the codec that sends at least this part of the numbers."""
-        return self
 
     @property
     def for_means(self) -> Codec:
@@ -207,12 +246,6 @@ class Codec(abc.ABC):
     def own_part(self, values: FLOAT32, shared_key: int = 0) -> FLOAT32:
         """Return what the numbers of a shard's owner, who does not code them, count as in the two-phase exchange."""
         return values
-
-    def config(self) -> dict[str, Any]:
-        """Return the configuration as a dict that JSON can hold; :func:`from_config` takes it back."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        inner = {name: value.config() for name, value in values.items() if isinstance(value, Codec)}
-        return {"id": self.id, **values, **inner}
 
     def payload_bits_per_element(self, num_elements: int) -> float:
         """Return bits on the wire for each number, scales and padding included; 0 for an empty vector.
@@ -538,8 +571,8 @@ def subtract_anchor(values: np.ndarray, anchor: np.ndarray | None) -> FLOAT32:
         return difference
 
 
-def sum64(x: FLOAT32) -> FLOAT32:
-    """Return the sum over the last axis in the one order that every implementation keeps.
+def sum64(x: NDArray[Any]) -> NDArray[Any]:
+    """Return the sum over the last axis, in the type of ``x`` and the one order that every implementation keeps.
 
     64 running sums, element i going to sum i mod 64; then the upper half is added to the lower half until one is left.
 
@@ -549,13 +582,13 @@ def sum64(x: FLOAT32) -> FLOAT32:
     """
     padding = -x.shape[-1] % 64
     rows = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]).reshape(*x.shape[:-1], -1, 64)
-    sums = np.zeros((*x.shape[:-1], 64), np.float32)
+    sums = np.zeros((*x.shape[:-1], 64), x.dtype)
     for row in range(rows.shape[-2]):
         sums += rows[..., row, :]
     while sums.shape[-1] > 1:
         half = sums.shape[-1] // 2
         sums = sums[..., :half] + sums[..., half:]
-    total: FLOAT32 = sums[..., 0]
+    total: NDArray[Any] = sums[..., 0]
     return total
 
 

@@ -9,6 +9,7 @@ from .base import Exchange
 from .carriers import Carrier, Handle
 from .handshake import verify_same
 from .layout import DEFAULT_BUCKET_CAP_BYTES, cut_buckets
+from .low_rank import LowRankExchange
 from .plan import choose_exchange, describe_exchange, make_exchange
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Carrier",
     "Exchange",
     "Handle",
+    "LowRankExchange",
     "choose_exchange",
     "cut_buckets",
     "describe_exchange",

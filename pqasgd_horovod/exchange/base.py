@@ -117,8 +117,8 @@ class Exchange(abc.ABC):
         """Take what a phase brought; return the handle of the next phase, or None after the last one."""
 
     @abc.abstractmethod
-    def _land(self, flight: Flight, mean: Float32) -> bool:
-        """Turn what the last phase brought into ``mean``; or report what is wrong with it, and return False."""
+    def _land(self, flight: Flight, mean: Float32) -> Problem | None:
+        """Turn what the last phase brought into ``mean``; or return what is wrong with it."""
 
     @property
     def network_bytes(self) -> tuple[int, int]:
@@ -130,8 +130,8 @@ class Exchange(abc.ABC):
         """The bytes sent and received inside the node, where the exchange tells them apart."""
         return 0, 0
 
-    def keep_residuals(self) -> None:  # noqa: B027 - most exchanges have none
-        """Let what the last round did not send of its means be sent by the next; see ``mean_residual``."""
+    def commit(self) -> None:  # noqa: B027 - most exchanges keep nothing
+        """Keep what the last round left for the next: it has succeeded, and its means are used."""
 
     def mean_residual(self, bucket: int) -> tuple[Span, Float32] | None:
         """Return what this rank has not sent of a bucket's mean: where it lies in the bucket, and the numbers.
@@ -225,19 +225,28 @@ class Exchange(abc.ABC):
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not wait_until(self._any_landed, remaining):
                 raise self._timeout_error(timeout)
-            landed = next(flight for flight in self._flights.values() if flight.handle is None)
-            self._take(landed, means[landed.bucket])
+            bucket = next(flight.bucket for flight in self._flights.values() if flight.handle is None)
+            self._take(bucket, means[bucket])
         self._waiting = False
         problems, self._problems = self._problems, []
         if problems:
             raise_verdict(self.name, self._told(problems))
 
-    def _take(self, landed: Flight, mean: Float32) -> None:
-        """Turn a bucket that has landed into its mean, and take note of it."""
-        self.finished.append(landed.bucket)
-        if self._land(landed, mean):
-            self.averaged.append(landed.bucket)
-        del self._flights[landed.bucket]
+    def _take(self, bucket: int, mean: Float32) -> Problem | None:
+        """Turn a bucket that has landed into its mean, or NaN, and take note of it; return what is wrong with it."""
+        problem = self._land(self._flights.pop(bucket), mean)
+        self.finished.append(bucket)
+        if problem is None:
+            self.averaged.append(bucket)
+            return None
+        mean.fill(np.nan)
+        if problem.kind is not Kind.NON_FINITE or self._nonfinite == "raise":
+            self._problems.append(problem)
+        return problem
+
+    def _forget(self) -> None:
+        """Forget what the last round brought, and what was wrong with it."""
+        self.finished, self.averaged, self._problems = [], [], []
 
     def _told(self, problems: list[Problem]) -> list[Problem]:
         """Return the problems of a round as every rank knows them."""
@@ -270,11 +279,24 @@ class Exchange(abc.ABC):
             f"exchange {self.name!r}: bucket {flight.bucket} did not arrive in {timeout} s: {detail}"
         )
 
-    def _fail(self, flight: Flight, mean: Float32, problem: Problem) -> None:
-        """Take note of a bucket that has no mean."""
-        mean.fill(np.nan)
-        if problem.kind is not Kind.NON_FINITE or self._nonfinite == "raise":
-            self._problems.append(problem)
+
+class Landed:
+    """Waits until a bucket of another exchange has arrived; brings nothing itself."""
+
+    def __init__(self, exchange: Exchange, bucket: int) -> None:
+        self._exchange = exchange
+        self._flight = exchange._flights[bucket]
+
+    def done(self) -> bool:
+        """Return whether the bucket is there; makes progress."""
+        self._exchange.advance()
+        return self._flight.handle is None
+
+    def wait(self, timeout: float | None = None) -> Bytes:
+        """Wait for it."""
+        if not wait_until(self.done, timeout):
+            raise CollectiveTimeoutError(f"exchange {self._exchange.name!r}: not all have taken part in {timeout} s")
+        return np.zeros(0, np.uint8)
 
 
 class MessageExchange(Exchange):
@@ -307,17 +329,14 @@ class MessageExchange(Exchange):
         self.bytes_received += received.size - wire.HEADER_NBYTES - self._last_payload_nbytes[flight.bucket][self._rank]
         return None
 
-    def _land(self, flight: Flight, mean: Float32) -> bool:
+    def _land(self, flight: Flight, mean: Float32) -> Problem | None:
         assert flight.received is not None
         bucket = flight.bucket
         flags = self._native[bucket].land(flight.received, flight.step, flight.round, flight.base, mean)
-        if flags:
-            nbytes = self._last_payload_nbytes[bucket]
-            own = self._own_header(flight)
-            self._fail(
-                flight, mean, explain(flags, flight.received, own, range(self.size), nbytes, flight.error, self.names)
-            )
-        return not flags
+        if not flags:
+            return None
+        nbytes, own = self._last_payload_nbytes[bucket], self._own_header(flight)
+        return explain(flags, flight.received, own, range(self.size), nbytes, flight.error, self.names)
 
     def _own_header(self, flight: Flight) -> wire.Header:
         return wire.Header(

@@ -6,6 +6,7 @@ arithmetic: every rank computes the same layout from the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..codecs.base import Codec
@@ -57,6 +58,23 @@ def cut_buckets(num_elements: int, block_size: int, bucket_cap_bytes: int = DEFA
     blocks_per_bucket = max(1, bucket_cap_bytes // (4 * block_size))
     num_blocks = -(-num_elements // block_size)
     return [span.num_elements for span in deal(num_elements, -(-num_blocks // blocks_per_bucket), block_size)]
+
+
+def join_tensors(sizes: Sequence[int], bucket_cap_bytes: int = DEFAULT_BUCKET_CAP_BYTES) -> list[int]:
+    """Return the sizes, in elements, of buckets of whole tensors, neighbours of at most ``bucket_cap_bytes`` together.
+
+    A tensor that is larger has a bucket of its own.
+
+    >>> join_tensors([100, 200, 5000, 300], bucket_cap_bytes=4 * 1024)
+    [300, 5000, 300]
+    """
+    buckets: list[int] = []
+    for size in sizes:
+        if buckets and 4 * (buckets[-1] + size) <= bucket_cap_bytes:
+            buckets[-1] += size
+        else:
+            buckets.append(size)
+    return buckets
 
 
 def shard_alignment(codec: Codec, second_codec: Codec) -> int:

@@ -29,12 +29,11 @@ class LocalExchange(Exchange):
     def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
         raise AssertionError("nothing is sent, so nothing arrives")
 
-    def _land(self, flight: Flight, mean: Float32) -> bool:
+    def _land(self, flight: Flight, mean: Float32) -> Problem | None:
         # The payload of the codec "none" is the float32 numbers themselves: one walk that copies and checks.
         if not native.encode(_EXACT, flight.source, flight.start, mean.size, Keys(0), mean.view(np.uint8)):
             text = f"rank 0 had NaN, Inf or a number beyond float32's range in bucket {flight.bucket}"
-            self._fail(flight, mean, Problem(Kind.NON_FINITE, flight.bucket, text))
-            return False
+            return Problem(Kind.NON_FINITE, flight.bucket, text)
         if flight.base is not None:
             np.add(flight.base, mean, out=mean)
-        return True
+        return None

@@ -17,10 +17,9 @@ import numpy as np
 
 from .. import native
 from ..codecs.cast import NoCompression
-from ..errors import CollectiveTimeoutError
 from . import wire
-from .base import MEANS_PHASE, Exchange, Flight, Float32
-from .carriers import Bytes, Handle, wait_until
+from .base import MEANS_PHASE, Exchange, Flight, Float32, Landed
+from .carriers import Bytes, Handle
 from .carriers.nodes import NodesCarrier
 from .layout import Span
 from .two_phase import TwoPhaseExchange
@@ -32,25 +31,6 @@ _FLAGS = {
     Kind.MALFORMED: wire.FLAG_MALFORMED,
     Kind.NON_FINITE: wire.FLAG_NON_FINITE,
 }
-
-
-class _Landed:
-    """Waits until a bucket of another exchange has arrived; brings nothing itself."""
-
-    def __init__(self, exchange: Exchange, flight: Flight) -> None:
-        self._exchange = exchange
-        self._flight = flight
-
-    def done(self) -> bool:
-        """Return whether the bucket is there; makes progress."""
-        self._exchange.advance()
-        return self._flight.handle is None
-
-    def wait(self, timeout: float | None = None) -> Bytes:
-        """Wait for it."""
-        if not wait_until(self.done, timeout):
-            raise CollectiveTimeoutError(f"exchange {self._exchange.name!r}: not every node took part in {timeout} s")
-        return np.zeros(0, np.uint8)
 
 
 class NodeExchange(TwoPhaseExchange):
@@ -91,10 +71,10 @@ class NodeExchange(TwoPhaseExchange):
         """The bytes sent and received inside the node."""
         return self.bytes_sent, self.bytes_received
 
-    def keep_residuals(self) -> None:
+    def commit(self) -> None:
         """Let what the last round did not send of its means be sent by the next."""
         if self._across is not None:
-            self._across.keep_residuals()
+            self._across.commit()
 
     def mean_residual(self, bucket: int) -> tuple[Span, Float32] | None:
         """Return what this rank has not sent of the mean of its shard of its buckets."""
@@ -120,9 +100,8 @@ class NodeExchange(TwoPhaseExchange):
             return super()._arrived(flight, received)
         bucket = self._buckets[flight.bucket]
         if flight.phase == _ACROSS_PHASE:
-            arrived = self._across._flights[owned]
             mean = bucket.mean_message[wire.HEADER_NBYTES :].view(np.float32)
-            self._across._take(arrived, mean)
+            self._across._take(owned, mean)
             known = [problem for problem in self._across._problems if problem.bucket == flight.bucket]
             averaged = owned in self._across.averaged
             flight.flags = 0 if averaged else _FLAGS[known[0].kind if known else Kind.NON_FINITE]
@@ -143,7 +122,7 @@ class NodeExchange(TwoPhaseExchange):
         )
         self._across.begin(owned, node_mean, 0, step=flight.step, round=flight.round, flags=flight.flags)
         self._across._flights[owned].error = flight.error
-        return _Landed(self._across, self._across._flights[owned])
+        return Landed(self._across, owned)
 
     def _told(self, problems: list[Problem]) -> list[Problem]:
         """Tell each other inside the node what its ranks have found, each in its own buckets."""

@@ -102,7 +102,7 @@ class TwoPhaseExchange(MessageExchange):
             residuals=(np.zeros(own, np.float32), np.zeros(own, np.float32)) if self._feedback else None,
         )
 
-    def keep_residuals(self) -> None:
+    def commit(self) -> None:
         """Let what the last round did not send of its means be sent by the next."""
         for index in self.averaged:
             bucket = self._buckets[index]

@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ MAX_BLOCK_SIZE = 8192
 CAST_BLOCK_SIZE = 1024
 ISAS = ("avx512", "avx2", "neon", "plain")
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _NONFINITE, _BAD_ARGUMENT, _BAD_LENGTH, _BAD_SCALE, _BAD_CODE = 1, -1, -2, -3, -4
 _NUMPY_DTYPES = {np.dtype(np.float32): DTYPE_F32, np.dtype(np.float64): DTYPE_F64, np.dtype(np.float16): DTYPE_F16}
 ITEMSIZE = {DTYPE_F32: 4, DTYPE_F64: 8, DTYPE_F16: 2, DTYPE_BF16: 2}
@@ -77,6 +77,10 @@ class _Keys(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("own", "shared")]
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "cols")]
+
+
 class _Bucket(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("digest", "seed", "step", "round")),
@@ -117,6 +121,10 @@ def _load() -> ctypes.CDLL:
         "pq_capture": (i32, [pointer, i64, i64]),
         "pq_distance": (i32, [pointer, i64, i64, pointer, pointer]),
         "pq_outer": (i32, [ctypes.c_float, ctypes.c_float, ctypes.c_float, i64, pointer, pointer]),
+        "pq_low_rank_project": (i32, [pointer, i64, i32, pointer, i64, pointer, pointer]),
+        "pq_low_rank_backproject": (i32, [pointer, i64, i32, pointer, pointer, pointer]),
+        "pq_low_rank_reconstruct": (i32, [pointer, i64, i32, *[pointer] * 6]),
+        "pq_orthogonalize": (i32, [pointer, i64, i32, pointer]),
         "pq_derive_key": (u64, [u64, u32, u64, u32, u32]),
         "pq_allgather_pack": (i32, [pointer, pointer, pointer, i64, pointer, i64]),
         "pq_allgather_land": (i32, [pointer, pointer, pointer, i64, pointer, pointer]),
@@ -556,3 +564,103 @@ class Bucket:
         )
         check_status(flags, "decode")
         return flags
+
+
+class Matrices:
+    """Matrices that lie one after the other in a flat vector, each row by row, and their factors of low rank.
+
+    Of each matrix a factor holds ``approximation_rank`` vectors, left ones of ``rows`` numbers and right ones of
+    ``cols``, one vector after the other and one matrix after the other. :mod:`pqasgd_horovod.codecs.low_rank` is the
+    specification. Arguments that do not fit raise ArgumentError.
+
+    >>> import numpy as np
+    >>> matrices = Matrices([(2, 3)], approximation_rank=1)
+    >>> residual = np.zeros(6, np.float32), np.empty(6, np.float32)
+    >>> source = Source.from_arrays([np.ones(6, np.float32)], residual=residual)
+    >>> left = np.empty(2, np.float32)
+    >>> matrices.project(source, 0, np.ones(3, np.float32), left)
+    >>> left
+    array([3., 3.], dtype=float32)
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], approximation_rank: int) -> None:
+        self._matrices = (_Matrix * max(1, len(shapes)))(*(_Matrix(*shape) for shape in shapes))
+        self._count, self._approximation_rank = len(shapes), approximation_rank
+        lengths = [[shape[axis] for shape in shapes] for axis in (0, 1)]
+        self.numel = sum(rows * cols for rows, cols in shapes)
+        self.left_numel, self.right_numel = (approximation_rank * sum(side) for side in lengths)
+        rows, cols = ((ctypes.c_int64 * max(1, len(shapes)))(*side) for side in lengths)
+        self._rows, self._cols = (rows, self.left_numel), (cols, self.right_numel)
+
+    def _array(self, name: str, array: NDArray[np.float32] | None, numel: int) -> int | None:
+        if array is None:
+            return None
+        if array.size != numel:
+            raise ArgumentError(f"{name} has {array.size} elements; for these matrices it must have {numel}")
+        return _floats(name, array)
+
+    def project(self, source: Source, start: int, right: NDArray[np.float32], left: NDArray[np.float32]) -> None:
+        """Write the matrices, which begin at ``start``, to the source's next residual, and their left factors."""
+        status = _library.pq_low_rank_project(
+            self._matrices,
+            self._count,
+            self._approximation_rank,
+            source._as_argument,
+            start,
+            self._array("right", right, self.right_numel),
+            self._array("left", left, self.left_numel),
+        )
+        check_status(status, "project")
+
+    def orthogonalize(self, side: Literal["left", "right"], factors: NDArray[np.float32]) -> None:
+        """Make the vectors of each factor orthonormal, in place; one that depends on those before it becomes 0."""
+        lengths, numel = self._rows if side == "left" else self._cols
+        pointer = self._array(side, factors, numel)
+        check_status(
+            _library.pq_orthogonalize(lengths, self._count, self._approximation_rank, pointer), "orthogonalize"
+        )
+
+    def _rest(self, source: Source, start: int) -> int:
+        pointer = source._struct.next_residual
+        if pointer is None or start < 0 or start + self.numel > source.numel:
+            raise ArgumentError(
+                f"start is {start} in a source of {source.numel} elements; there must be a next residual, and room for "
+                f"{self.numel} elements"
+            )
+        return int(pointer) + 4 * start
+
+    def backproject(self, source: Source, start: int, left: NDArray[np.float32], right: NDArray[np.float32]) -> None:
+        """Write the right factors of the matrices that :meth:`project` has written, with these left ones."""
+        status = _library.pq_low_rank_backproject(
+            self._matrices,
+            self._count,
+            self._approximation_rank,
+            self._rest(source, start),
+            self._array("left", left, self.left_numel),
+            self._array("right", right, self.right_numel),
+        )
+        check_status(status, "backproject")
+
+    def reconstruct(
+        self,
+        source: Source,
+        start: int,
+        left: NDArray[np.float32],
+        own_right: NDArray[np.float32],
+        right: NDArray[np.float32],
+        base: NDArray[np.float32] | None,
+        mean: NDArray[np.float32],
+    ) -> None:
+        """Set ``mean`` to ``base`` (or zero) plus left times right; take left times own_right from the matrices."""
+        status = _library.pq_low_rank_reconstruct(
+            self._matrices,
+            self._count,
+            self._approximation_rank,
+            self._array("left", left, self.left_numel),
+            self._array("own_right", own_right, self.right_numel),
+            self._array("right", right, self.right_numel),
+            self._array("base", base, self.numel),
+            self._array("mean", mean, self.numel),
+            self._rest(source, start),
+        )
+        check_status(status, "reconstruct")

@@ -10,6 +10,7 @@ from horovod.tensorflow.compression import Compressor
 from .. import codecs, compression
 from ..codecs.base import Codec
 from ..compression import CompressionMethods
+from ..errors import ArgumentError
 
 
 class CodecCompressor(compression.CodecCompressor, Compressor):
@@ -50,4 +51,10 @@ class Compression(CompressionMethods[CodecCompressor], horovod.Compression):
 
 def codec_of(value: Any, argument: str = "compression") -> Codec | None:
     """Return the codec of a ``compression=``; see :func:`pqasgd_horovod.compression.codec_of`."""
-    return compression.codec_of(value, argument, Compression)
+    scheme = compression.codec_of(value, argument, Compression)
+    if scheme is None or isinstance(scheme, Codec):
+        return scheme
+    raise ArgumentError(
+        f"{argument} is {value!r}, which this version has for PyTorch only: in TensorFlow take "
+        "Compression.topk(density=0.01) or Compression.eden(bits=1) with feedback=hvd.Feedback(), or a longer period"
+    )

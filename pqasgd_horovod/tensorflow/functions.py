@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -244,9 +245,8 @@ class _Allreduce:
 
     def __init__(self, tensor: tf.Tensor, carrier: HorovodCarrier, config: ExchangeConfig, op: Any, name: str) -> None:
         kind = f"{tensor.dtype.name} {tensor.shape.as_list()}"
-        spec = VariableSpec(
-            name, DTYPES[tensor.dtype], tensor.shape.num_elements(), tuple(tensor.shape.as_list()), kind
-        )
+        shape = tuple(tensor.shape.as_list())
+        spec = VariableSpec(name, DTYPES[tensor.dtype], math.prod(shape), shape, kind)
         self.traced = Traced()
         self._name, self._carrier = name, carrier
         self._description = {"tensor": kind, "op": str(op), "exchange": config.config()}

@@ -91,7 +91,7 @@ class PeriodicAverager:
         name: str,
         check_consistency: bool = False,
     ) -> None:
-        config.check_for_parameters()
+        config.check_for_parameters(averaging)
         if averaging.delay:
             raise ArgumentError(
                 f"averaging has delay={averaging.delay}; it must be 0 in TensorFlow, where an exchange ends with the "

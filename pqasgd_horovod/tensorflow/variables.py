@@ -32,6 +32,13 @@ class VariableSpec:
     shape: tuple[int, ...]
     description: str
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns: of each matrix what is outermost in memory makes its rows."""
+        # Kernels have their outputs last, so that is what the columns are.
+        columns = self.shape[-1] if len(self.shape) > 1 and self.numel else self.numel
+        return (self.numel // columns, columns) if self.numel else (1, 0)
+
 
 def is_keras(variable: Any) -> bool:
     """Return whether this is a variable of Keras 3, which holds the one of TensorFlow."""

@@ -17,7 +17,7 @@ from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_sam
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import shard_alignment
 from .carrier import HorovodCarrier
-from .compression import Compression, codec_of
+from .compression import Compression, vector_codec_of
 from .tensors import DTYPES, describe
 from .wrapping import STATE_KEY, export_state, to_arrays
 
@@ -61,8 +61,8 @@ def compressed_allreduce(
     >>> hvd.compressed_allreduce(torch.ones(2, 3), compression=hvd.Compression.eden(bits=2)).shape
     torch.Size([2, 3])
     """
-    codec = codec_of(Compression.quantize(bits=4) if compression is None else compression)
-    second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
+    codec = vector_codec_of(Compression.quantize(bits=4) if compression is None else compression)
+    second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
     if codec is None or (second_compression is not None and second_codec is None):
         raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.torch.Compression")
     if op not in (horovod.Average, horovod.Sum):

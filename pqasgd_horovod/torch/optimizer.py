@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import horovod.torch as horovod
 import torch
@@ -17,12 +17,12 @@ from ..averaging.feedback import Feedback, check_no_momentum, check_not_stock
 from ..averaging.policy import make_policy
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
-from ..codecs.base import Codec, check_integer
+from ..codecs.base import Scheme, check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier
-from .compression import CodecCompressor, Compression, codec_of
+from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
 from .moments import check_has_moments
 from .outer import describe_outer
 from .periodic import PeriodicMethods
@@ -32,6 +32,8 @@ from .tensors import find_model
 from .wrapping import CommonMethods, Settings, build, describe_parameters, momenta_of
 
 logger = logging.getLogger("pqasgd_horovod")
+
+Found = TypeVar("Found", bound=Scheme)
 
 
 def DistributedOptimizer(
@@ -151,9 +153,14 @@ def DistributedOptimizer(
         check_has_moments(optimizer, averaging.moments)
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
-        second_codec = (
-            None if second_compression is None else _require_codec(second_compression, "second_compression", averaging)
-        )
+        second_codec = None
+        if second_compression is not None:
+            second_codec = _require(
+                vector_codec_of(second_compression, "second_compression"),
+                second_compression,
+                "second_compression",
+                averaging,
+            )
         if num_groups and groups is None:
             groups = num_groups
         if gradient_predivide_factor != 1.0 and op != horovod.Average:
@@ -162,7 +169,7 @@ def DistributedOptimizer(
             )
         stock = averaging.exchanges_gradients and not rules and (codec is None or codec.commutes_with_sum)
         if not stock:
-            codec = _require_codec(compression, "compression", averaging)
+            codec = _require(codec, compression, "compression", averaging)
             _check_op(op, averaging, optimizer)
         config = ExchangeConfig(
             codec=codec or Compression.none.codec,
@@ -225,8 +232,7 @@ def DistributedOptimizer(
     return wrapped
 
 
-def _require_codec(compression: Any, argument: str, averaging: PeriodicAveraging) -> Codec:
-    codec = codec_of(compression, argument)
+def _require(codec: Found | None, compression: Any, argument: str, averaging: PeriodicAveraging) -> Found:
     if codec is None:
         raise ArgumentError(
             f"{argument} is {compression!r} with period={averaging.period}; a compressor of your own works with "

@@ -43,6 +43,20 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def matrix_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return rows and columns of a dense tensor as a matrix: what is outermost in memory makes its rows.
+
+    >>> matrix_of(torch.zeros(8, 3, 2, 2)), matrix_of(torch.zeros(5)), matrix_of(torch.zeros(4, 6).t())
+    ((8, 12), (1, 5), (4, 6))
+    """
+    sizes = [size for size in tensor.shape if size > 1]
+    strides = [stride for stride in memory_order(tensor) if stride]
+    if len(sizes) < 2 or not tensor.numel():
+        return 1, tensor.numel()
+    rows = sizes[strides.index(max(strides))]
+    return rows, tensor.numel() // rows
+
+
 def check_tensor(what: str, tensor: torch.Tensor) -> None:
     """Raise ArgumentError unless the core can read and write the tensor's memory."""
     if tensor.device.type != "cpu":
@@ -80,6 +94,7 @@ class TensorMemory:
         self.dtype = DTYPES[tensor.dtype]
         self.numel = tensor.numel()
         self.shape = tuple(tensor.shape)
+        self.matrix = matrix_of(tensor)
         self.description = describe(tensor)
 
     def pointer(self) -> int:
@@ -104,6 +119,7 @@ class GradientMemory:
         self.dtype = DTYPES[parameter.dtype]
         self.numel = parameter.numel()
         self.shape = tuple(parameter.shape)
+        self.matrix = matrix_of(parameter)
         self.description = describe(parameter)
         self._form = _form(parameter)
         self._tensor: torch.Tensor | None = None

@@ -22,7 +22,7 @@ from ..averaging.policy import Shaped
 from ..averaging.state import ARRAYS, check_state
 from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
-from .tensors import describe
+from .tensors import GradientMemory, describe, matrix_of
 
 STATE_KEY = "pqasgd"
 _NOT_COPIED = frozenset({"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__"})
@@ -121,7 +121,9 @@ def to_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, **arrays}
 
 
-def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def import_state(
+    state: Mapping[str, Any], parameters: Mapping[str, torch.nn.Parameter], config: ExchangeConfig
+) -> dict[str, Any]:
     """Return a checkpoint's state with arrays; raise ArgumentError unless they fit ``parameters``."""
     for key in ARRAYS:
         for name, values in state.get(key, {}).items():
@@ -130,10 +132,15 @@ def import_state(state: Mapping[str, Any], parameters: Mapping[str, torch.Tensor
                     f"the saved {key} has a parameter {name!r}, which this optimizer has not: the checkpoint is of "
                     "another model"
                 )
-            if values.numel() != parameters[name].numel():
+            parameter = parameters[name]
+            numel = parameter.numel()
+            if key == "factor":
+                codec = config.way_for(GradientMemory(name, parameter)).codec
+                numel = codec.kept_numel(matrix_of(parameter))
+            if values.numel() != numel:
                 raise ArgumentError(
-                    f"the saved {key} of parameter {name!r} has {values.numel()} elements, the parameter has "
-                    f"{parameters[name].numel()}: the checkpoint is of another model"
+                    f"the saved {key} of parameter {name!r} has {values.numel()} elements, with this model it has "
+                    f"{numel}: the checkpoint is of another model"
                 )
     return to_arrays(state)
 
@@ -224,7 +231,8 @@ class CommonMethods(_DistributedOptimizer):
     def _import_averaging_state(self, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if state is None:
             return None
-        imported = import_state(state, {self._parameter_names[p]: p for p in parameters_of(self)})
+        named = {self._parameter_names[p]: p for p in parameters_of(self)}
+        imported = import_state(state, named, self._settings.exchange)
         check_state(imported, self._averager.config())
         return imported
 

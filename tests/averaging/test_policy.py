@@ -132,7 +132,7 @@ def test_each_rule_s_codec_is_checked(options, text):
 
 def test_each_rule_s_codec_has_to_be_fit_for_parameters():
     with pytest.raises(ArgumentError, match=r"policy\[0\] is SignSgd.*for gradients"):
-        config(policy=(Rule("a", codecs.signsgd(scaled=False)),)).check_for_parameters()
+        config(policy=(Rule("a", codecs.signsgd(scaled=False)),)).check_for_parameters(PeriodicAveraging(period=2))
 
 
 @pytest.mark.parametrize("period", [1, 2])

@@ -97,7 +97,7 @@ def test_another_configuration_or_model_is_refused_and_nothing_changes():
     del state["pqasgd"]["anchor"]["fc9.weight"]
     state["pqasgd"]["anchor"]["fc1.weight"] = torch.zeros(3)
     if hvd.size() > 1:
-        with pytest.raises(ArgumentError, match="has 3 elements, the parameter has 1800"):
+        with pytest.raises(ArgumentError, match="has 3 elements, with this model it has 1800"):
             optimizer.load_state_dict(state)
     del state["pqasgd"]
     other.load_state_dict(state)

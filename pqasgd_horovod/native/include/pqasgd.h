@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define PQ_ABI_VERSION 5
+#define PQ_ABI_VERSION 6
 #define PQ_EXPORT __attribute__((visibility("default")))
 
 enum pq_kind { PQ_NONE, PQ_FP16, PQ_BF16, PQ_MAXSCALE, PQ_QSGD, PQ_TERNGRAD, PQ_EDEN, PQ_SIGNSGD, PQ_NATURAL,
@@ -108,6 +108,31 @@ PQ_EXPORT int32_t pq_capture(const pq_source* source, int64_t start, int64_t cou
 
 /* An outer step on the mean of changes, elementwise: momentum = decay * momentum + delta; delta = a * momentum + b * delta. */
 PQ_EXPORT int32_t pq_outer(float decay, float a, float b, int64_t count, float* momentum, float* delta);
+
+/* ---- low rank: matrices as products of thin factors; codecs/low_rank.py is the specification ----
+ *
+ * Matrices lie one after the other, each row by row. Of each a left factor has `rank` vectors of `rows` numbers and a right one
+ * `rank` vectors of `cols`, one vector after the other, and one matrix after the other. */
+typedef struct {
+  int64_t rows, cols;
+} pq_matrix;
+
+#define PQ_MAX_APPROXIMATION_RANK 1024
+
+/* next_residual[start..] = the matrices, which begin at `start` of the source; left = matrix * right. The source has a next_residual. */
+PQ_EXPORT int32_t pq_low_rank_project(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, const pq_source* source,
+                                      int64_t start, const float* right, float* left);
+
+/* right = matrix' * left. */
+PQ_EXPORT int32_t pq_low_rank_backproject(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, const float* values,
+                                          const float* left, float* right);
+
+/* mean = base (or 0) + left * right'; rest -= left * own_right'. */
+PQ_EXPORT int32_t pq_low_rank_reconstruct(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, const float* left,
+                                          const float* own_right, const float* right, const float* base, float* mean, float* rest);
+
+/* Makes the `rank` vectors of each of num_groups groups orthonormal; one that is all but in the span of those before it becomes 0. */
+PQ_EXPORT int32_t pq_orthogonalize(const int64_t* lengths, int64_t num_groups, int32_t rank, float* vectors);
 
 /* ---- messages: one bucket of an exchange, from numbers to bytes and back ----
  *

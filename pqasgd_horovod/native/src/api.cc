@@ -213,6 +213,29 @@ bool good_source(const pq_source* s, int64_t start, int64_t count) {
   return start <= s->offsets[s->num_segments] && count <= s->offsets[s->num_segments] - start;
 }
 
+// Whether there are such matrices; and how many elements they have.
+bool good_matrices(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, int64_t* elements) {
+  *elements = 0;
+  if (num_matrices < 0 || (num_matrices && !matrices) || rank < 1 || rank > PQ_MAX_APPROXIMATION_RANK) return false;
+  for (int64_t i = 0; i < num_matrices; ++i) {
+    const int64_t rows = matrices[i].rows, cols = matrices[i].cols;
+    if (rows < 1 || cols < 1 || rows > (int64_t{1} << 40) / cols || (*elements += rows * cols) > int64_t{1} << 40) return false;
+  }
+  return true;
+}
+
+// Calls f(matrix, element at which it begins, place of its left factor, place of its right one) for each.
+template <class F>
+void each_matrix(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, F f) {
+  int64_t at = 0, left = 0, right = 0;
+  for (int64_t i = 0; i < num_matrices; ++i) {
+    f(matrices[i], at, left, right);
+    at += matrices[i].rows * matrices[i].cols;
+    left += rank * matrices[i].rows;
+    right += rank * matrices[i].cols;
+  }
+}
+
 int32_t encode_blocks(const Plan& plan, const pq_source& source, int64_t start, pq_keys keys, uint8_t* payload) {
   std::atomic<bool> finite{true};
   spread(plan.num_blocks, plan.codec.block_size, [&](int64_t begin, int64_t end) {
@@ -380,6 +403,61 @@ int32_t pq_distance(const pq_source* source, int64_t start, int64_t count, const
 int32_t pq_capture(const pq_source* source, int64_t start, int64_t count) {
   if (!good_source(source, start, count) || !source->anchor) return PQ_BAD_ARGUMENT;
   spread(count, 1, [&](int64_t begin, int64_t end) { kernels().capture(*source, start + begin, end - begin); });
+  return PQ_OK;
+}
+
+int32_t pq_low_rank_project(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, const pq_source* source, int64_t start,
+                            const float* right, float* left) {
+  int64_t elements;
+  if (!good_matrices(matrices, num_matrices, rank, &elements) || !good_source(source, start, elements) || !source->next_residual ||
+      (elements && (!right || !left)))
+    return PQ_BAD_ARGUMENT;
+  each_matrix(matrices, num_matrices, rank, [&](const pq_matrix& m, int64_t at, int64_t l, int64_t r) {
+    spread(m.rows, m.cols, [&](int64_t begin, int64_t end) {
+      kernels().project(m, rank, *source, start + at, right + r, left + l, begin, end);
+    });
+  });
+  return PQ_OK;
+}
+
+int32_t pq_low_rank_backproject(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, const float* values, const float* left,
+                                float* right) {
+  int64_t elements;
+  if (!good_matrices(matrices, num_matrices, rank, &elements) || (elements && (!values || !left || !right))) return PQ_BAD_ARGUMENT;
+  constexpr int64_t kColumns = 512;  // neighbours in a row, so that memory comes in long pieces
+  each_matrix(matrices, num_matrices, rank, [&](const pq_matrix& m, int64_t at, int64_t l, int64_t r) {
+    spread((m.cols + kColumns - 1) / kColumns, kColumns * m.rows, [&](int64_t begin, int64_t end) {
+      kernels().backproject(m, rank, values + at, left + l, right + r, begin * kColumns, std::min(end * kColumns, m.cols));
+    });
+  });
+  return PQ_OK;
+}
+
+int32_t pq_low_rank_reconstruct(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, const float* left,
+                                const float* own_right, const float* right, const float* base, float* mean, float* rest) {
+  int64_t elements;
+  if (!good_matrices(matrices, num_matrices, rank, &elements) ||
+      (elements && (!left || !own_right || !right || !mean || !rest)))
+    return PQ_BAD_ARGUMENT;
+  each_matrix(matrices, num_matrices, rank, [&](const pq_matrix& m, int64_t at, int64_t l, int64_t r) {
+    spread(m.rows, m.cols, [&](int64_t begin, int64_t end) {
+      kernels().reconstruct(m, rank, left + l, own_right + r, right + r, base ? base + at : nullptr, mean + at, rest + at, begin, end);
+    });
+  });
+  return PQ_OK;
+}
+
+int32_t pq_orthogonalize(const int64_t* lengths, int64_t num_groups, int32_t rank, float* vectors) {
+  if (num_groups < 0 || (num_groups && (!lengths || !vectors)) || rank < 1 || rank > PQ_MAX_APPROXIMATION_RANK) return PQ_BAD_ARGUMENT;
+  std::vector<int64_t> places{0};
+  for (int64_t i = 0; i < num_groups; ++i) {
+    if (lengths[i] < 0 || lengths[i] > int64_t{1} << 40) return PQ_BAD_ARGUMENT;
+    places.push_back(places.back() + rank * lengths[i]);
+  }
+  if (!num_groups) return PQ_OK;
+  spread(num_groups, std::max<int64_t>(1, rank * places.back() / num_groups), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels().orthogonalize(lengths[i], rank, vectors + places[(size_t)i]);
+  });
   return PQ_OK;
 }
 

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <type_traits>
 
+#include "low_rank.h"
 #include "packing.h"
 #include "simd.h"
 #include "sparse.h"
@@ -1116,6 +1117,7 @@ extern const Kernels PQ_JOIN(kernels_, PQ_ISA) = {
 #endif
     PQ_ISA::encode,   PQ_ISA::decode_add, PQ_ISA::reduce,        PQ_ISA::select_numbers, PQ_ISA::subtract,
     PQ_ISA::own_rest, PQ_ISA::apply,      PQ_ISA::rebase,        PQ_ISA::gather_values,  PQ_ISA::outer,
-    PQ_ISA::distance, PQ_ISA::capture};
+    PQ_ISA::distance, PQ_ISA::capture,    PQ_ISA::project,       PQ_ISA::backproject,    PQ_ISA::reconstruct,
+    PQ_ISA::orthogonalize};
 
 }  // namespace pqasgd

@@ -61,6 +61,14 @@ struct Kernels {
   void (*outer)(float decay, float a, float b, int64_t count, float* momentum, float* delta);
   double (*distance)(const pq_source&, int64_t start, int64_t count, const float* center);
   void (*capture)(const pq_source&, int64_t start, int64_t count);
+  // Low rank, of one matrix: rows, columns (`begin` a multiple of 64), or rows [begin, end).
+  void (*project)(const pq_matrix&, int32_t rank, const pq_source&, int64_t at, const float* right, float* left, int64_t begin,
+                  int64_t end);
+  void (*backproject)(const pq_matrix&, int32_t rank, const float* values, const float* left, float* right, int64_t begin,
+                      int64_t end);
+  void (*reconstruct)(const pq_matrix&, int32_t rank, const float* left, const float* own_right, const float* right,
+                      const float* base, float* mean, float* rest, int64_t begin, int64_t end);
+  void (*orthogonalize)(int64_t length, int32_t rank, float* vectors);
 };
 
 extern const Kernels kernels_plain;

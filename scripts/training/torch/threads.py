@@ -10,7 +10,7 @@ import torch
 from pqasgd_horovod.averaging import ExchangeConfig, GradientAverager, PeriodicAverager
 from pqasgd_horovod.averaging.strategy import resolve_averaging
 from pqasgd_horovod.exchange.carriers.threads import ThreadCarrier
-from pqasgd_horovod.torch.compression import codec_of
+from pqasgd_horovod.torch.compression import codec_of, vector_codec_of
 from pqasgd_horovod.torch.tensors import GradientMemory, TensorMemory, select_buffers
 
 
@@ -32,7 +32,7 @@ class ThreadedOptimizer:
         averaging = resolve_averaging(period, averaging)
         codec = codec_of(compression)
         assert codec is not None
-        second_codec = None if second_compression is None else codec_of(second_compression)
+        second_codec = None if second_compression is None else vector_codec_of(second_compression)
         config = ExchangeConfig(codec, second_codec, **options)
         self._optimizer = optimizer
         self._averager: GradientAverager | PeriodicAverager
