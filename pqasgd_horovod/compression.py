@@ -201,3 +201,14 @@ def codec_of(compression: Any, argument: str, methods: type[CompressionMethods[A
         f"{argument} is {compression!r}; it must be one of {compressor._front_end}.Compression, such as "
         "Compression.quantize(bits=4) or Compression.none"
     )
+
+
+def vector_codec_of(compression: Any, argument: str, methods: type[CompressionMethods[Any]]) -> Codec | None:
+    """Return the same, or raise ArgumentError for what is no codec of a flat vector."""
+    scheme = codec_of(compression, argument, methods)
+    if scheme is None or isinstance(scheme, Codec):
+        return scheme
+    raise ArgumentError(
+        f"{argument} is {compression!r}, which codes the matrices of a model, step by step: it is for the compression "
+        "of a DistributedOptimizer; here take a codec of flat vectors, such as Compression.eden(bits=4)"
+    )

@@ -17,9 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import codecs, native
-from ..codecs.low_rank import draw
 from ..errors import ArgumentError
-from ..keys import derive_shared_key
 from .base import MEANS_PHASE, VALUES_PHASE, Exchange, Flight, Float32, Landed, NonFinitePolicy
 from .carriers import Bytes, Carrier, Handle
 from .plan import make_exchange
@@ -85,20 +83,16 @@ class LowRankExchange(Exchange):
         self._found: dict[int, Problem | None] = {}
         # Where the start of each matrix lies: in which bucket, and there.
         self._places: list[tuple[int, slice]] = []
+        self._first: list[int] = []  # matrix of each bucket
         for bucket, shapes in enumerate(matrices):
+            self._first.append(len(self._places))
             at = 0
             for _, cols in shapes:
                 self._places.append((bucket, slice(at, at + approximation_rank * cols)))
                 at += approximation_rank * cols
-        self._approximation_rank = approximation_rank
         self._starts = [np.zeros(bucket.right_numel, np.float32) for bucket in self._native]
         self.restore([None] * len(self._places))
         self._next_starts = [start.copy() for start in self._starts]
-
-    def _drawn(self, matrix: int, step: int) -> Float32:
-        _, place = self._places[matrix]
-        cols = (place.stop - place.start) // self._approximation_rank
-        return draw(derive_shared_key(self._seed, step, matrix), self._approximation_rank, cols)
 
     def predicted_bytes_per_round(self) -> int:
         """Return what this rank sends in a round of all buckets, headers included."""
@@ -121,7 +115,9 @@ class LowRankExchange(Exchange):
                     f"{self.start(matrix).size}: the state is of another model"
                 )
         for matrix, start in enumerate(starts):
-            self.start(matrix)[:] = self._drawn(matrix, 0).reshape(-1) if start is None else start
+            self.start(matrix)[:] = 0 if start is None else start
+        for native_matrices, first, right in zip(self._native, self._first, self._starts, strict=True):
+            native_matrices.redraw(self._seed, 0, first, right)
 
     def commit(self) -> None:
         """Start where the last round has ended."""
@@ -167,10 +163,5 @@ class LowRankExchange(Exchange):
         following = self._next_starts[bucket]
         following[:] = right
         matrices.orthogonalize("right", following)
-        for matrix, (of, place) in enumerate(self._places):
-            if of == bucket:
-                vectors = following[place].reshape(self._approximation_rank, -1)
-                lost = ~vectors.any(axis=1)
-                if lost.any():
-                    vectors[lost] = self._drawn(matrix, flight.step)[lost]
+        matrices.redraw(self._seed, flight.step, self._first[bucket], following)
         return None

@@ -124,6 +124,7 @@ def _load() -> ctypes.CDLL:
         "pq_low_rank_project": (i32, [pointer, i64, i32, pointer, i64, pointer, pointer]),
         "pq_low_rank_backproject": (i32, [pointer, i64, i32, pointer, pointer, pointer]),
         "pq_low_rank_reconstruct": (i32, [pointer, i64, i32, *[pointer] * 6]),
+        "pq_low_rank_redraw": (i32, [pointer, i64, i32, u64, u64, u32, pointer]),
         "pq_orthogonalize": (i32, [pointer, i64, i32, pointer]),
         "pq_derive_key": (u64, [u64, u32, u64, u32, u32]),
         "pq_allgather_pack": (i32, [pointer, pointer, pointer, i64, pointer, i64]),
@@ -619,6 +620,19 @@ class Matrices:
         check_status(
             _library.pq_orthogonalize(lengths, self._count, self._approximation_rank, pointer), "orthogonalize"
         )
+
+    def redraw(self, seed: int, step: int, first: int, right: NDArray[np.float32]) -> None:
+        """Draw the vectors of right factors that are 0, with the shared key of (seed, step, ``first`` + number)."""
+        status = _library.pq_low_rank_redraw(
+            self._matrices,
+            self._count,
+            self._approximation_rank,
+            seed,
+            step,
+            first,
+            self._array("right", right, self.right_numel),
+        )
+        check_status(status, "redraw")
 
     def _rest(self, source: Source, start: int) -> int:
         pointer = source._struct.next_residual

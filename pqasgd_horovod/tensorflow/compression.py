@@ -8,9 +8,8 @@ import horovod.tensorflow as horovod
 from horovod.tensorflow.compression import Compressor
 
 from .. import codecs, compression
-from ..codecs.base import Codec
+from ..codecs.base import Codec, Scheme
 from ..compression import CompressionMethods
-from ..errors import ArgumentError
 
 
 class CodecCompressor(compression.CodecCompressor, Compressor):
@@ -49,12 +48,11 @@ class Compression(CompressionMethods[CodecCompressor], horovod.Compression):
     bf16 = CodecCompressor(codecs.bf16())
 
 
-def codec_of(value: Any, argument: str = "compression") -> Codec | None:
+def codec_of(value: Any, argument: str = "compression") -> Scheme | None:
     """Return the codec of a ``compression=``; see :func:`pqasgd_horovod.compression.codec_of`."""
-    scheme = compression.codec_of(value, argument, Compression)
-    if scheme is None or isinstance(scheme, Codec):
-        return scheme
-    raise ArgumentError(
-        f"{argument} is {value!r}, which this version has for PyTorch only: in TensorFlow take "
-        "Compression.topk(density=0.01) or Compression.eden(bits=1) with feedback=hvd.Feedback(), or a longer period"
-    )
+    return compression.codec_of(value, argument, Compression)
+
+
+def vector_codec_of(value: Any, argument: str = "compression") -> Codec | None:
+    """Return that of a flat vector; see :func:`pqasgd_horovod.compression.vector_codec_of`."""
+    return compression.vector_codec_of(value, argument, Compression)

@@ -21,7 +21,7 @@ from ..exchange.carriers import Bytes
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
-from .compression import Compression, codec_of
+from .compression import Compression, vector_codec_of
 from .graph import GraphChannel, Problems
 from .library import ops
 from .meeting import MeetingPoint
@@ -212,8 +212,8 @@ def compressed_allreduce(
     >>> hvd.compressed_allreduce(tf.ones((2, 3)), compression=hvd.Compression.eden(bits=2)).shape
     TensorShape([2, 3])
     """
-    codec = codec_of(Compression.quantize(bits=4) if compression is None else compression)
-    second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
+    codec = vector_codec_of(Compression.quantize(bits=4) if compression is None else compression)
+    second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
     if codec is None or (second_compression is not None and second_codec is None):
         raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.tensorflow.Compression")
     if op not in (horovod.Average, horovod.Sum):

@@ -19,12 +19,16 @@ from ..averaging.feedback import MomentumCorrection
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.vector import FlatLayout
-from ..errors import ArgumentError
+from ..errors import ArgumentError, MismatchError
+from ..exchange.carriers import Bytes
 from ..exchange.carriers.alone import AloneCarrier
 from ..exchange.handshake import verify_same
+from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier, allgather, constant_names
 from .graph import GraphChannel, Problems
-from .meeting import Meeting
+from .library import ops
+from .low_rank import make_channel
+from .meeting import Meeting, MeetingPoint
 from .residuals import Residuals, Velocity
 from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, unwrap
@@ -53,7 +57,7 @@ class GradientState(tf.Module):
 
     def common(self) -> dict[str, tf.Variable]:
         """Return the variables that all ranks have alike, by the names under which a model file holds them."""
-        return {"steps": self.steps}
+        return {"steps": self.steps, **({} if self.residuals is None else self.residuals.common())}
 
     def named(self) -> dict[str, tf.Variable]:
         """Return these, and the residuals, which are each rank's own."""
@@ -309,6 +313,7 @@ class CodedGradients(GradientAverager):
             self._claimed = counter("claimed")
         if carrier is not None:
             self._problems = Problems(name, config.nonfinite)
+            self._start = MeetingPoint(carrier, f"{name}.start", self._explain_start)
 
     def _check_layout(self, layout: list[tuple[str, str]], gradients: Sequence[Gradient]) -> None:
         super()._check_layout(layout, gradients)
@@ -341,7 +346,7 @@ class CodedGradients(GradientAverager):
             others = self._stages[0] if self._stages else [None] * len(plans)
             self._stages.append(
                 [
-                    GraphChannel(
+                    make_channel(
                         plan, self._carrier, (digest + stage) % 2**64, self._problems, None, None, kept, other=other
                     )
                     for plan, kept, other in zip(of_stage, residuals, others, strict=True)
@@ -447,7 +452,19 @@ class CodedGradients(GradientAverager):
     def _claim(self) -> None:
         assert self.state.residuals is not None
         self.state.residuals.claim(self._carrier or AloneCarrier())
-        self._claimed.assign(1)
+        starts = [variable.value() for variable in self.state.residuals.starts]
+        agreed = [] if self._carrier is None or not starts else [self._start.agree(ops.pqasgd_digest(tensors=starts))]
+        with after(*agreed):
+            self._claimed.assign(1)
+
+    def _explain_start(self, data: Bytes) -> None:
+        assert self._carrier is not None
+        digests = data.view(np.uint64).reshape(self._carrier.size, -1)[:, 0]
+        found = format_by_rank(enumerate(f"{digest:016x}" for digest in digests.tolist()))
+        raise MismatchError(
+            "the ranks do not start from the same factors of low rank: a checkpoint has to be restored on every rank. "
+            f"Digests of the values: {found}"
+        )
 
 
 def _sum_of_bytes(channels: Sequence[GraphChannel]) -> tuple[int, int]:

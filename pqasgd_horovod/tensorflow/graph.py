@@ -120,7 +120,7 @@ class GraphChannel:
     def _buckets(self, fragment: int | None) -> Sequence[int]:
         return range(len(self.plan.sizes)) if fragment is None else self.plan.fragments[fragment]
 
-    def _limits(self, fragment: int | None) -> list[int]:
+    def limits(self, fragment: int | None) -> list[int]:
         """Return where each bucket begins and ends."""
         return [self.plan.starts[bucket + end] for bucket in self._buckets(fragment) for end in (0, 1)]
 
@@ -140,11 +140,15 @@ class GraphChannel:
         self, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, fragment: int | None = None
     ) -> list[tf.Tensor]:
         """Exchange ``tensors``, those of the plan, or a fragment; return the flags of each bucket, landed then."""
-        return [self._exchange_bucket(bucket, tensors, step, round) for bucket in self._buckets(fragment)]
+        return [
+            self.exchange_bucket(bucket, [tensors[i] for i in self.plan.tensors_in(bucket)], step, round)
+            for bucket in self._buckets(fragment)
+        ]
 
-    def _exchange_bucket(
+    def exchange_bucket(
         self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor
     ) -> tf.Tensor:
+        """Exchange one bucket, to which ``tensors`` belong, wholly or in part; return its flags."""
         plan, carrier = self.plan, self._carrier
         start, num_elements = plan.starts[bucket], plan.sizes[bucket]
         shards = [shard.num_elements for shard in self._shards(bucket)]
@@ -156,18 +160,11 @@ class GraphChannel:
             "num_elements": num_elements,
             "rank": carrier.rank,
             "size": carrier.size,
-            "digest": _signed(self._digest),
-            "seed": _signed(plan.seed),
+            "digest": signed(self._digest),
+            "seed": signed(plan.seed),
             "shards": np.cumsum([0, *shards]).tolist() if two_phase else [],
         }
-        members = plan.tensors_in(bucket)
-        first = plan.layout.offsets[members.start]
-        source = {
-            "tensors": [tensors[i] for i in members],
-            "anchors": [] if self.anchor is None else [self.anchor.value()],
-            "start": start - first,
-            "anchor_offset": first,
-        }
+        source = self._source(bucket, tensors)
         pairs = [[variable.handle for variable in pair] for pair in self._residuals]
         source["residuals"] = pairs[0] if pairs else []
         name = f"{plan.name}.b{bucket}"
@@ -191,12 +188,11 @@ class GraphChannel:
         else:
             received = allgather(messages, f"{name}.p1", carrier.process_set)
             payloads = [plan.codec.payload_nbytes(num_elements)] * carrier.size
-        base = [self.anchor.value()] if self.anchor is not None and self._arrives_added else []
         return ops.pqasgd_land(
             step=step,
             round=round,
             received=received,
-            bases=base,
+            bases=self._base(),
             arriving=self.arriving.handle,
             offset=start,
             explainer=register_explainer(
@@ -206,6 +202,19 @@ class GraphChannel:
             ),
             **attributes,
         )
+
+    def _source(self, bucket: int, tensors: Sequence[tf.Tensor]) -> dict[str, Any]:
+        """Return the inputs and attributes that say where the numbers of a bucket are."""
+        first = self.plan.layout.offsets[self.plan.tensors_in(bucket).start]
+        return {
+            "tensors": list(tensors),
+            "anchors": [] if self.anchor is None else [self.anchor.value()],
+            "start": self.plan.starts[bucket] - first,
+            "anchor_offset": first,
+        }
+
+    def _base(self) -> list[tf.Tensor]:
+        return [self.anchor.value()] if self.anchor is not None and self._arrives_added else []
 
     def _explain(self, flags: int, received: Bytes, bucket: int, payload_nbytes: Sequence[int], phase: int) -> None:
         headers = [message.header for message in _messages(received, self._carrier.size)]
@@ -225,7 +234,7 @@ class GraphChannel:
 
     def distance(self, tensors: Sequence[tf.Tensor], num_elements: int, fragment: int | None = None) -> tf.Tensor:
         """Return the squared distance of the first ``num_elements`` from the mean; after the verdict, before commit."""
-        spans = self._limits(fragment)
+        spans = self.limits(fragment)
         return ops.pqasgd_distance(
             arriving=self.arriving.handle,
             tensors=list(tensors),
@@ -237,11 +246,12 @@ class GraphChannel:
         """Keep what was not sent of the buckets that have a mean; ``flags`` are those of :meth:`exchange`."""
         if not flags:
             return
-        # Of means a rank codes those of its own shards only; what is elsewhere in these variables means nothing.
-        for (kept, following), limits in zip(
-            self._residuals, (self._limits(fragment), self._own_limits(fragment)), strict=False
-        ):
+        for (kept, following), limits in zip(self._residuals, self._kept_limits(fragment), strict=False):
             ops.pqasgd_keep(kept=kept.handle, next=following.handle, flags=flags, limits=limits)
+
+    def _kept_limits(self, fragment: int | None) -> tuple[list[int], ...]:
+        # Of means a rank codes those of its own shards only; what is elsewhere in these variables means nothing.
+        return self.limits(fragment), self._own_limits(fragment)
 
     def commit(
         self,
@@ -250,7 +260,7 @@ class GraphChannel:
         fragment: int | None = None,
     ) -> None:
         """Let what has arrived be the anchor, or move it, and let the variables be the anchor; after the verdict."""
-        spans = self._limits(fragment)
+        spans = self.limits(fragment)
         if not spans:
             return
         if self._momentum is not None:
@@ -280,6 +290,6 @@ def _messages(received: Bytes, size: int) -> list[wire.Message]:
         return []
 
 
-def _signed(number: int) -> int:
-    """The 64 bits of ``number`` as attributes hold them."""
+def signed(number: int) -> int:
+    """Return the 64 bits of ``number`` as attributes hold them."""
     return number - 2**64 if number >= 2**63 else number

@@ -30,7 +30,7 @@ from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier, allgather
-from .compression import CodecCompressor, Compression, codec_of
+from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
 from .gradients import (
     CodedGradients,
     GradientAverager,
@@ -521,7 +521,7 @@ def distribute(
             )
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
-        second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
+        second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
         stock = strategy.exchanges_gradients and not rules and (codec is None or codec.commutes_with_sum)
         if not stock and (codec is None or (second_compression is not None and second_codec is None)):
             raise ArgumentError(

@@ -22,6 +22,7 @@ from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .graph import GraphChannel, Problems
 from .library import ops
+from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint
 from .outer import OuterStepper
 from .residuals import Residuals
@@ -67,7 +68,8 @@ class PeriodicState(tf.Module):
         momentum = {f"momentum.{i}": momentum for i, momentum in enumerate(self.momentum)}
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
         outer = {f"outer.{i}": variable for i, variable in enumerate(self.outer)}
-        return {**{name: getattr(self, name) for name in names}, **anchors, **momentum, **outer}
+        counters = {name: getattr(self, name) for name in names}
+        return {**counters, **anchors, **momentum, **outer, **self.residuals.common()}
 
     def named(self) -> dict[str, tf.Variable]:
         """Return these, and those that are each rank's own."""
@@ -177,7 +179,7 @@ class PeriodicAverager:
             momentum = self.state.momentum[index] if self._has_outer else None
             kept, stepped = residuals[index], isinstance(self.averaging.outer, OuterOptimizer)
             self._channels.append(
-                GraphChannel(plan, self._carrier, digest, self._problems, anchor, momentum, kept, mean_arrives=stepped)
+                make_channel(plan, self._carrier, digest, self._problems, anchor, momentum, kept, mean_arrives=stepped)
             )
             self._members.append([by_name[spec.name] for spec in members])
             self._cleared.append(
@@ -237,6 +239,9 @@ class PeriodicAverager:
         # Of each tensor by itself, so that an error can name it.
         digests = [ops.pqasgd_digest(tensors=tf.split(anchor, layout.sizes())) for anchor, layout in self._anchors()]
         counters = [getattr(self.state, name).value() for name in _COUNTERS]
+        starts = [variable.value() for variable in self.state.residuals.starts]
+        if starts:
+            digests.append(ops.pqasgd_digest(tensors=starts))
         record = tf.concat([tf.stack(counters), *digests], 0)
         self._start.agree(record)
         self._started.assign(1)
@@ -443,6 +448,7 @@ class PeriodicAverager:
         names = [
             *_COUNTERS,
             *(f"parameters.{name}" for channel in self._channels for name in channel.plan.layout.names),
+            *(f"factors of {c.plan.layout.names[0]} and others" for c in self._channels if c.plan.low_rank is not None),
         ]
         raise MismatchError(
             "the ranks do not start from the same parameters: before the first step call "

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from .. import native
 from ..averaging.channel import ChannelPlan
 from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
@@ -65,12 +66,22 @@ class Velocity:
         return self._kept.assign(tf.concat(parts, 0))
 
 
+def first_starts(plan: ChannelPlan) -> np.ndarray:
+    """Return where the iterations of all matrices of a plan start, as :class:`.exchange.LowRankExchange` draws it."""
+    assert plan.low_rank is not None
+    matrices = native.Matrices(plan.layout.matrices, plan.low_rank.approximation_rank)
+    starts = np.zeros(matrices.right_numel, np.float32)
+    matrices.redraw(plan.seed, 0, 0, starts)
+    return starts
+
+
 class Residuals(tf.Module):
     """Of each channel with feedback, two variables: what was not sent of a rank's own numbers, and of means it made.
 
-    With momentum correction each channel also has the velocity of its gradients.
+    With momentum correction each channel also has the velocity of its gradients; with matrices of low rank there is the
+    start of the next iteration, which all ranks have alike.
 
-    They are this rank's own. A checkpoint that was saved by another rank, or in a world of another size, brings
+    The others are this rank's own. A checkpoint that was saved by another rank, or in a world of another size, brings
     residuals that are not: :meth:`claim` clears those.
     """
 
@@ -81,14 +92,23 @@ class Residuals(tf.Module):
         self.means = [tf.Variable(tf.zeros([size]), trainable=False) for size, _, of_means in sizes if of_means]
         sizes_of_velocities = [plan.layout.num_elements for plan in plans if plan.correction is not None]
         self.velocities = [tf.Variable(tf.zeros([size]), trainable=False) for size in sizes_of_velocities]
+        self.starts = [tf.Variable(first_starts(plan), trainable=False) for plan in plans if plan.low_rank is not None]
         with tf.device("CPU:0"):
             self.owner = tf.Variable([-1, -1], dtype=tf.int64, trainable=False, name="residual_owner")
 
     def of(self, plans: Sequence[ChannelPlan]) -> list[list[tf.Variable]]:
         """Return the variables of each channel, as ``GraphChannel`` takes them."""
-        own, means = iter(self.own), iter(self.means)
+        own, means, starts = iter(self.own), iter(self.means), iter(self.starts)
         return [
-            [next(kind) for kind, has_one in ((own, plan.feedback), (means, plan.feeds_back_means)) if has_one]
+            [
+                next(kind)
+                for kind, has_one in (
+                    (own, plan.feedback),
+                    (means, plan.feeds_back_means),
+                    (starts, plan.low_rank is not None),
+                )
+                if has_one
+            ]
             for plan in plans
         ]
 
@@ -113,6 +133,10 @@ class Residuals(tf.Module):
         for variable in self._kept:
             variable.assign(tf.zeros_like(variable))
 
+    def common(self) -> dict[str, tf.Variable]:
+        """Return the variables that all ranks have alike, by the names under which a model file holds them."""
+        return {f"residual_start.{i}": variable for i, variable in enumerate(self.starts)}
+
     def named(self) -> dict[str, tf.Variable]:
         """Return the variables by the names under which a model file holds them."""
         if not self._kept:
@@ -120,7 +144,7 @@ class Residuals(tf.Module):
         own = {f"residual.{i}": variable for i, variable in enumerate(self.own)}
         means = {f"mean_residual.{i}": variable for i, variable in enumerate(self.means)}
         velocities = {f"residual_velocity.{i}": variable for i, variable in enumerate(self.velocities)}
-        return {**own, **means, **velocities, "residual_owner": self.owner}
+        return {**own, **means, **velocities, **self.common(), "residual_owner": self.owner}
 
     def take(self, saved: Mapping[str, np.ndarray]) -> None:
         """Take over what :meth:`named` gave; raise ArgumentError unless it fits. Nothing saved: nothing to take."""

@@ -25,7 +25,7 @@ from ..exchange.carriers import Bytes
 from ..exchange.handshake import describe_difference
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
-from .compression import CodecCompressor, Compression, codec_of
+from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
 from .gradients import GradientAverager, GradientSettings, check_groups, check_some, layout_of
 from .meeting import Meeting
 from .optimizer import check_op, make_averager, scaled
@@ -303,7 +303,7 @@ def DistributedGradientTape(
     6.0
     """
     codec = codec_of(compression)
-    second_codec = None if second_compression is None else codec_of(second_compression, "second_compression")
+    second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
     rules = make_policy(policy, codec_of)
     if codec is None and rules:
         raise ArgumentError(f"compression is {compression!r} with a policy; it must be one of Compression then")

@@ -10,7 +10,6 @@ from horovod.torch.compression import Compressor
 from .. import codecs, compression
 from ..codecs.base import Codec, Scheme
 from ..compression import CompressionMethods
-from ..errors import ArgumentError
 
 
 class CodecCompressor(compression.CodecCompressor, Compressor):
@@ -55,11 +54,5 @@ def codec_of(value: Any, argument: str = "compression") -> Scheme | None:
 
 
 def vector_codec_of(value: Any, argument: str = "compression") -> Codec | None:
-    """Return the same, or raise ArgumentError for what is no codec of a flat vector."""
-    scheme = codec_of(value, argument)
-    if scheme is None or isinstance(scheme, Codec):
-        return scheme
-    raise ArgumentError(
-        f"{argument} is {value!r}, which codes the matrices of a model, step by step: it is for the compression of a "
-        "DistributedOptimizer; here take a codec of flat vectors, such as Compression.eden(bits=4)"
-    )
+    """Return that of a flat vector; see :func:`pqasgd_horovod.compression.vector_codec_of`."""
+    return compression.vector_codec_of(value, argument, Compression)

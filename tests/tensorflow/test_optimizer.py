@@ -113,8 +113,8 @@ def test_the_configuration_survives_json_and_keras(options):
             "second_compression is 3; it must be one of",
         ),
         (
-            lambda d: d(keras.optimizers.SGD(), compression=hvd.Compression.powersgd(), feedback=hvd.Feedback()),
-            r"compression is Compression.powersgd\(.*for PyTorch only: in TensorFlow take .*topk",
+            lambda d: d(keras.optimizers.SGD(), second_compression=hvd.Compression.powersgd(), period=2),
+            r"second_compression is Compression.powersgd\(.*here take a codec of flat vectors",
         ),
         (lambda d: d(keras.optimizers.SGD(), period=0), "period is 0"),
         (lambda d: d(keras.optimizers.SGD(), averaging=8), "averaging is 8; it must be a strategy such as"),

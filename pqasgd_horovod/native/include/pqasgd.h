@@ -131,6 +131,11 @@ PQ_EXPORT int32_t pq_low_rank_backproject(const pq_matrix* matrices, int64_t num
 PQ_EXPORT int32_t pq_low_rank_reconstruct(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, const float* left,
                                           const float* own_right, const float* right, const float* base, float* mean, float* rest);
 
+/* Where a vector of a right factor is 0 it becomes random numbers of [-1, 1), of the shared key of (seed, step, first + number of
+ * the matrix). */
+PQ_EXPORT int32_t pq_low_rank_redraw(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, uint64_t seed, uint64_t step,
+                                     uint32_t first, float* right);
+
 /* Makes the `rank` vectors of each of num_groups groups orthonormal; one that is all but in the span of those before it becomes 0. */
 PQ_EXPORT int32_t pq_orthogonalize(const int64_t* lengths, int64_t num_groups, int32_t rank, float* vectors);
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "keys.h"
 
 #if defined(PQ_HAVE_X86)
 #include <immintrin.h>
@@ -443,6 +444,25 @@ int32_t pq_low_rank_reconstruct(const pq_matrix* matrices, int64_t num_matrices,
     spread(m.rows, m.cols, [&](int64_t begin, int64_t end) {
       kernels().reconstruct(m, rank, left + l, own_right + r, right + r, base ? base + at : nullptr, mean + at, rest + at, begin, end);
     });
+  });
+  return PQ_OK;
+}
+
+int32_t pq_low_rank_redraw(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, uint64_t seed, uint64_t step, uint32_t first,
+                           float* right) {
+  int64_t elements;
+  if (!good_matrices(matrices, num_matrices, rank, &elements) || (elements && !right)) return PQ_BAD_ARGUMENT;
+  uint32_t number = first;
+  each_matrix(matrices, num_matrices, rank, [&](const pq_matrix& m, int64_t, int64_t, int64_t r) {
+    const uint64_t key = derive_key(seed, PQ_SHARED_RANK, step, number++, 0);
+    for (int32_t k = 0; k < rank; ++k) {
+      float* vector = right + r + k * m.cols;
+      if (std::any_of(vector, vector + m.cols, [](float x) { return x != 0; })) continue;
+      for (int64_t j = 0; j < m.cols; ++j) {
+        const Pair both = random_words(key, (uint32_t)k, (uint32_t)(j / 32), (uint32_t)(j % 16));
+        vector[j] = (float)((j % 32 < 16 ? both.x0 : both.x1) >> 8) * 0x1p-23f - 1;
+      }
+    }
   });
   return PQ_OK;
 }

@@ -9,34 +9,10 @@
 #include <vector>
 
 #include "kernels.h"
+#include "keys.h"
 
 namespace pqasgd {
 namespace {
-
-// ---- keys: keys.py is the specification ----
-
-struct Pair {
-  uint32_t x0, x1;
-};
-
-Pair threefry(uint64_t key, uint32_t c0, uint32_t c1) {  // 20 rounds
-  constexpr int rotations[8] = {13, 15, 26, 6, 17, 29, 16, 24};
-  const uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32), k[3] = {k0, k1, k0 ^ k1 ^ 0x1BD11BDAu};
-  uint32_t x0 = c0 + k[0], x1 = c1 + k[1];
-  for (uint32_t r = 0; r < 20; ++r) {
-    const int turn = rotations[r % 8];
-    x0 += x1;
-    x1 = ((x1 << turn) | (x1 >> (32 - turn))) ^ x0;
-    if (r % 4 == 3) {
-      const uint32_t injection = r / 4 + 1;
-      x0 += k[injection % 3];
-      x1 += k[(injection + 1) % 3] + injection;
-    }
-  }
-  return {x0, x1};
-}
-
-uint64_t word(Pair p) { return p.x0 | (uint64_t)p.x1 << 32; }
 
 // ---- headers ----
 
@@ -159,8 +135,7 @@ using namespace pqasgd;
 extern "C" {
 
 uint64_t pq_derive_key(uint64_t seed, uint32_t rank, uint64_t step, uint32_t tensor, uint32_t phase) {
-  const uint64_t key = word(threefry(seed, (uint32_t)step, (uint32_t)(step >> 32)));
-  return word(threefry(key, tensor, rank | phase << 24));
+  return derive_key(seed, rank, step, tensor, phase);
 }
 
 int32_t pq_allgather_pack(const pq_codec* codec, const pq_bucket* bucket, const pq_source* source, int64_t start, uint8_t* message,
