@@ -201,6 +201,26 @@ class ExchangeConfig:
         rule = decide((*self.policy, small), tensor.name, tensor.shape)
         return self._way_of(self.codec) if rule is None else self._way_by_rule(rule.codec)
 
+    @property
+    def seed_of_tables(self) -> int:
+        """The seed of sparse gradients: channels, which are numbered too, have seeds that follow each other."""
+        return (self.seed + (1 << 32)) % 2**64
+
+    def codec_of_rows(self, tensor: HasShape) -> Codec:
+        """Return the codec of the rows of a sparse gradient: that of the tensor, if it codes flat vectors.
+
+        Raises ArgumentError for one that the owner of a shard has to decode.
+        """
+        codec = self._chosen_for(tensor).codec
+        if not isinstance(codec, Codec):
+            return codecs.none()
+        if codec.exchange_method not in (None, "allgather"):
+            raise ArgumentError(
+                f"the gradient of {tensor.name!r} is sparse, and its codec is {codec}: each rank has other rows, which "
+                "go to all ranks. Use sparse_as_dense=True, another codec, or a policy with one for this parameter"
+            )
+        return codec
+
     def _way_of(self, codec: Scheme) -> Way:
         return Way(codec, self.second_codec if isinstance(codec, Codec) else None, self.method)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..exchange.carriers import Carrier
 from ..exchange.carriers.alone import AloneCarrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.plan import num_parts
+from ..exchange.rows import Rows
 from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, digest_arrays, plan_channel, warn_of_size
 from .config import ExchangeConfig
@@ -22,6 +23,7 @@ from .meeting import Meeting, Purpose
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
+from .tables import SparseSpec, Tables
 from .vector import FlatVector, TensorView
 
 
@@ -67,7 +69,8 @@ class GradientAverager:
         self._buckets_of: dict[str, tuple[Channel, list[int]]] = {}
         self._missing: dict[tuple[Channel, int], int] = {}
         self._ready: set[str] = set()
-        self._laid_out: tuple[Sequence[TensorView], int] = ((), 0)
+        self._tables: Tables | None = None  # none if there are no sparse gradients
+        self._laid_out: tuple[Sequence[TensorView], Sequence[SparseSpec]] = ((), ())
         self._num_elements = 0
         self._config_now = config
         self._is_outdated = False  # the density of a warm-up has changed since tensors were laid out
@@ -80,14 +83,13 @@ class GradientAverager:
         """Whether gradients become anything else; if not there is nothing to prepare."""
         return self._carrier is not None
 
-    def prepare(self, tensors: Sequence[TensorView], num_elsewhere: int = 0) -> None:
-        """Lay out the gradients and agree on that; collective.
+    def prepare(self, tensors: Sequence[TensorView], sparse: Sequence[SparseSpec] = ()) -> None:
+        """Lay out the gradients, dense ones and ``sparse`` ones, and agree on that; collective.
 
-        ``num_elsewhere`` more elements are averaged by other means; full communication would average them too. Raises
-        MismatchError on every rank if the ranks differ.
+        Raises MismatchError on every rank if the ranks differ, and ArgumentError for a codec that cannot code rows.
         """
-        self._laid_out = (tensors, num_elsewhere)
-        self._num_elements = sum(tensor.numel for tensor in tensors) + num_elsewhere
+        self._laid_out = (tensors, sparse)
+        self._num_elements = sum(tensor.numel for tensor in tensors) + sum(math.prod(spec.shape) for spec in sparse)
         if self._carrier is None:
             return
         config = self._config.at(self.steps)
@@ -97,8 +99,9 @@ class GradientAverager:
             "exchange": self._config.config(),
             "gradients": {tensor.name: tensor.description for tensor in tensors},
             "gradient_order": [tensor.name for tensor in tensors],
+            "sparse_gradients": {spec.name: spec.description for spec in sparse},
             "factors": digest_arrays(arrays["factor"]),
-            **config.describe_codecs(tensors),
+            **config.describe_codecs([*tensors, *sparse]),
         }
         assert self._meeting is not None
         self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
@@ -116,6 +119,12 @@ class GradientAverager:
                 for plan, (_, vector) in zip(plans, vectors, strict=True)
             ]
         )
+        if self._tables is not None:
+            self.statistics.count_elsewhere(*self._tables.byte_counts())
+        self._tables = None
+        if sparse:
+            self._tables = Tables(sparse, config, self._carrier, name=self._name, digest=digest)
+            self._tables.restore(arrays["residual"])
         self._restored = no_arrays()
         self._buckets_of = {}
         for channel in self._channels:
@@ -140,6 +149,11 @@ class GradientAverager:
         if self._carrier is not None and not self._is_outdated and not self._clips:
             self._launch(name)
 
+    def ready_rows(self, name: str, gradient: Callable[[], Rows]) -> None:
+        """Launch a sparse gradient, each of its rows once; it is asked for only if it was not launched yet."""
+        if self._tables is not None:
+            self._tables.ready(name, gradient, self.steps)
+
     @property
     def _clips(self) -> bool:
         return self._correction is not None and self._correction.clip_norm is not None
@@ -154,8 +168,10 @@ class GradientAverager:
             if self._missing[channel, bucket] == 0:
                 channel.begin_bucket(bucket, step=self.steps, round=self.steps)
 
-    def finish(self, frozen: Sequence[str] = ()) -> None:
+    def finish(self, frozen: Sequence[str] = ()) -> dict[str, Rows]:
         """Send what is left, wait, and write the means over the gradients of every rank; collective.
+
+        Returns those of sparse gradients, by name, all of which were given to :meth:`ready_rows`.
 
         ``frozen`` names the tensors that this rank does not train at the moment: they have to be the same everywhere,
         or some ranks would apply a mean that others do not. Raises NonFiniteError or DesynchronizedError on every rank,
@@ -177,7 +193,10 @@ class GradientAverager:
                 checksum = len(frozen) << 32 | zlib.crc32("\n".join(frozen).encode())
                 self._meeting.announce(Purpose.AVERAGE, self.steps, self.steps, checksum)
                 checksums = self._meeting.agree()
-            self._channels.finish()
+            try:
+                self._channels.finish()
+            finally:
+                means = {} if self._tables is None else self._tables.finish()
             _check_frozen(checksums)
         finally:
             self.steps += 1
@@ -188,10 +207,14 @@ class GradientAverager:
                 for mean in channel.means:
                     np.multiply(mean, np.float32(self._carrier.size), out=mean)
             channel.apply(channel.source())
+        if self._carrier is not None and self._sum_over_ranks:
+            for rows in means.values():
+                np.multiply(rows.values, np.float32(self._carrier.size), out=rows.values)
         self.statistics.rounds += 1
         self.statistics.exchange_seconds += time.perf_counter() - started
         if self._check_consistency and self._carrier is not None:
             self._channels.verify_replicas(self._carrier, self._name, "gradients")
+        return means
 
     def config(self) -> dict[str, Any]:
         """Return what a saved state must have been made with."""
@@ -199,6 +222,8 @@ class GradientAverager:
 
     def _arrays(self) -> Arrays:
         present = self._channels.arrays()
+        if self._tables is not None:
+            present["residual"].update(self._tables.residuals())
         return {kind: {**present[kind], **self._restored[kind]} for kind in ARRAYS}
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,10 +250,14 @@ class GradientAverager:
             arrays = taken_over(state, self._carrier, self._arrays() if keep_residuals else None)
         for channel in self._channels:
             channel.restore(arrays)
-        self._restored = no_arrays() if list(self._channels) else arrays
+        if self._tables is not None:
+            self._tables.restore(arrays["residual"])
+        self._restored = no_arrays() if list(self._channels) or self._tables is not None else arrays
         self.steps = 0 if state is None else int(state["steps"])
         self._start_step()
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
-        return self.statistics.as_dict(*self._channels.byte_counts())
+        sent, received, *inside = self._channels.byte_counts()
+        of_rows = (0, 0) if self._tables is None else self._tables.byte_counts()
+        return self.statistics.as_dict(sent + of_rows[0], received + of_rows[1], *inside)

@@ -68,8 +68,12 @@ class CommunicationStatistics:
 
     def count_allgather(self, own: int, total: int) -> None:
         """Count an allgather of ``total`` bytes beside the exchange, ``own`` of them this rank's."""
-        self._gathered_sent += (self.world_size - 1) * own
-        self._gathered_received += total - own
+        self.count_elsewhere((self.world_size - 1) * own, total - own)
+
+    def count_elsewhere(self, sent: int, received: int) -> None:
+        """Count bytes that are not, or no longer, those of the exchange."""
+        self._gathered_sent += sent
+        self._gathered_received += received
 
     def as_dict(
         self, bytes_sent: int, bytes_received: int, sent_inside_node: int = 0, received_inside_node: int = 0

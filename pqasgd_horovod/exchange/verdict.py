@@ -7,7 +7,7 @@ nothing is in flight any more.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from .. import native
@@ -76,7 +76,7 @@ def read_headers(
     received: Bytes,
     own: wire.Header,
     senders: Sequence[int],
-    payload_nbytes: Sequence[int],
+    payload_nbytes: Sequence[int] | Callable[[int], int],
     names: Names | None = None,
 ) -> list[wire.Header]:
     """Return the headers of the messages that one phase has brought, or raise what the core found wrong with them.
@@ -86,7 +86,8 @@ def read_headers(
         received: the messages of ``senders``, end to end.
         own: the header of this rank's own message.
         senders: ranks, rising.
-        payload_nbytes: bytes that the payload of each of them has to have.
+        payload_nbytes: bytes that the payload of each of them has to have; where each has as many elements as it likes,
+            a function of that number.
         names: what the user calls the ranks and buckets, if not by their numbers here.
 
     Raises DesynchronizedError or WireFormatError.
@@ -96,9 +97,15 @@ def read_headers(
         messages = [message._replace(header=names.apply(message.header)) for message in messages]
         own, senders = names.apply(own), [names.ranks[sender] for sender in senders]
     headers = [message.header for message in messages]
-    compared = headers if own.rank in senders else sorted([*headers, own], key=lambda header: header.rank)
+    if callable(payload_nbytes):
+        expected = [payload_nbytes(header.num_elements) for header in headers]
+        compared, own = [header._replace(num_elements=0) for header in headers], own._replace(num_elements=0)
+    else:
+        expected, compared = list(payload_nbytes), headers
+    if own.rank not in senders:
+        compared = sorted([*compared, own], key=lambda header: header.rank)
     wire.check(compared, own)
-    if any(message.payload.size != nbytes for message, nbytes in zip(messages, payload_nbytes, strict=True)):
+    if any(message.payload.size != nbytes for message, nbytes in zip(messages, expected, strict=True)):
         listing = wire.format_by_rank((message.header.rank, f"{message.payload.size} bytes") for message in messages)
         raise WireFormatError(f"the payloads are not of the size that the codec gives them: {listing}")
     native.check_status(-(flags >> 8), "decode")
@@ -110,7 +117,7 @@ def explain(
     received: Bytes,
     own: wire.Header,
     senders: Sequence[int],
-    payload_nbytes: Sequence[int],
+    payload_nbytes: Sequence[int] | Callable[[int], int],
     cause: PqasgdError | None = None,
     names: Names | None = None,
 ) -> Problem:

@@ -81,6 +81,10 @@ class _Matrix(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("rows", "cols")]
 
 
+class _Table(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("num_rows", "row_size")]
+
+
 class _Bucket(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("digest", "seed", "step", "round")),
@@ -127,6 +131,11 @@ def _load() -> ctypes.CDLL:
         "pq_low_rank_redraw": (i32, [pointer, i64, i32, u64, u64, u32, pointer]),
         "pq_orthogonalize": (i32, [pointer, i64, i32, pointer]),
         "pq_derive_key": (u64, [u64, u32, u64, u32, u32]),
+        "pq_rows_nbytes": (i64, [pointer, pointer, i64]),
+        "pq_rows_pack": (i32, [pointer, pointer, pointer, i64, pointer, pointer, pointer, i64]),
+        "pq_rows_total": (i32, [pointer, pointer, pointer, pointer, i64, pointer]),
+        "pq_rows_union": (i32, [pointer, pointer, pointer, pointer, i64, pointer, pointer]),
+        "pq_rows_land": (i32, [pointer, pointer, pointer, pointer, i64, i64, pointer, pointer]),
         "pq_allgather_pack": (i32, [pointer, pointer, pointer, i64, pointer, i64]),
         "pq_allgather_land": (i32, [pointer, pointer, pointer, i64, pointer, pointer]),
         "pq_two_phase_pack": (i32, [pointer, pointer, pointer, pointer, i64, pointer, i64]),
@@ -565,6 +574,84 @@ class Bucket:
         )
         check_status(flags, "decode")
         return flags
+
+
+class Rows:
+    """Rows of a table, of which each rank has others: from numbers to messages, and back to the mean of each row.
+
+    :mod:`pqasgd_horovod.exchange.rows` says what a message holds. Arguments that are wrong raise ArgumentError.
+    """
+
+    def __init__(
+        self,
+        spec: CodecSpec,
+        num_rows: int,
+        row_size: int,
+        *,
+        table: int,
+        rank: int,
+        size: int,
+        digest: int,
+        seed: int,
+    ) -> None:
+        self._codec, self._table = _Codec(*spec), _Table(num_rows, row_size)
+        self._struct = _Bucket(digest, seed, 0, 0, 0, table, rank, size, 0)
+        self._row_size = row_size
+
+    def nbytes(self, count: int) -> int:
+        """Return the bytes of the payload of ``count`` rows."""
+        nbytes: int = _library.pq_rows_nbytes(ctypes.byref(self._codec), ctypes.byref(self._table), count)
+        check_status(nbytes, "rows")
+        return nbytes
+
+    def _arguments(self, step: int, round: int) -> tuple[Any, ...]:
+        self._struct.step, self._struct.round = step, round
+        return ctypes.byref(self._codec), ctypes.byref(self._struct), ctypes.byref(self._table)
+
+    def pack(self, rows: NDArray[np.int64], source: Source, step: int, round: int, message: NDArray[np.uint8]) -> int:
+        """Write the message of ``rows``, whose values are all of the source; return its flags."""
+        self._struct.num_elements = rows.size * self._row_size
+        flags: int = _library.pq_rows_pack(
+            *self._arguments(step, round),
+            rows.size,
+            _int64(rows),
+            source._as_argument,
+            _bytes("message", message, True),
+            message.size,
+        )
+        check_status(flags, "encode")
+        return flags
+
+    def land(
+        self, received: NDArray[np.uint8], step: int, round: int
+    ) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
+        """Return flags, the rows that any rank has sent, rising, and their means (rows, row_size); NaN with flags.
+
+        There are no rows where messages cannot be read.
+        """
+        nothing = np.zeros(0, np.int64), np.zeros((0, self._row_size), np.float32)
+        arguments = (*self._arguments(step, round), _bytes("received", received), received.size)
+        total, count = ctypes.c_int64(), ctypes.c_int64()
+        flags: int = _library.pq_rows_total(*arguments, ctypes.byref(total))
+        check_status(flags, "rows")
+        if flags:
+            return flags, *nothing
+        rows = np.empty(total.value, np.int64)
+        flags = _library.pq_rows_union(*arguments, _int64(rows), ctypes.byref(count))
+        check_status(flags, "rows")
+        if flags:
+            return flags, *nothing
+        rows = rows[: count.value].copy()
+        values = np.empty((rows.size, self._row_size), np.float32)
+        flags = _library.pq_rows_land(*arguments, rows.size, _int64(rows), values.ctypes.data)
+        check_status(flags, "rows")
+        return flags, rows, values
+
+
+def _int64(array: NDArray[np.int64]) -> int:
+    if array.dtype != np.int64 or not array.flags.c_contiguous:
+        raise ArgumentError(f"rows has dtype {array.dtype}; allowed is a contiguous int64 array")
+    return array.ctypes.data
 
 
 class Matrices:

@@ -18,6 +18,7 @@ from ..averaging.channel import ChannelPlan, plan_channel, warn_of_size
 from ..averaging.feedback import MomentumCorrection
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
+from ..averaging.tables import SparseSpec
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError, MismatchError
 from ..exchange.carriers import Bytes
@@ -30,6 +31,7 @@ from .library import ops
 from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint
 from .residuals import Residuals, Velocity
+from .rows import GraphRows, Landed
 from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, unwrap
 
@@ -115,12 +117,12 @@ def layout_of(specs: Sequence[VariableSpec], gradients: Sequence[Gradient]) -> l
 
 
 def check_dense(correction: MomentumCorrection, layout: Sequence[tuple[str, str]]) -> None:
-    """Raise ArgumentError if a gradient is sparse, which travels as it is, and momentum is corrected."""
+    """Raise ArgumentError if a gradient is sparse and momentum is corrected."""
     sparse = [name for name, description in layout if description.endswith(" sparse")]
     if sparse:
         raise ArgumentError(
-            f"gradients of {sparse} are sparse, with feedback={correction}: sparse gradients travel as they are and "
-            "would have no momentum; use sparse_as_dense=True"
+            f"gradients of {sparse} are sparse, with feedback={correction}: only rows that are used in a step are "
+            "sent, and momentum moves all of them; use sparse_as_dense=True"
         )
 
 
@@ -133,10 +135,10 @@ def check_some(gradients: Sequence[Gradient]) -> None:
 class GradientAverager(abc.ABC):
     """Replaces gradients by their mean, or sum, over the ranks.
 
-    What has a gradient is looked at in the first call, and is the same on every rank and in every later call. Sparse
-    gradients (``tf.IndexedSlices``) travel uncompressed, by two allgathers, unless ``sparse_as_dense``. ``carrier`` is
-    None for a rank that trains alone; then gradients are what they were. ``meeting`` is where the ranks meet before
-    each average, by default one under this averager's own name.
+    What has a gradient is looked at in the first call, and is the same on every rank and in every later call. Of sparse
+    gradients (``tf.IndexedSlices``) only rows travel, unless ``sparse_as_dense``. ``carrier`` is None
+    for a rank that trains alone; then gradients are what they were. ``meeting`` is where the ranks meet before each
+    average, by default one under this averager's own name.
     """
 
     def __init__(
@@ -178,7 +180,12 @@ class GradientAverager(abc.ABC):
             with outside_of_graphs():
                 self._num_elements = sum(specs[i].numel for i in present)
                 dense = [i for i in present if not isinstance(gradients[i], tf.IndexedSlices)]
-                self._build([specs[i] for i in dense], [variables[i] for i in dense], layout)
+                sparse = [
+                    SparseSpec(specs[i].name, specs[i].shape, specs[i].description)
+                    for i in present
+                    if isinstance(gradients[i], tf.IndexedSlices)
+                ]
+                self._build([specs[i] for i in dense], [variables[i] for i in dense], layout, sparse)
             self._layout = layout
         result = list(gradients)
         given = [gradients[i] for i in present]
@@ -220,13 +227,11 @@ class GradientAverager(abc.ABC):
             self._meeting.tell(Purpose.LAYOUT, steps, steps)
 
     def _average(self, gradients: list[Gradient]) -> list[Gradient]:
+        sparse = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
         dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
         with after(self._meet(gradients)):
-            means = iter(self._average_dense(dense) if dense else ())
-            result = [
-                self._average_sparse(i, gradient) if isinstance(gradient, tf.IndexedSlices) else next(means)
-                for i, gradient in enumerate(gradients)
-            ]
+            means, of_rows = map(iter, self._average_both(dense, sparse))
+            result = [next(of_rows if isinstance(gradient, tf.IndexedSlices) else means) for gradient in gradients]
             self._count()
         self._turns.end(*tf.nest.flatten(result, expand_composites=True))
         return result
@@ -240,21 +245,6 @@ class GradientAverager(abc.ABC):
     def _count(self) -> None:
         self.state.steps.assign_add(1)
         self._total_steps.assign_add(1)
-
-    def _average_sparse(self, index: int, gradient: tf.IndexedSlices) -> tf.IndexedSlices:
-        """Horovod's way: everybody gets everybody's rows, of each rank each row once."""
-        assert self._carrier is not None
-        gradient = _coalesced(gradient)
-        process_set, name = self._carrier.process_set, f"{self._name}.sparse.{index}"
-        with tf.device(self._settings.device_sparse):
-            values = allgather(gradient.values, f"{name}.values", process_set)
-            indices = allgather(gradient.indices, f"{name}.indices", process_set)
-        own = _nbytes(gradient.values) + _nbytes(gradient.indices)
-        self._counted_sent.assign_add((self._carrier.size - 1) * own)
-        self._counted_received.assign_add(_nbytes(values) + _nbytes(indices) - own)
-        if self._settings.op == horovod.Average:
-            values = values / tf.cast(self._carrier.size, values.dtype)
-        return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
     def _agree(self, layout: list[tuple[str, str]], **rest: Any) -> int:
         assert self._carrier is not None
@@ -273,11 +263,19 @@ class GradientAverager(abc.ABC):
         )
 
     @abc.abstractmethod
-    def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
-        """Prepare to average the dense gradients, of these variables; collective."""
+    def _build(
+        self,
+        dense: Sequence[VariableSpec],
+        variables: Sequence[Any],
+        layout: list[tuple[str, str]],
+        sparse: Sequence[SparseSpec],
+    ) -> None:
+        """Prepare to average the dense gradients, of these variables, and sparse ones; collective."""
 
     @abc.abstractmethod
-    def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+    def _average_both(
+        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices]
+    ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
         """Return the means of gradients like those of :meth:`_build`."""
 
     @abc.abstractmethod
@@ -308,6 +306,7 @@ class CodedGradients(GradientAverager):
         self._stages: list[list[GraphChannel]] = []  # of a warm-up; the channels of each
         self._positions: list[list[int]] = []  # of the gradients of each channel
         self._velocities: list[Velocity] = []
+        self._rows: list[GraphRows] = []
         self._saved_residuals: Mapping[str, np.ndarray] = {}
         with outside_of_graphs():
             self._claimed = counter("claimed")
@@ -320,12 +319,20 @@ class CodedGradients(GradientAverager):
         if self._config.correction is not None:
             check_dense(self._config.correction, layout)
 
-    def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
+    def _build(
+        self,
+        dense: Sequence[VariableSpec],
+        variables: Sequence[Any],
+        layout: list[tuple[str, str]],
+        sparse: Sequence[SparseSpec],
+    ) -> None:
         if self._carrier is None and self._config.correction is None:
             return
         digest = 0
         if self._carrier is not None:
-            digest = self._agree(layout, exchange=self._config.config(), **self._config.describe_codecs(dense))
+            digest = self._agree(
+                layout, exchange=self._config.config(), **self._config.describe_codecs([*dense, *sparse])
+            )
         position = {spec.name: i for i, spec in enumerate(dense)}
         parts = [members for _, members in self._config.by_way(dense)]
         self._positions = [[position[spec.name] for spec in members] for members in parts]
@@ -333,14 +340,31 @@ class CodedGradients(GradientAverager):
         stages = [self._plan(dense, stage) for stage in range(1 if correction is None else len(correction.densities))]
         plans = stages[-1]
         residuals: Sequence[Sequence[tf.Variable]] = [() for _ in plans]
-        if any(plan.feedback or plan.correction for plan in plans):
-            self.state.residuals = Residuals(plans)
+        coded = [] if self._carrier is None else [not self._config.codec_of_rows(spec).lossless for spec in sparse]
+        feeds_back = [self._config.feedback is not None and is_coded for is_coded in coded]
+        if any(plan.feedback or plan.correction for plan in plans) or any(feeds_back):
+            tables = [spec.table for spec, has_one in zip(sparse, feeds_back, strict=True) if has_one]
+            self.state.residuals = Residuals(plans, tables)
             self.state.residuals.take(self._saved_residuals)
             residuals = self.state.residuals.of(plans)
             kept = self.state.residuals.velocities
             self._velocities = [Velocity(plan, of_plan) for plan, of_plan in zip(plans, kept, strict=bool(kept))]
         if self._carrier is None:
             return
+        of_tables = iter(self.state.residuals.tables if self.state.residuals is not None else ())
+        self._rows = [
+            GraphRows(
+                spec,
+                self._config,
+                self._carrier,
+                name=self._name,
+                table=number,
+                digest=digest,
+                problems=self._problems,
+                residual=next(of_tables) if feeds_back[number] else None,
+            )
+            for number, spec in enumerate(sparse)
+        ]
         warn_of_size(stages[0], self._carrier, PeriodicAveraging(period=1))
         for stage, of_stage in enumerate(stages):
             others = self._stages[0] if self._stages else [None] * len(plans)
@@ -368,21 +392,47 @@ class CodedGradients(GradientAverager):
             for index, (way, members) in enumerate(self._config.by_way(dense))
         ]
 
-    def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+    def _average_both(
+        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices]
+    ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
+        assert self._carrier is not None
         if self.state.residuals is not None:
             when(self._claimed > 0, None, self._claim)
-        if len(self._stages) == 1:
-            return self._average_stage(0, gradients)
-        assert self._config.correction is not None
+        if len(self._stages) > 1:
+            assert self._config.correction is not None
 
-        def branch(stage: int) -> Callable[[], list[tf.Tensor]]:
-            return lambda: self._average_stage(stage, gradients)
+            def branch(stage: int) -> Callable[[], list[tf.Tensor]]:
+                return lambda: self._average_stage(stage, dense, [])
 
-        stage = tf.cast(self._config.correction.stage(self.state.steps.value(), tf.minimum), tf.int32)
-        return list(tf.switch_case(stage, {index: branch(index) for index in range(len(self._stages))}))
+            stage = tf.cast(self._config.correction.stage(self.state.steps.value(), tf.minimum), tf.int32)
+            return list(tf.switch_case(stage, {index: branch(index) for index in range(len(self._stages))})), []
+        steps = self.state.steps.value()
+        landed = [
+            rows.exchange(gradient, steps, self._factor) for rows, gradient in zip(self._rows, sparse, strict=True)
+        ]
+        # One verdict about all: an error must not leave anything on its way.
+        means = self._average_stage(0, dense, [each.flags for each in landed])
+        return means[: len(dense)], self._take_rows(landed, means[len(dense) :])
 
-    def _average_stage(self, stage: int, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+    def _take_rows(self, landed: Sequence[Landed], done: Sequence[tf.Tensor]) -> list[tf.IndexedSlices]:
+        """Return the means of sparse gradients, when ``done`` is there."""
+        with after(*done):
+            for rows, each in zip(self._rows, landed, strict=True):
+                rows.keep(each)
+                self._counted_sent.assign_add(each.nbytes[0])
+                self._counted_received.assign_add(each.nbytes[1])
+            return [
+                tf.IndexedSlices(tf.identity(each.mean.values), each.mean.indices, each.mean.dense_shape)
+                for each in landed
+            ]
+
+    @property
+    def _factor(self) -> float:
         assert self._carrier is not None
+        return float(self._carrier.size) if self._settings.op == horovod.Sum else 1.0
+
+    def _average_stage(self, stage: int, gradients: list[tf.Tensor], of_rows: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the means, and after them something that is there when the verdict is; ``of_rows`` are more flags."""
         steps = self.state.steps.value()
         channels = self._stages[stage]
         given = [[gradients[i] for i in positions] for positions in self._positions]
@@ -390,21 +440,20 @@ class CodedGradients(GradientAverager):
         exchanged = [
             channel.exchange(moved[i][1] if moved else given[i], steps, steps) for i, channel in enumerate(channels)
         ]
-        verdict = self._problems.verdict([flag for flags in exchanged for flag in flags])
-        factor = float(self._carrier.size) if self._settings.op == horovod.Sum else 1.0
+        verdict = self._problems.verdict([*of_rows, *(flag for flags in exchanged for flag in flags)])
         result: list[tf.Tensor] = list(gradients)
         with after(verdict):
             for i, (channel, flags) in enumerate(zip(channels, exchanged, strict=True)):
                 done = [self._velocities[i].keep(*moved[i], channel.residual, flags)] if moved else []
                 with after(*done):
                     channel.keep_residuals(flags)
-                for position, mean in zip(self._positions[i], channel.means(given[i], factor), strict=True):
+                for position, mean in zip(self._positions[i], channel.means(given[i], self._factor), strict=True):
                     result[position] = mean
             if len(self._stages) > 1:
                 sent, received = _sum_of_bytes(channels)
                 self._counted_sent.assign_add(sent)
                 self._counted_received.assign_add(received)
-        return result
+            return [*result, tf.constant(True)] if of_rows else result
 
     def _advance(
         self, gradients: Sequence[tf.Tensor], given: Sequence[Sequence[tf.Tensor]]
@@ -485,7 +534,13 @@ class StockGradients(GradientAverager):
         self._dense: list[VariableSpec] = []
         self._groups: list[list[int]] | None = None
 
-    def _build(self, dense: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
+    def _build(
+        self,
+        dense: Sequence[VariableSpec],
+        variables: Sequence[Any],
+        layout: list[tuple[str, str]],
+        sparse: Sequence[SparseSpec],
+    ) -> None:
         self._dense = list(dense)
         groups = self._settings.groups
         if isinstance(groups, int) and groups > 0:
@@ -500,6 +555,27 @@ class StockGradients(GradientAverager):
         if self._carrier is not None:
             factor = self._settings.gradient_predivide_factor
             self._agree(layout, groups=self._groups, gradient_predivide_factor=factor)
+
+    def _average_both(
+        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices]
+    ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
+        rows = [self._average_sparse(number, gradient) for number, gradient in enumerate(sparse)]
+        return self._average_dense(dense) if dense else [], rows
+
+    def _average_sparse(self, number: int, gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+        """Horovod's way: everybody gets everybody's rows, of each rank each row once."""
+        assert self._carrier is not None
+        gradient = _coalesced(gradient)
+        process_set, name = self._carrier.process_set, f"{self._name}.sparse.{number}"
+        with tf.device(self._settings.device_sparse):
+            values = allgather(gradient.values, f"{name}.values", process_set)
+            indices = allgather(gradient.indices, f"{name}.indices", process_set)
+        own = _nbytes(gradient.values) + _nbytes(gradient.indices)
+        self._counted_sent.assign_add((self._carrier.size - 1) * own)
+        self._counted_received.assign_add(_nbytes(values) + _nbytes(indices) - own)
+        if self._settings.op == horovod.Average:
+            values = values / tf.cast(self._carrier.size, values.dtype)
+        return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
     def _average_dense(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
         assert self._carrier is not None

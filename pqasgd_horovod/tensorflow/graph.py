@@ -217,7 +217,7 @@ class GraphChannel:
         return [self.anchor.value()] if self.anchor is not None and self._arrives_added else []
 
     def _explain(self, flags: int, received: Bytes, bucket: int, payload_nbytes: Sequence[int], phase: int) -> None:
-        headers = [message.header for message in _messages(received, self._carrier.size)]
+        headers = headers_of(received, self._carrier.size)
         own = next((header for header in headers if header.rank == self._carrier.rank), None)
         expected = wire.Header(
             flags=0,
@@ -283,9 +283,10 @@ class GraphChannel:
         return list(ops.pqasgd_scatter(arriving=self.arriving.handle, tensors=list(tensors), factor=factor))
 
 
-def _messages(received: Bytes, size: int) -> list[wire.Message]:
+def headers_of(received: Bytes, size: int) -> list[wire.Header]:
+    """Return the headers of the messages of all ranks, or none if these cannot be read."""
     try:
-        return wire.split_messages(received, range(size))
+        return [message.header for message in wire.split_messages(received, range(size))]
     except WireFormatError:
         return []
 

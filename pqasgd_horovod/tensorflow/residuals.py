@@ -78,18 +78,20 @@ def first_starts(plan: ChannelPlan) -> np.ndarray:
 class Residuals(tf.Module):
     """Of each channel with feedback, two variables: what was not sent of a rank's own numbers, and of means it made.
 
-    With momentum correction each channel also has the velocity of its gradients; with matrices of low rank there is the
-    start of the next iteration, which all ranks have alike.
+    So has each sparse gradient, ``tables`` of (rows, row size). With momentum correction each channel also has the
+    velocity of its gradients; with matrices of low rank there is the start of the next iteration, which all ranks have
+    alike.
 
     The others are this rank's own. A checkpoint that was saved by another rank, or in a world of another size, brings
     residuals that are not: :meth:`claim` clears those.
     """
 
-    def __init__(self, plans: Sequence[ChannelPlan]) -> None:
+    def __init__(self, plans: Sequence[ChannelPlan], tables: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__(name="residuals")
         sizes = [(plan.layout.num_elements, plan.feedback, plan.feeds_back_means) for plan in plans]
         self.own = [tf.Variable(tf.zeros([size]), trainable=False) for size, of_own, _ in sizes if of_own]
         self.means = [tf.Variable(tf.zeros([size]), trainable=False) for size, _, of_means in sizes if of_means]
+        self.tables = [tf.Variable(tf.zeros(table), trainable=False) for table in tables]
         sizes_of_velocities = [plan.layout.num_elements for plan in plans if plan.correction is not None]
         self.velocities = [tf.Variable(tf.zeros([size]), trainable=False) for size in sizes_of_velocities]
         self.starts = [tf.Variable(first_starts(plan), trainable=False) for plan in plans if plan.low_rank is not None]
@@ -114,7 +116,7 @@ class Residuals(tf.Module):
 
     @property
     def _kept(self) -> list[tf.Variable]:
-        return [*self.own, *self.means, *self.velocities]
+        return [*self.own, *self.means, *self.velocities, *self.tables]
 
     def claim(self, carrier: Carrier) -> None:
         """Before the first step in a process: begin without residuals where they are those of another rank."""
@@ -144,7 +146,8 @@ class Residuals(tf.Module):
         own = {f"residual.{i}": variable for i, variable in enumerate(self.own)}
         means = {f"mean_residual.{i}": variable for i, variable in enumerate(self.means)}
         velocities = {f"residual_velocity.{i}": variable for i, variable in enumerate(self.velocities)}
-        return {**own, **means, **velocities, **self.common(), "residual_owner": self.owner}
+        tables = {f"residual_table.{i}": variable for i, variable in enumerate(self.tables)}
+        return {**own, **means, **velocities, **tables, **self.common(), "residual_owner": self.owner}
 
     def take(self, saved: Mapping[str, np.ndarray]) -> None:
         """Take over what :meth:`named` gave; raise ArgumentError unless it fits. Nothing saved: nothing to take."""

@@ -291,8 +291,8 @@ def DistributedGradientTape(
     r"""Wrap a gradient tape so that ``gradient()`` returns :math:`\frac1n \sum_i Q(g_i)`.
 
     Horovod's function of this name, which also takes variables of Keras 3 as sources, and any codec as ``compression``.
-    The arguments are those of ``DistributedOptimizer``. Gradients that are ``tf.IndexedSlices`` travel as they are,
-    unless ``sparse_as_dense``. To resume bit-exactly put :func:`tape_state` into the checkpoint.
+    The arguments are those of ``DistributedOptimizer``. Of gradients that are ``tf.IndexedSlices`` the rows are
+    coded and sent, unless ``sparse_as_dense``. To resume bit-exactly put :func:`tape_state` into the checkpoint.
 
     >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
     >>> hvd.init()

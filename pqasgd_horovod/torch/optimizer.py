@@ -84,10 +84,9 @@ def DistributedOptimizer(
         num_groups: as ``groups``.
         groups: as in Horovod where Horovod averages. Elsewhere gradients are fused in buckets of
             ``bucket_cap_mb`` anyway.
-        sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise they take Horovod's own sparse path: of
-            each row that a rank has used the float32 numbers and an index, to every other rank. Dense ones at b bits
-            are fewer bytes where a rank uses more than about b/32 of the rows in a step: an eighth at 4 bits. (With
-            ``period>1`` gradients are not sent at all.)
+        sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise the rows that a rank has used are coded,
+            and sent to every other rank with their numbers. Dense ones are fewer bytes where each of n ranks uses more
+            than about 2/n of the rows in a step. (With ``period>1`` gradients are not sent at all.)
         process_set: the ranks that train together.
         period: steps between averages, default 1, or a schedule. Short for
             ``averaging=PeriodicAveraging(period=...)``.

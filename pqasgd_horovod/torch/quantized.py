@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 import weakref
@@ -10,12 +11,13 @@ from typing import Any
 
 import horovod.torch as horovod
 import torch
-from horovod.torch.mpi_ops import sparse_allreduce_async
 from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import GradientAverager, MomentumCorrection
+from ..averaging.tables import SparseSpec
 from ..errors import ArgumentError
-from .tensors import GatherHandle, GradientMemory, counting
+from ..exchange.rows import Rows
+from .tensors import GradientMemory, describe
 from .wrapping import CommonMethods, Settings, parameters_of
 
 _CHANGE_MEANS = (
@@ -82,25 +84,8 @@ class GradientMethods(CommonMethods):
     def _launch(self, parameter: torch.nn.Parameter) -> None:
         if parameter in self._gradients:
             self._averager.ready(self._gradients[parameter].name)
-        elif self._handles.get(parameter) is None:
-            self._handles[parameter] = self._launch_sparse(parameter)
-
-    def _launch_sparse(self, parameter: torch.nn.Parameter) -> GatherHandle:
-        """Send a sparse gradient as Horovod does; one that is missing here is sent without elements."""
-        gradient = parameter.grad
-        if gradient is None:
-            gradient = torch.sparse_coo_tensor(
-                torch.empty((1, 0), dtype=torch.int64),
-                parameter.new_empty((0, *parameter.shape[1:])),
-                tuple(parameter.shape),
-                check_invariants=False,
-            )
-        elif not gradient.is_sparse:
-            gradient = gradient.to_sparse(1)
-        gradient = gradient.coalesce()  # a row that this rank has used several times travels once
-        name = f"{self._settings.name}.{self._sparse[parameter]}"
-        handle = sparse_allreduce_async(gradient, name=name, op=self.op, process_set=self.process_set)
-        return counting(handle, gradient, self._averager.statistics)
+        else:
+            self._averager.ready_rows(self._sparse[parameter], functools.partial(rows_of, parameter))
 
     def _is_current(self) -> bool:
         """Return whether the layout has every trainable parameter, as it is in memory; looked up once in a step."""
@@ -131,9 +116,10 @@ class GradientMethods(CommonMethods):
         if sparse and isinstance(self._settings.exchange.feedback, MomentumCorrection):
             raise ArgumentError(
                 f"gradients of {sorted(sparse.values())} are sparse, with feedback={self._settings.exchange.feedback}: "
-                "sparse gradients travel as they are and would have no momentum; use sparse_as_dense=True"
+                "only rows that are used in a step are sent, and momentum moves all of them; use sparse_as_dense=True"
             )
-        self._averager.prepare(list(gradients.values()), sum(parameter.numel() for parameter in sparse))
+        specs = [SparseSpec(name, tuple(p.shape), describe(p)) for p, name in sparse.items()]
+        self._averager.prepare(list(gradients.values()), specs)
         self._gradients, self._sparse = gradients, sparse
         self._add_hooks()
 
@@ -153,7 +139,7 @@ class GradientMethods(CommonMethods):
             self._lay_out()
         for parameter in itertools.chain(self._gradients, self._sparse):
             self._launch(parameter)
-        averaged = False
+        averaged, received = False, {}
         changed = [
             self._parameter_names[parameter]
             for parameter, (gradient, version) in self._computed.items()
@@ -162,18 +148,17 @@ class GradientMethods(CommonMethods):
         self._computed.clear()
         frozen = [gradient.name for parameter, gradient in self._gradients.items() if not parameter.requires_grad]
         try:
-            self._averager.finish(frozen)
+            received = self._averager.finish(frozen)
             averaged = True
         finally:
-            received = {parameter: self._handles[parameter]() for parameter in self._sparse}
             for gradient in self._gradients.values():
                 gradient.restore(keep_mean=averaged)
             for parameter in self._allreduce_delay:
                 self._allreduce_delay[parameter] = self.backward_passes_per_step
             self._handles.clear()
             self._layout_is_current = None
-        for parameter, gradient in received.items():
-            parameter.grad = gradient
+        for parameter, name in self._sparse.items():
+            parameter.grad = gradient_of(parameter, received[name])
         if changed:
             raise ArgumentError(
                 f"the gradients of {changed} were changed after backward had computed them, and before they were "
@@ -215,6 +200,22 @@ class GradientMethods(CommonMethods):
         self.synchronize()
         self._synchronized = False
         return loss
+
+
+def rows_of(parameter: torch.nn.Parameter) -> Rows:
+    """Return the rows of a gradient; a row that was used several times is there once. No gradient: no rows."""
+    gradient = parameter.grad
+    if gradient is None:
+        return Rows(torch.empty(0, dtype=torch.int64).numpy(), torch.empty(0).numpy())
+    gradient = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce()
+    return Rows(gradient.indices()[0].contiguous().numpy(), gradient.values().float().contiguous().numpy())
+
+
+def gradient_of(parameter: torch.nn.Parameter, rows: Rows) -> torch.Tensor:
+    """Return rows as a gradient of a parameter."""
+    values = torch.from_numpy(rows.values).to(parameter.dtype).reshape(-1, *parameter.shape[1:])
+    numbers = torch.from_numpy(rows.numbers)[None]
+    return torch.sparse_coo_tensor(numbers, values, parameter.shape, is_coalesced=True, check_invariants=False)
 
 
 def _is_same(one: torch.Tensor | None, other: torch.Tensor) -> bool:

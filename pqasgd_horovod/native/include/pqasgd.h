@@ -164,6 +164,27 @@ typedef struct {
 #define PQ_SHARED_RANK 0xFFFFFF
 PQ_EXPORT uint64_t pq_derive_key(uint64_t seed, uint32_t rank, uint64_t step, uint32_t tensor, uint32_t phase);
 
+/* Rows of a table, which each rank has others of, by allgather. A payload is the numbers of the rows, rising, in the fewest bits that
+ * hold num_rows - 1, and then the codec's payload of all their values. A bucket's num_elements are those of this rank's own rows. */
+typedef struct {
+  int64_t num_rows, row_size;
+} pq_table;
+
+/* Bytes of a payload of `count` rows; negative for arguments that are not valid. */
+PQ_EXPORT int64_t pq_rows_nbytes(const pq_codec* codec, const pq_table* table, int64_t count);
+/* Encode the values source[0, count * row_size) of `rows` into a message. */
+PQ_EXPORT int32_t pq_rows_pack(const pq_codec* codec, const pq_bucket* bucket, const pq_table* table, int64_t count, const int64_t* rows,
+                               const pq_source* source, uint8_t* message, int64_t message_nbytes);
+/* *total = how many rows all ranks have sent. Here and below what senders flag is not looked at. */
+PQ_EXPORT int32_t pq_rows_total(const pq_codec* codec, const pq_bucket* bucket, const pq_table* table, const uint8_t* received,
+                                int64_t received_nbytes, int64_t* total);
+/* rows[0, *count) = the rows that any rank has sent, rising; there is room for the total. */
+PQ_EXPORT int32_t pq_rows_union(const pq_codec* codec, const pq_bucket* bucket, const pq_table* table, const uint8_t* received,
+                                int64_t received_nbytes, int64_t* rows, int64_t* count);
+/* values[i] = the mean of row rows[i], which is 0 on ranks that have not sent it; `rows` are their union. NaN if there are flags. */
+PQ_EXPORT int32_t pq_rows_land(const pq_codec* codec, const pq_bucket* bucket, const pq_table* table, const uint8_t* received,
+                               int64_t received_nbytes, int64_t count, const int64_t* rows, float* values);
+
 /* Allgather: encode source[start, start + num_elements) into a message; mean = base (or 0) + the mean of all ranks' messages.
  * A bucket with flags has a mean of NaN. */
 PQ_EXPORT int32_t pq_allgather_pack(const pq_codec* codec, const pq_bucket* bucket, const pq_source* source, int64_t start,
