@@ -2,8 +2,9 @@
 
 Encode reads a flat float32 vector and writes the payload; decode-and-add reads the payload and adds the decoded numbers
 into a float32 vector. Both run on one thread and are divided by the time of a memcpy of the same vector, measured right
-before them; repetitions of all codecs are interleaved, and medians are reported. q = |Q(v) - v|^2 / |v|^2 is measured
-on Gaussian and Laplace numbers and on what a few steps of SGD did to a network.
+before them; repetitions of all codecs are interleaved, and medians are reported. For powersgd the vector is matrices
+of 1024 x 1024; encode makes both factors of them, decode their product, what is left, and the next start.
+q = |Q(v) - v|^2 / |v|^2 is measured on Gaussian and Laplace numbers and on what a few steps of SGD did to a network.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from bench_tools import OUTPUT, describe_machine, format_table, warn_if_busy, write_json
@@ -25,6 +27,8 @@ from pqasgd_horovod import codecs, native
 from pqasgd_horovod.errors import ArgumentError
 
 Float32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+LARGEST_SIDE = 1024  # of the matrices that are made of a vector
 
 # Codecs with more than a width to choose, or with an argument that has no default: names of rows, and arguments.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -46,14 +50,83 @@ ENCODE_DECODE_TARGETS = {
 Q_TARGETS = {("eden", 1): 0.58, ("eden", 2): 0.136, ("eden", 3): 0.037, ("eden", 4): 0.0100}
 
 
-class Subject(NamedTuple):
-    """A codec, the name of its row, and its times in seconds."""
+@dataclasses.dataclass
+class Subject:
+    """What has a row: what is timed, and times in seconds."""
 
     name: str
-    codec: codecs.Codec
-    memcpy: list[float]
-    encode: list[float]
-    decode: list[float]
+    bits: int
+    encode: Callable[[int], object]
+    decode: Callable[[int], object]
+    bits_per_element: float
+    error: Callable[[Float32], float | None]
+    memcpy_seconds: list[float] = dataclasses.field(default_factory=list)
+    encode_seconds: list[float] = dataclasses.field(default_factory=list)
+    decode_seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def subject_of(name: str, codec: codecs.Codec, values: Float32, total: Float32, payloads: Bytes) -> Subject:
+    """Return a codec that codes ``values`` into ``payloads``, and adds what it decodes to ``total``."""
+    payload = payloads[: codec.payload_nbytes(values.size)]
+    return Subject(
+        name,
+        codec.bits,
+        lambda key: codec.encode(values, key=key, out=payload),
+        lambda key: codec.decode_add(payload, total, key=key, weight=0.5),
+        codec.payload_bits_per_element(values.size),
+        lambda sample: relative_error(codec, sample),
+    )
+
+
+def subject_of_powersgd(values: Float32, total: Float32, approximation_rank: int = 2) -> Subject:
+    """Return PowerSGD of ``values`` as square matrices."""
+    factors = LowRankFactors(values, approximation_rank)
+    mean = total[: factors.num_elements]
+    return Subject(
+        "powersgd",
+        32,
+        lambda _: factors.make(),
+        lambda _: factors.multiply(mean),
+        32 * factors.num_factor_elements / factors.num_elements,
+        lambda sample: LowRankFactors(sample, approximation_rank).relative_error(),
+    )
+
+
+class LowRankFactors:
+    """What one rank alone computes in a step of PowerSGD, of as many numbers as make whole matrices."""
+
+    def __init__(self, values: Float32, approximation_rank: int) -> None:
+        side = min(LARGEST_SIDE, math.isqrt(values.size))
+        shapes = [(side, side)] * (values.size // side**2)
+        self._matrices = native.Matrices(shapes, approximation_rank)
+        self.num_elements = self._matrices.numel
+        self.num_factor_elements = self._matrices.left_numel + self._matrices.right_numel
+        self._values = values[: self.num_elements]
+        residual = np.zeros_like(self._values), np.zeros_like(self._values)
+        self._source = native.Source.from_arrays([self._values], residual=residual)
+        self._left, self._right, self._start = (np.zeros(self._matrices.left_numel, np.float32) for _ in range(3))
+        self._matrices.redraw(1, 0, 0, self._start)
+
+    def make(self) -> None:
+        """Make both factors."""
+        self._matrices.project(self._source, 0, self._start, self._left)
+        self._matrices.orthogonalize("left", self._left)
+        self._matrices.backproject(self._source, 0, self._left, self._right)
+
+    def multiply(self, mean: Float32) -> None:
+        """Make their product, what is left, and where the next step starts."""
+        self._matrices.reconstruct(self._source, 0, self._left, self._right, self._right, None, mean)
+        following = self._right.copy()
+        self._matrices.orthogonalize("right", following)
+        self._matrices.redraw(1, 1, 0, following)
+
+    def relative_error(self) -> float:
+        """Return q of the first step."""
+        product = np.empty_like(self._values)
+        self.make()
+        self.multiply(product)
+        lost = (product - self._values).astype(np.float64)
+        return float(lost @ lost / (self._values.astype(np.float64) @ self._values))
 
 
 def all_codecs() -> list[tuple[str, codecs.Codec]]:
@@ -116,36 +189,33 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def measure_times(subjects: list[Subject], values: Float32, repetitions: int) -> None:
     """Fill in the times: one warm-up, then ``repetitions`` rounds over all codecs."""
-    copy, total = np.zeros_like(values), np.zeros_like(values)
-    payloads = np.zeros(max(subject.codec.payload_nbytes(values.size) for subject in subjects), np.uint8)
+    copy = np.zeros_like(values)
 
     def memcpy() -> None:
         ctypes.memmove(copy.ctypes.data, values.ctypes.data, values.nbytes)
 
     for repetition in range(1 + repetitions):
         for subject in subjects:
-            codec = subject.codec
-            payload = payloads[: codec.payload_nbytes(values.size)]
             before_encode = _seconds(memcpy)
-            encode = _seconds(lambda: codec.encode(values, key=repetition, out=payload))  # noqa: B023
+            encode = _seconds(lambda: subject.encode(repetition))  # noqa: B023
             before_decode = _seconds(memcpy)
-            decode = _seconds(lambda: codec.decode_add(payload, total, key=repetition, weight=0.5))  # noqa: B023
+            decode = _seconds(lambda: subject.decode(repetition))  # noqa: B023
             if repetition > 0:
-                subject.memcpy.extend((before_encode, before_decode))
-                subject.encode.append(encode)
-                subject.decode.append(decode)
+                subject.memcpy_seconds.extend((before_encode, before_decode))
+                subject.encode_seconds.append(encode)
+                subject.decode_seconds.append(decode)
 
 
-def row_of(subject: Subject, num_elements: int, samples: dict[str, Float32]) -> dict[str, Any]:
+def row_of(subject: Subject, samples: dict[str, Float32]) -> dict[str, Any]:
     """Return the row of one codec."""
-    memcpy = statistics.median(subject.memcpy)
+    memcpy = statistics.median(subject.memcpy_seconds)
     return {
         "codec": subject.name,
-        "bits": subject.codec.bits,
-        "encode_over_memcpy": round(statistics.median(subject.encode) / memcpy, 3),
-        "decode_over_memcpy": round(statistics.median(subject.decode) / memcpy, 3),
-        "payload_bits_per_element": subject.codec.payload_bits_per_element(num_elements),
-        **{f"q_{name}": relative_error(subject.codec, values) for name, values in samples.items()},
+        "bits": subject.bits,
+        "encode_over_memcpy": round(statistics.median(subject.encode_seconds) / memcpy, 3),
+        "decode_over_memcpy": round(statistics.median(subject.decode_seconds) / memcpy, 3),
+        "payload_bits_per_element": subject.bits_per_element,
+        **{f"q_{name}": subject.error(values) for name, values in samples.items()},
     }
 
 
@@ -202,11 +272,14 @@ def main() -> None:
         "delta": model_delta(),
     }
     values = generator.standard_normal(options.elements, np.float32)
-    subjects = [Subject(name, codec, [], [], []) for name, codec in all_codecs()]
+    found, total = all_codecs(), np.zeros_like(values)
+    payloads = np.zeros(max(codec.payload_nbytes(values.size) for _, codec in found), np.uint8)
+    subjects = [subject_of(name, codec, values, total, payloads) for name, codec in found]
+    subjects.append(subject_of_powersgd(values, total))
     measure_times(subjects, values, options.repetitions)
-    rows = [row_of(subject, options.elements, samples) for subject in subjects]
+    rows = [row_of(subject, samples) for subject in subjects]
 
-    memcpy = statistics.median(seconds for subject in subjects for seconds in subject.memcpy)
+    memcpy = statistics.median(seconds for subject in subjects for seconds in subject.memcpy_seconds)
     print(
         f"{machine['processor']}, {machine['isa']}, one thread; memcpy of {values.nbytes / 2**20:.0f} MiB: "
         f"{memcpy * 1e3:.2f} ms ({values.nbytes / memcpy / 1e9:.1f} GB/s); times are multiples of it"

@@ -50,7 +50,7 @@ def test_codecs_json(tmp_path):
     rows = {(row["codec"], row["bits"]): row for row in document["rows"]}
     assert len(rows) == len(document["rows"])
     variants = {"eden-stochastic", "signsgd-unscaled", "topk-eden", "topk-dense", "randomk-scaled"}
-    assert {name for name, _ in rows} == {*codecs.registry, *variants}
+    assert {name for name, _ in rows} == {*codecs.base.schemes, *variants}
     assert {bits for name, bits in rows if name == "eden"} == set(range(1, 9))
     assert {bits for name, bits in rows if name == "maxscale"} == set(range(2, 9))
     for row in rows.values():
@@ -68,6 +68,8 @@ def test_codecs_json(tmp_path):
         assert row["decode_over_memcpy"] > 0
         assert row["codec"] in output
     assert rows["none", 32]["q_delta"] == 0
+    assert rows["powersgd", 32]["payload_bits_per_element"] == 32 * 2 * 2 / 128  # two factors of rank 2
+    assert 0.8 < rows["powersgd", 32]["q_gaussian"] < 1 - 2 / 256  # better than random directions
     assert rows["eden", 4]["payload_bits_per_element"] == pytest.approx(4.03125)
     for (name, bits), target in bench_codecs.Q_TARGETS.items():
         assert 0 < rows[name, bits]["q_gaussian"] <= target
