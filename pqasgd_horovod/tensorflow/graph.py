@@ -145,10 +145,19 @@ class GraphChannel:
             for bucket in self._buckets(fragment)
         ]
 
+    def exchange_vector(
+        self, vector: tf.Tensor, step: tf.Tensor, round: tf.Tensor, fragment: int | None = None
+    ) -> list[tf.Tensor]:
+        """Do the same with all tensors end to end."""
+        return [self.exchange_bucket(bucket, [vector], step, round, first=0) for bucket in self._buckets(fragment)]
+
     def exchange_bucket(
-        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor
+        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, first: int | None = None
     ) -> tf.Tensor:
-        """Exchange one bucket, to which ``tensors`` belong, wholly or in part; return its flags."""
+        """Exchange one bucket, to which ``tensors`` belong, wholly or in part; return its flags.
+
+        ``first`` is where they begin in the vector: None, where the bucket's first tensor does.
+        """
         plan, carrier = self.plan, self._carrier
         start, num_elements = plan.starts[bucket], plan.sizes[bucket]
         shards = [shard.num_elements for shard in self._shards(bucket)]
@@ -164,7 +173,7 @@ class GraphChannel:
             "seed": signed(plan.seed),
             "shards": np.cumsum([0, *shards]).tolist() if two_phase else [],
         }
-        source = self._source(bucket, tensors)
+        source = self._source(bucket, tensors, first)
         pairs = [[variable.handle for variable in pair] for pair in self._residuals]
         source["residuals"] = pairs[0] if pairs else []
         name = f"{plan.name}.b{bucket}"
@@ -203,9 +212,10 @@ class GraphChannel:
             **attributes,
         )
 
-    def _source(self, bucket: int, tensors: Sequence[tf.Tensor]) -> dict[str, Any]:
+    def _source(self, bucket: int, tensors: Sequence[tf.Tensor], first: int | None) -> dict[str, Any]:
         """Return the inputs and attributes that say where the numbers of a bucket are."""
-        first = self.plan.layout.offsets[self.plan.tensors_in(bucket).start]
+        if first is None:
+            first = self.plan.layout.offsets[self.plan.tensors_in(bucket).start]
         return {
             "tensors": list(tensors),
             "anchors": [] if self.anchor is None else [self.anchor.value()],
@@ -277,6 +287,36 @@ class GraphChannel:
             variables=[variable.handle for variable in variables],
             add=self.anchor is not None and not self._arrives_added,
         )
+
+    def take_snapshot(
+        self, snapshot: tf.Variable, tensors: Sequence[tf.Tensor], fragment: int | None = None
+    ) -> tf.Operation | None:
+        """Copy tensors, or a fragment of them, end to end; return the op, if anything is copied."""
+        spans = self.limits(fragment)
+        return ops.pqasgd_snapshot(snapshot=snapshot.handle, tensors=list(tensors), spans=spans) if spans else None
+
+    def commit_since(
+        self,
+        snapshot: tf.Variable,
+        variables: Sequence[tf.Variable],
+        num_parameters: int,
+        coefficients: tf.Tensor | None = None,
+        fragment: int | None = None,
+    ) -> None:
+        """Let what has arrived be the anchor, or move it, and move the variables from the snapshot to it.
+
+        Those after the first ``num_parameters`` elements, buffers, become the anchor.
+        """
+        self.commit([], coefficients, fragment)
+        assert self.anchor is not None
+        if self.limits(fragment):
+            ops.pqasgd_rebase(
+                anchor=self.anchor.handle,
+                snapshot=snapshot.handle,
+                variables=[variable.handle for variable in variables],
+                num_parameters=num_parameters,
+                spans=self.limits(fragment),
+            )
 
     def means(self, tensors: Sequence[tf.Tensor], factor: float) -> list[tf.Tensor]:
         """Return the means times ``factor``, as tensors like ``tensors``; after the verdict."""

@@ -92,6 +92,20 @@ def _explain(number: int, flags: int, data: Any, nbytes: int, text: Any, capacit
 _library.pqasgd_tensorflow_set_explain.argtypes = [_EXPLAIN]
 _library.pqasgd_tensorflow_set_explain.restype = None
 _library.pqasgd_tensorflow_set_explain(_explain)
+_library.pqasgd_tensorflow_close_gate.argtypes = [ctypes.c_int64]
+_library.pqasgd_tensorflow_close_gate.restype = None
+_library.pqasgd_tensorflow_open_gate.argtypes = [ctypes.c_int64, ctypes.c_int32]
+_library.pqasgd_tensorflow_open_gate.restype = None
+
+
+def close_gate(gate: int) -> None:
+    """Let ``ops.pqasgd_await`` wait from now on."""
+    _library.pqasgd_tensorflow_close_gate(gate)
+
+
+def open_gate(gate: int, failed: bool) -> None:
+    """Let it go on, wherever it waits."""
+    _library.pqasgd_tensorflow_open_gate(gate, failed)
 
 
 def register_explainer(explainer: Explainer) -> int:

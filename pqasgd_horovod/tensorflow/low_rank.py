@@ -57,7 +57,7 @@ class LowRankChannel(GraphChannel):
         return self.limits(fragment), self._right.limits(None)
 
     def exchange_bucket(
-        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor
+        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, first: int | None = None
     ) -> tf.Tensor:
         """Exchange both factors of one bucket, to which ``tensors`` belong; return its flags."""
         (residual, next_residual), (starts, next_starts) = self._residuals
@@ -71,7 +71,7 @@ class LowRankChannel(GraphChannel):
         own_left = ops.pqasgd_project(
             starts=starts.handle,
             residuals=[residual.handle, next_residual.handle],
-            **self._source(bucket, tensors),
+            **self._source(bucket, tensors, first),
             **attributes,
         )
         left_flags = self._left.exchange_bucket(bucket, [own_left], step, round)

@@ -232,6 +232,8 @@ class DistributedMethods(_Inner):
         expected = self._saved() if self.built and ours else {}
         if expected:
             _check_saved(ours, expected)
+        if isinstance(averager, PeriodicAverager):
+            averager.settle()
         super().load_own_variables(keras_own)
         if later:
             averager.restore_residuals(later)

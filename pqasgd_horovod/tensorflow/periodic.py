@@ -15,11 +15,12 @@ from ..averaging.outer import OuterOptimizer
 from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
 from ..averaging.vector import FlatLayout
-from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
-from ..exchange.carriers import Bytes, Handle
+from ..errors import CollectiveTimeoutError, MismatchError
+from ..exchange.carriers import Bytes, Carrier, Handle
 from ..exchange.handshake import verify_same
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
+from .delayed import DelayedExchange
 from .graph import GraphChannel, Problems
 from .library import ops
 from .low_rank import make_channel
@@ -41,6 +42,7 @@ class PeriodicState(tf.Module):
         dtypes_and_sizes: Sequence[tuple[tf.DType, int]],
         momentum_sizes: Sequence[int],
         plans: Sequence[ChannelPlan],
+        delayed: bool,
     ) -> None:
         super().__init__(name="pqasgd")
         self.period = counter("period")
@@ -61,19 +63,43 @@ class PeriodicState(tf.Module):
             tf.Variable(tf.zeros([size], dtype), trainable=False, name=f"anchor_{i}")
             for i, (dtype, size) in enumerate(dtypes_and_sizes)
         ]
+        # With a delay: when the average under way is due, or -1, the steps when it began, and its fragment.
+        self.snapshots: list[tf.Variable] = []
+        if delayed and dtypes_and_sizes:
+            with tf.device("CPU:0"):
+                self.pending = tf.Variable([-1, -1, -1], dtype=tf.int64, trainable=False)
+                self.snapshot_owner = tf.Variable([-1, -1], dtype=tf.int64, trainable=False)
+            self.pending_learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+            self.snapshots = [tf.Variable(tf.zeros([size], dtype), trainable=False) for dtype, size in dtypes_and_sizes]
 
     def common(self) -> dict[str, tf.Variable]:
         """Return the variables that all ranks have alike, by the names under which a model file holds them."""
-        names = (*_COUNTERS, "anchored", "learning_rate", "memory")
+        names: tuple[str, ...] = (*_COUNTERS, "anchored", "learning_rate", "memory")
         momentum = {f"momentum.{i}": momentum for i, momentum in enumerate(self.momentum)}
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self.anchors)}
         outer = {f"outer.{i}": variable for i, variable in enumerate(self.outer)}
+        names += ("pending", "pending_learning_rate") if self.snapshots else ()
         counters = {name: getattr(self, name) for name in names}
         return {**counters, **anchors, **momentum, **outer, **self.residuals.common()}
 
     def named(self) -> dict[str, tf.Variable]:
         """Return these, and those that are each rank's own."""
-        return {**self.common(), "distance": self.distance, **self.residuals.named()}
+        snapshots = {f"snapshot.{i}": snapshot for i, snapshot in enumerate(self.snapshots)}
+        owner = {"snapshot_owner": self.snapshot_owner} if self.snapshots else {}
+        return {**self.common(), "distance": self.distance, **self.residuals.named(), **snapshots, **owner}
+
+    def claim_snapshots(self, carrier: Carrier) -> None:
+        """Before the first step in a process: a snapshot of another rank says nothing about this one's replica."""
+        if not self.snapshots:
+            return
+        this = tf.constant([carrier.rank, carrier.size], tf.int64)
+
+        def take_anchors() -> None:
+            for snapshot, anchor in zip(self.snapshots, self.anchors, strict=True):
+                snapshot.assign(anchor)
+
+        when(tf.reduce_all(tf.equal(self.snapshot_owner, this)), None, take_anchors)
+        self.snapshot_owner.assign(this)
 
 
 class PeriodicAverager:
@@ -94,12 +120,6 @@ class PeriodicAverager:
         check_consistency: bool = False,
     ) -> None:
         config.check_for_parameters(averaging)
-        if averaging.delay:
-            raise ArgumentError(
-                f"averaging has delay={averaging.delay}; it must be 0 in TensorFlow, where an exchange ends with the "
-                "run of the graph that begins it, and cannot go on beside the next ones: use delay=0, or "
-                "pqasgd_horovod.torch"
-            )
         self._carrier = carrier
         self.averaging = averaging
         self._config = config
@@ -113,6 +133,7 @@ class PeriodicAverager:
         self._specs: list[VariableSpec] = []
         self._num_parameters = 0
         self._pending: Handle | None = None
+        self._of_fragments: dict[int, Callable[[], None]] = {}
         self._traced = Traced()
         self.state: PeriodicState | None = None
 
@@ -163,6 +184,7 @@ class PeriodicAverager:
             [] if alone else list(zip(dtypes, sizes, strict=True)),
             outer_sizes if self._has_outer and not alone else [],
             [] if alone else plans,
+            self.averaging.delay > 0,
         )
         self._learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # of the last step
         self._started = counter("started")
@@ -196,6 +218,10 @@ class PeriodicAverager:
             ]
             self._stepper = OuterStepper(self.averaging.outer.optimizer, self._channels, shapes)
             self.state.outer = self._stepper.variables()
+        if self.state.snapshots:
+            self._delayed = DelayedExchange(self._exchange_snapshots)
+            self._details = tf.Variable(tf.zeros([self._carrier.size], tf.int64), trainable=False)
+            self._flags = [tf.Variable(tf.zeros([len(plan.sizes)], tf.int32), trainable=False) for plan in plans]
         self._meeting = Meeting(self._carrier, self._name)
         self._start = MeetingPoint(self._carrier, f"{self._name}.start", self._explain_start)
         self._consistency = MeetingPoint(self._carrier, f"{self._name}.consistency", self._explain_consistency)
@@ -236,6 +262,7 @@ class PeriodicAverager:
         assert self._carrier is not None
         when(self.state.anchored > 0, None, self._capture)
         self.state.residuals.claim(self._carrier)
+        self.state.claim_snapshots(self._carrier)
         # Of each tensor by itself, so that an error can name it.
         digests = [ops.pqasgd_digest(tensors=tf.split(anchor, layout.sizes())) for anchor, layout in self._anchors()]
         counters = [getattr(self.state, name).value() for name in _COUNTERS]
@@ -279,8 +306,13 @@ class PeriodicAverager:
         self.state.steps.assign_add(1)
         self._total_steps.assign_add(1)
         self.state.steps_since_average.assign_add(1)
-        since = self.state.steps_since_round.assign_add(1)
-        when(since >= self.state.period, self._meet_and_average)
+        self.state.steps_since_round.assign_add(1)
+        if self.state.snapshots:
+            due = self.state.pending[0]
+            when((due >= 0) & (self.state.steps >= due), self._land)
+            when(self.state.steps_since_round >= self.state.period, self._begin_delayed)
+        else:
+            when(self.state.steps_since_round >= self.state.period, self._meet_and_average)
 
     def _meet_and_average(self) -> None:
         assert self.state is not None
@@ -288,50 +320,156 @@ class PeriodicAverager:
             steps, rounds = self.state.steps.value(), self.state.rounds.value()
             agreed, details = self._meeting.agree_on_details(Purpose.AVERAGE, steps, rounds, self._detail())
             with after(agreed):
-                self._average_selected(rounds, details)
+                self._select(self._turn(), lambda fragment: self._average(details, fragment))
         else:
             self._average(None)
 
-    def _average_selected(self, rounds: tf.Tensor, details: tf.Tensor) -> None:
-        """Average all coordinates, or those whose turn it is."""
+    def _turn(self) -> tf.Tensor:
+        """Return the fragment whose turn it is; -1: all coordinates are averaged together."""
+        assert self.state is not None
         if not self.averaging.is_sparse:
-            self._average(details)
+            return tf.constant(-1, tf.int64)
+        return self.state.rounds.value() % self.averaging.selection.num_fragments
+
+    def _select(self, turn: tf.Tensor, act: Callable[[int | None], None]) -> None:
+        """Call ``act`` with the fragment whose turn it is, or None."""
+        if not self.averaging.is_sparse:
+            act(None)
             return
 
         def branch(fragment: int) -> Callable[[], tf.Tensor]:
             def run() -> tf.Tensor:
-                self._average(details, fragment)
+                act(fragment)
                 return tf.constant(True)
 
             return run
 
-        num_fragments = self.averaging.selection.num_fragments
-        turn = tf.cast(rounds % num_fragments, tf.int32)
-        tf.switch_case(turn, {fragment: branch(fragment) for fragment in range(num_fragments)})
+        fragments = range(self.averaging.selection.num_fragments)
+        tf.switch_case(tf.cast(turn, tf.int32), {fragment: branch(fragment) for fragment in fragments})
 
-    def _detail(self) -> tf.Tensor:
+    # ---- with a delay ----
+
+    def _begin_delayed(self) -> None:
+        """Take a snapshot, and let the exchange of it run beside the next steps."""
+        assert self.state is not None
+        began = ops.pqasgd_clock()
+        state, turn = self.state, self._turn()
+
+        def take(fragment: int | None) -> None:
+            for channel, snapshot, members in zip(self._channels, state.snapshots, self._members, strict=True):
+                channel.take_snapshot(snapshot, [variable.value() for variable in members], fragment)
+
+        with after(began):
+            self._select(turn, take)
+        # TensorFlow orders what touches a variable: these wait for the copies, and the thread for these.
+        copied = [snapshot.value() for snapshot in state.snapshots]
+        steps = state.steps.value()
+        with after(*copied):
+            ticket = state.pending.assign(tf.stack([steps + self.averaging.delay, steps, turn]), read_value=True)
+            rate = state.pending_learning_rate.assign(self._learning_rate.value(), read_value=True)
+            state.steps_since_round.assign(0)
+        with after(rate, self._delayed.start(tf.identity(ticket)[1:])):
+            self._seconds.assign_add(ops.pqasgd_clock() - began)
+
+    def _exchange_snapshots(self, fragment: int) -> None:
+        """Exchange them, in a thread; the main one reads what this writes when it is over."""
+        self._traced(self._exchange_all if fragment < 0 else self._exchange_fragment(fragment))
+
+    def _exchange_fragment(self, fragment: int) -> Callable[[], None]:
+        if fragment not in self._of_fragments:
+            self._of_fragments[fragment] = lambda: self._exchange_all(fragment)
+        return self._of_fragments[fragment]
+
+    def _exchange_all(self, fragment: int | None = None) -> None:
+        assert self.state is not None
+        steps, rounds = self.state.pending[1], self.state.rounds.value()
+        rate = tf.cast(self.state.pending_learning_rate.value(), tf.float32)
+        agreed, details = self._meeting.agree_on_details(Purpose.AVERAGE, steps, rounds, self._detail(rate))
+        with after(agreed):
+            flags = [
+                channel.exchange_vector(snapshot.value(), steps, rounds, fragment)
+                for channel, snapshot in zip(self._channels, self.state.snapshots, strict=True)
+            ]
+        all_flags = [flag for of_channel in flags for flag in of_channel]
+        with after(*([self._problems.verdict(all_flags)] if all_flags else [])):
+            self._details.assign(details)
+            for kept, of_channel in zip(self._flags, flags, strict=True):
+                if of_channel:
+                    kept[: len(of_channel)].assign(tf.stack([tf.reshape(flag, []) for flag in of_channel]))
+
+    def _land(self) -> None:
+        """Apply the average under way; raise what went wrong with it, and forget it then."""
+        assert self.state is not None
+        state, began = self.state, ops.pqasgd_clock()
+        with after(began):
+            pending = tf.identity(state.pending.value())
+            failed = self._delayed.wait(pending[1:])
+        again = tf.where(failed > 0, state.period.value(), state.steps_since_round.value())
+        with after(failed):
+            forgotten = [
+                state.pending.assign([-1, -1, -1], read_value=True),
+                state.steps_since_round.assign(again, read_value=True),  # so that the next step tries again
+            ]
+        with after(*forgotten):
+            verdict = self._delayed.verdict(failed)
+        with after(verdict):
+            self._select(pending[2], lambda fragment: self._apply_landed(pending[1], fragment))
+        with after(state.rounds.value()):
+            self._seconds.assign_add(ops.pqasgd_clock() - began)
+
+    def _apply_landed(self, began_at: tf.Tensor, fragment: int | None) -> None:
+        assert self.state is not None
+        state, rate = self.state, self.state.pending_learning_rate.value()
+        if self._stepper is not None:
+            self._stepper.step()
+        coefficients = self._coefficients(rate)
+        for i, (channel, members) in enumerate(zip(self._channels, self._members, strict=True)):
+            flags = tf.unstack(self._flags[i].value())[: len(channel.limits(fragment)) // 2]
+            channel.keep_residuals(flags, fragment)
+            channel.commit_since(state.snapshots[i], members, self._parameter_sizes[i], coefficients, fragment)
+            self._count_bytes(channel, fragment)
+        self._clear_buffers()
+        state.rounds.assign_add(1)
+        self._total_rounds.assign_add(1)
+        if fragment is None:
+            since = state.steps_since_average.value()
+            state.steps_since_average.assign(tf.where(began_at == state.steps, tf.zeros_like(since), since))
+        self._advance(self._details.value(), began_at, rate)
+        self._verify()
+
+    def settle(self) -> None:
+        """Wait for a thread that exchanges, before the state that it reads is replaced."""
+        if self.state is not None and self.state.snapshots:
+            self._delayed.join()
+
+    def _detail(self, rate: tf.Tensor | None = None) -> tf.Tensor:
         """Return what ranks tell each other: learning rate and distance, as :meth:`Pace.detail` packs them."""
         assert self.state is not None
         zero = tf.zeros([], tf.float32)
-        rate = tf.cast(self._learning_rate.value(), tf.float32) if self.averaging.uses_learning_rate else zero
+        if rate is None:
+            rate = tf.cast(self._learning_rate.value(), tf.float32)
+        rate = rate if self.averaging.uses_learning_rate else zero
         distance = self.state.distance.value() if self.averaging.schedule.uses_drift else zero
         return tf.bitcast(tf.stack([rate, distance]), tf.int64)
 
-    def _coefficients(self) -> tf.Tensor | None:
-        """Return the outer step of an average now."""
+    def _coefficients(self, now: tf.Tensor) -> tf.Tensor | None:
+        """Return the outer step of an average at this learning rate."""
         assert self.state is not None
         if not self._has_outer:
             return None
-        before, now = self.state.learning_rate.value(), self._learning_rate.value()
+        before = self.state.learning_rate.value()
         ratio = tf.where(before < 0, tf.ones_like(now), tf.math.divide_no_nan(now, before))
         coefficients = self.averaging.outer.coefficients(ratio)
         assert coefficients is not None
         return tf.stack([tf.cast(number, tf.float32) for number in coefficients])
 
-    def _advance(self, details: tf.Tensor | None) -> None:
-        """Decide on the next period, after an average in which the ranks have said ``details``."""
+    def _advance(self, details: tf.Tensor | None, steps: tf.Tensor, now: tf.Tensor) -> None:
+        """Decide on the next period, after an average of what there was after ``steps``, at a learning rate.
+
+        The ranks have said ``details`` in it.
+        """
         assert self.state is not None
-        before, now = self.state.learning_rate.value(), self._learning_rate.value()
+        before = self.state.learning_rate.value()
         dropped = tf.cast((before >= 0) & (now < before), tf.int64)
         has_dropped = self.state.has_dropped.assign(tf.maximum(self.state.has_dropped, dropped), read_value=True)
         self.state.learning_rate.assign(now)
@@ -339,9 +477,7 @@ class PeriodicAverager:
         if details is not None and self.averaging.schedule.uses_drift:
             drift = tf.reduce_mean(tf.cast(tf.bitcast(details, tf.float32)[:, 1], tf.float64))
         memory = tf.unstack(self.state.memory.value())
-        seen = Observed(
-            self.state.steps.value(), tf.cast(has_dropped, tf.bool), now, drift, self.state.period.value(), memory
-        )
+        seen = Observed(steps, tf.cast(has_dropped, tf.bool), now, drift, self.state.period.value(), memory)
         period, remembered = self.averaging.schedule.advance(seen, xp=tf)
         self.state.period.assign(tf.cast(period, tf.int64))
         self.state.memory.assign(tf.stack(list(remembered)))
@@ -356,7 +492,7 @@ class PeriodicAverager:
                 channel.exchange([variable.value() for variable in members], step, round_, fragment)
                 for channel, members in zip(self._channels, self._members, strict=True)
             ]
-        coefficients = self._coefficients()
+        coefficients = self._coefficients(self._learning_rate.value())
         all_flags = [flag for of_channel in flags for flag in of_channel]
         with after(*([self._problems.verdict(all_flags)] if all_flags else [])):
             if self._channels and self.averaging.schedule.uses_drift:
@@ -366,11 +502,8 @@ class PeriodicAverager:
             for channel, members, of_channel in zip(self._channels, self._members, flags, strict=True):
                 channel.keep_residuals(of_channel, fragment)
                 channel.commit(members, coefficients, fragment)
-                sent, received = channel.bytes_per_round(fragment)
-                self._sent.assign_add(sent)
-                self._received.assign_add(received)
-            for (anchor, _), cleared in zip(self._anchors(), self._cleared, strict=True):
-                _clear(anchor, cleared)
+                self._count_bytes(channel, fragment)
+            self._clear_buffers()
             for variable, number in self._reset:
                 variable.assign(tf.fill(variable.shape, tf.cast(number, variable.dtype)))
             done = self.state.rounds.assign_add(1)
@@ -378,12 +511,24 @@ class PeriodicAverager:
             self.state.steps_since_round.assign(0)
             if fragment is None:
                 self.state.steps_since_average.assign(0)
-            self._advance(details)
+            self._advance(details, self.state.steps.value(), self._learning_rate.value())
+        self._verify()
+        with after(done):
+            self._seconds.assign_add(ops.pqasgd_clock() - began)
+
+    def _count_bytes(self, channel: GraphChannel, fragment: int | None) -> None:
+        sent, received = channel.bytes_per_round(fragment)
+        self._sent.assign_add(sent)
+        self._received.assign_add(received)
+
+    def _clear_buffers(self) -> None:
+        for (anchor, _), cleared in zip(self._anchors(), self._cleared, strict=True):
+            _clear(anchor, cleared)
+
+    def _verify(self) -> None:
         if self._check_consistency and self._channels:
             anchors = [anchor.value() for anchor, _ in self._anchors()]
             self._consistency.agree(ops.pqasgd_digest(tensors=anchors))
-        with after(done):
-            self._seconds.assign_add(ops.pqasgd_clock() - began)
 
     def _measure_distance(self, fragment: int | None) -> None:
         assert self.state is not None
@@ -400,18 +545,27 @@ class PeriodicAverager:
     def flush(self, timeout: float | None = None) -> None:
         """Average a last partial period; collective, but nothing happens if no step was made since the last average.
 
-        With ``timeout`` the ranks first wait for each other, and raise CollectiveTimeoutError, nothing lost, if one
-        does not come in that many seconds.
+        An average under way is applied first. With ``timeout`` the ranks first wait for each other, and raise
+        CollectiveTimeoutError, nothing lost, if one does not come in that many seconds.
         """
         if self.state is None or int(self.state.steps_since_average) == 0:
             return
         if self._carrier is None:
             self._traced(self._average, None)
             return
+        is_pending = bool(self.state.snapshots) and int(self.state.pending[0]) >= 0
+        if is_pending:
+            self._delayed.join(timeout)
+            if self._delayed.error is not None:
+                self._traced(self._land)  # which raises it, as on all ranks; nobody would come to the meeting
         if timeout is not None:
             self._wait_for_all(timeout)
         steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())
         details = self._meeting.tell_details(Purpose.AVERAGE, steps, rounds, detail)
+        if is_pending:
+            self._traced(self._land)
+            if int(self.state.steps_since_average) == 0:
+                return
         self._traced(self._average, tf.constant(details, tf.int64))
 
     def _wait_for_all(self, timeout: float) -> None:

@@ -122,10 +122,6 @@ def test_the_configuration_survives_json_and_keras(options):
             lambda d: d(keras.optimizers.SGD(), period=2, averaging=hvd.PeriodicAveraging(period=3)),
             "period is 2 and averaging is .*; give one of them",
         ),
-        (
-            lambda d: d(keras.optimizers.SGD(), averaging=hvd.PeriodicAveraging(period=3, delay=1)),
-            "averaging has delay=1; it must be 0 in TensorFlow, where an exchange ends with the run of the graph",
-        ),
         (lambda d: d(keras.optimizers.SGD(), exchange="ring"), "exchange is 'ring'; it must be one of 'auto'"),
         (lambda d: d(keras.optimizers.SGD(), nonfinite="skip"), "nonfinite is 'skip'; it must be one of 'raise'"),
         (lambda d: d(keras.optimizers.SGD(), bucket_cap_mb=0), "bucket_cap_mb is 0; it must be a number above 0"),

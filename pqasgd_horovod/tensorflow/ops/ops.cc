@@ -4,9 +4,11 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -989,7 +991,7 @@ REGISTER_OP("PqasgdCommit")
     .Input("anchors: num_anchors * resource")
     .Input("variables: n * resource")
     .Attr("num_anchors: int >= 0")
-    .Attr("n: int >= 1")
+    .Attr("n: int >= 0")
     .Attr("add: bool")
     .Attr("spans: list(int)")
     .SetIsStateful()
@@ -1031,12 +1033,26 @@ class CommitOp : public OpKernel {
       return;
     }
     OP_REQUIRES_OK(context, unshared(context, old));
+    if (context->num_inputs() == 1 + num_anchors_) {
+      old->dtype() == DT_DOUBLE ? add<double>(*arriving->tensor(), old) : add<float>(*arriving->tensor(), old);
+      return;
+    }
     OP_REQUIRES_OK(context, write(context, *arriving->tensor(), old));
   }
 
  private:
+  // Anchor += mean, where there are no variables.
+  template <class T>
+  void add(const Tensor& mean, Tensor* anchor) const {
+    const int64_t whole[2] = {0, anchor->NumElements()};
+    const int64_t* spans = spans_.empty() ? whole : spans_.data();
+    for (size_t k = 0; k < std::max<size_t>(2, spans_.size()); k += 2)
+      for (int64_t i = spans[k]; i < spans[k + 1]; ++i) anchor->flat<T>()(i) += (T)mean.flat<float>()(i);
+  }
+
   // Variables = mean, or with an anchor: anchor += mean, variables = anchor.
   Status write(OpKernelContext* context, const Tensor& mean, Tensor* anchor) const {
+    if (context->num_inputs() == 1 + num_anchors_) return OkStatus();
     int64_t at = 0;
     for (int i = 1 + num_anchors_; i < context->num_inputs(); ++i) {
       core::RefCountPtr<Var> variable;
@@ -1240,6 +1256,152 @@ class DecodeAddVariableOp : public DecodeAddBase {
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdDecodeAddVariable").Device(DEVICE_CPU), DecodeAddVariableOp);
 
+// ---- an average that goes on beside the next steps ----
+
+// snapshot[spans] = tensors, as one flat vector.
+REGISTER_OP("PqasgdSnapshot")
+    .Input("snapshot: resource")
+    .Input("tensors: dtypes")
+    .Attr("dtypes: list({float, double, half, bfloat16}) >= 1")
+    .Attr("spans: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class SnapshotOp : public OpKernel {
+ public:
+  explicit SnapshotOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
+  }
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> snapshot;
+    OpInputList tensors;
+    Source source;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &snapshot));
+    OP_REQUIRES_OK(context, context->input_list("tensors", &tensors));
+    for (const Tensor& tensor : tensors) OP_REQUIRES_OK(context, source.add(tensor));
+    mutex_lock lock(*snapshot->mu());
+    Tensor* to = snapshot->tensor();
+    OP_REQUIRES_OK(context, unshared(context, to));
+    int32_t dtype = 0;
+    OP_REQUIRES_OK(context, dtype_from(to->dtype(), &dtype));
+    for (size_t i = 0; i + 1 < spans_.size(); i += 2) {
+      OP_REQUIRES(context, spans_[i + 1] <= to->NumElements(), InvalidArgument("spans go beyond the snapshot"));
+      char* at = (char*)data_of(*to) + spans_[i] * DataTypeSize(to->dtype());
+      OP_REQUIRES_OK(context, check(pq_gather(source.get(), spans_[i], spans_[i + 1] - spans_[i], at, dtype), "snapshot"));
+    }
+  }
+
+ private:
+  std::vector<int64_t> spans_;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdSnapshot").Device(DEVICE_CPU), SnapshotOp);
+
+// In spans: variables = anchor + (variables - snapshot); what follows the parameters, buffers, becomes the anchor.
+REGISTER_OP("PqasgdRebase")
+    .Input("anchor: resource")
+    .Input("snapshot: resource")
+    .Input("variables: n * resource")
+    .Attr("n: int >= 1")
+    .Attr("num_parameters: int")
+    .Attr("spans: list(int)")
+    .SetIsStateful()
+    .SetShapeFn(shape_inference::NoOutputs);
+
+class RebaseOp : public OpKernel {
+ public:
+  explicit RebaseOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("num_parameters", &num_parameters_));
+    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
+  }
+  void Compute(OpKernelContext* context) override {
+    core::RefCountPtr<Var> anchor, snapshot;
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &anchor));
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &snapshot));
+    tf_shared_lock anchor_lock(*anchor->mu());
+    mutex_lock snapshot_lock(*snapshot->mu());
+    const Tensor& base = *anchor->tensor();
+    Tensor* before = snapshot->tensor();
+    OP_REQUIRES_OK(context, unshared(context, before));
+    OP_REQUIRES(context, base.dtype() == before->dtype() && base.shape() == before->shape(),
+                InvalidArgument("anchor and snapshot differ in type or shape"));
+    const int64_t width = DataTypeSize(base.dtype());
+    int32_t dtype = 0;
+    OP_REQUIRES_OK(context, dtype_from(base.dtype(), &dtype));
+    int64_t at = 0;
+    for (int i = 2; i < context->num_inputs(); ++i) {
+      core::RefCountPtr<Var> variable;
+      OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, i), &variable));
+      mutex_lock lock(*variable->mu());
+      Tensor* tensor = variable->tensor();
+      OP_REQUIRES_OK(context, unshared(context, tensor));
+      const int64_t count = tensor->NumElements();
+      OP_REQUIRES(context, at + count <= base.NumElements(), InvalidArgument("more variables than anchors"));
+      Source target;
+      OP_REQUIRES_OK(context, target.add(*tensor));
+      for (size_t k = 0; k + 1 < spans_.size(); k += 2) {
+        const int64_t begin = std::max(spans_[k], at), n = std::min(spans_[k + 1], at + count) - begin;
+        if (n <= 0) continue;
+        if (at >= num_parameters_) {
+          target.source.anchor = nullptr;
+          OP_REQUIRES_OK(context, check(pq_gather(target.get(), begin - at, n, (char*)data_of(*before) + begin * width, dtype), "rebase"));
+        }
+        OP_REQUIRES_OK(context, target.subtract(*before, at));
+        OP_REQUIRES_OK(context, check(pq_rebase((const char*)data_of(base) + begin * width, begin - at, n, target.get()), "rebase"));
+      }
+      at += count;
+    }
+  }
+
+ private:
+  int64_t num_parameters_ = 0;
+  std::vector<int64_t> spans_;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdRebase").Device(DEVICE_CPU), RebaseOp);
+
+// What a thread of Python's is doing: a graph may wait for it, and holds no thread of TensorFlow's meanwhile.
+struct Gate {
+  bool open = false;
+  int32_t failed = 0;
+  std::vector<std::function<void(int32_t)>> waiting;
+};
+mutex g_gates_lock;
+std::unordered_map<int64_t, Gate>& gates() {
+  static auto* all = new std::unordered_map<int64_t, Gate>();
+  return *all;
+}
+
+REGISTER_OP("PqasgdAwait").Output("failed: int32").Attr("gate: int").SetIsStateful().SetShapeFn(shape_inference::ScalarShape);
+
+class AwaitOp : public AsyncOpKernel {
+ public:
+  explicit AwaitOp(OpKernelConstruction* context) : AsyncOpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("gate", &gate_));
+  }
+  void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
+    Tensor* failed = nullptr;
+    OP_REQUIRES_OK_ASYNC(context, context->allocate_output(0, {}, &failed), done);
+    const auto finish = [failed, done](int32_t result) {
+      failed->scalar<int32>()() = result;
+      done();
+    };
+    int32_t result = 0;
+    {
+      mutex_lock lock(g_gates_lock);
+      Gate& gate = gates()[gate_];
+      if (!gate.open) {
+        gate.waiting.push_back(finish);
+        return;
+      }
+      result = gate.failed;
+    }
+    finish(result);
+  }
+
+ private:
+  int64_t gate_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdAwait").Device(DEVICE_CPU), AwaitOp);
+
 // TensorFlow's own clock, Timestamp, is an error where ops are to be deterministic; nothing that is trained depends on this.
 REGISTER_OP("PqasgdClock").Output("seconds: double").SetIsStateful().SetShapeFn(shape_inference::ScalarShape);
 
@@ -1256,4 +1418,23 @@ REGISTER_KERNEL_BUILDER(Name("PqasgdClock").Device(DEVICE_CPU), ClockOp);
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void pqasgd_tensorflow_set_explain(Explain function) { g_explain = function; }
+#define PQ_FOR_PYTHON extern "C" __attribute__((visibility("default")))
+
+PQ_FOR_PYTHON void pqasgd_tensorflow_set_explain(Explain function) { g_explain = function; }
+
+PQ_FOR_PYTHON void pqasgd_tensorflow_close_gate(int64_t number) {
+  mutex_lock lock(g_gates_lock);
+  gates()[number].open = false;
+}
+
+PQ_FOR_PYTHON void pqasgd_tensorflow_open_gate(int64_t number, int32_t failed) {
+  std::vector<std::function<void(int32_t)>> waiting;
+  {
+    mutex_lock lock(g_gates_lock);
+    Gate& gate = gates()[number];
+    gate.open = true;
+    gate.failed = failed;
+    waiting.swap(gate.waiting);
+  }
+  for (const auto& finish : waiting) finish(failed);
+}
