@@ -212,9 +212,18 @@ class Channel:
             return None
         return cast("NDArray[np.float32]", self.anchor)
 
-    def source(self) -> native.Source:
-        """Return the vector as it is in memory now, minus the anchor, plus what was not sent before."""
+    def source(self, absent: bool = False) -> native.Source:
+        """Return the vector as it is in memory now, minus the anchor, plus what was not sent before.
+
+        Of a rank that is ``absent`` only the latter: nothing has changed there.
+        """
+        if absent:
+            return self._nothing().source(residuals=self._residuals)
         return self.vector.source(self.anchor, self._residuals)
+
+    def _nothing(self) -> FlatVector:
+        """Return zeros, as many as the vector has elements."""
+        return FlatVector([ArrayView("nothing", np.zeros(self.vector.num_elements, np.float32))])
 
     def take_snapshot(self, fragment: int | None = None) -> native.Source:
         """Copy the vector, or a fragment of it, and return the copy as :meth:`source` would the vector."""
@@ -242,15 +251,18 @@ class Channel:
             self.exchange.begin(bucket, source, start, step=step, round=round, base=base)
             self.exchange.advance()
 
-    def begin_bucket(self, bucket: int, step: int, round: int) -> None:
-        """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there."""
-        tensors = self.tensors_in(bucket)
-        start = self.starts[bucket] - self.vector.offsets[tensors.start]
+    def begin_bucket(self, bucket: int, step: int, round: int, absent: bool = False) -> None:
+        """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there.
+
+        A rank that is ``absent`` has zeros in their place.
+        """
+        vector, tensors = (self._nothing(), range(1)) if absent else (self.vector, self.tensors_in(bucket))
+        start = self.starts[bucket] - vector.offsets[tensors.start]
         if self.velocities is None:
-            source = self.vector.source(residuals=self._residuals, part=tensors)
+            source = vector.source(residuals=self._residuals, part=tensors)
         else:
             span = slice(self.starts[bucket], self.starts[bucket + 1])
-            self.velocities.advance(self.vector.source(part=tensors), start, span)
+            self.velocities.advance(vector.source(part=tensors), start, span)
             source, start = self.velocities.source(self._residuals), span.start
         self.exchange.begin(bucket, source, start, step=step, round=round)
         self.exchange.advance()
@@ -479,8 +491,8 @@ class ChannelSet:
                 found[kind].update({name: values for name, values in named.items() if name not in skipped})
         return found
 
-    def finish(self) -> None:
-        """Wait for all means.
+    def finish(self, scale: float = 1.0) -> None:
+        """Wait for all means, each times ``scale``.
 
         If one channel fails the others are still waited for, so that the next round can work; the first error is raised
         then.
@@ -488,7 +500,7 @@ class ChannelSet:
         errors: list[Exception] = []
         for channel in self._channels:
             try:
-                channel.exchange.finish(channel.means)
+                channel.exchange.finish(channel.means, scale=scale)
             except (NonFiniteError, MismatchError, WireFormatError) as error:
                 errors.append(error)
         if errors:

@@ -181,6 +181,16 @@ class ExchangeConfig:
                     "optimizer. For changes of parameters take one with a scale, such as Compression.signsgd()"
                 )
 
+    def check_for_join(self) -> None:
+        """Raise ArgumentError unless a rank without data can send nothing."""
+        for argument, codec in {**self._codecs(), "second_compression": self.second_codec}.items():
+            if codec is not None and not codec.keeps_scale:
+                raise ArgumentError(
+                    f"{argument} is {codec}, in which a 0 is sent as +1: a rank without data would vote, so that "
+                    "join() is not possible. Take a codec with a scale, such as Compression.signsgd(), or give every "
+                    "rank as many batches"
+                )
+
     def way_for(self, tensor: TensorSpec) -> Way:
         """Return how a tensor travels: with the codec of the first rule that matches, if it fits the tensor.
 

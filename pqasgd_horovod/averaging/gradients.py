@@ -19,19 +19,22 @@ from ..exchange.rows import Rows
 from ..exchange.wire import format_by_rank
 from .channel import Channel, ChannelSet, digest_arrays, plan_channel, warn_of_size
 from .config import ExchangeConfig
-from .meeting import Meeting, Purpose
+from .meeting import Agreement, Meeting, Purpose
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
 from .tables import SparseSpec, Tables
 from .vector import FlatVector, TensorView
 
+_NO_ROWS = Rows(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
-def _check_frozen(checksums: Sequence[int]) -> None:
-    if len(set(checksums)) > 1:
+
+def _check_frozen(met: Agreement) -> None:
+    if len(set(met.details_of_training)) > 1:
         listing = format_by_rank(
-            (rank, f"{checksum >> 32} (checksum of their names {checksum & 0xFFFFFFFF:08x})")
-            for rank, checksum in enumerate(checksums)
+            (rank, f"{intent.detail >> 32} (checksum of their names {intent.detail & 0xFFFFFFFF:08x})")
+            for rank, intent in enumerate(met.intents)
+            if not intent.has_ended
         )
         raise DesynchronizedError(
             f"the ranks do not train the same parameters. With requires_grad=False there are {listing}: freeze and "
@@ -90,8 +93,15 @@ class GradientAverager:
         """
         self._laid_out = (tensors, sparse)
         self._num_elements = sum(tensor.numel for tensor in tensors) + sum(math.prod(spec.shape) for spec in sparse)
-        if self._carrier is None:
-            return
+        if self._meeting is not None:
+            self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
+            self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Do so, when the ranks have met."""
+        assert self._carrier is not None
+        tensors, sparse = self._laid_out
         config = self._config.at(self.steps)
         arrays = self._arrays()
         description = {
@@ -103,9 +113,6 @@ class GradientAverager:
             "factors": digest_arrays(arrays["factor"]),
             **config.describe_codecs([*tensors, *sparse]),
         }
-        assert self._meeting is not None
-        self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
-        self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
         vectors = [(way, FlatVector(members)) for way, members in config.by_way(tensors)]
         plans = [
@@ -187,17 +194,24 @@ class GradientAverager:
         for name in self._buckets_of:
             self._launch(name)
         started = time.perf_counter()
+        if self._meeting is not None:
+            checksum = len(frozen) << 32 | zlib.crc32("\n".join(frozen).encode())
+            self._meeting.announce(Purpose.AVERAGE, self.steps, self.steps, checksum)
+        means = self._complete(None)
+        self.statistics.exchange_seconds += time.perf_counter() - started
+        return means
+
+    def _complete(self, met: Agreement | None) -> dict[str, Rows]:
+        """Wait for what has been sent, and write the means over the gradients; ``met``: unless the ranks meet now."""
         try:
-            checksums: list[int] = []
-            if self._meeting is not None:
-                checksum = len(frozen) << 32 | zlib.crc32("\n".join(frozen).encode())
-                self._meeting.announce(Purpose.AVERAGE, self.steps, self.steps, checksum)
-                checksums = self._meeting.agree()
+            if met is None:
+                met = Agreement() if self._meeting is None else self._meeting.agree()
+            scale = 1.0 if self._sum_over_ranks else met.scale
             try:
-                self._channels.finish()
+                self._channels.finish(scale)
             finally:
                 means = {} if self._tables is None else self._tables.finish()
-            _check_frozen(checksums)
+            _check_frozen(met)
         finally:
             self.steps += 1
             self._start_step()
@@ -207,14 +221,42 @@ class GradientAverager:
                 for mean in channel.means:
                     np.multiply(mean, np.float32(self._carrier.size), out=mean)
             channel.apply(channel.source())
-        if self._carrier is not None and self._sum_over_ranks:
+        factor = self._carrier.size if self._carrier is not None and self._sum_over_ranks else scale
+        if factor != 1:
             for rows in means.values():
-                np.multiply(rows.values, np.float32(self._carrier.size), out=rows.values)
+                np.multiply(rows.values, np.float32(factor), out=rows.values)
         self.statistics.rounds += 1
-        self.statistics.exchange_seconds += time.perf_counter() - started
         if self._check_consistency and self._carrier is not None:
             self._channels.verify_replicas(self._carrier, self._name, "gradients")
         return means
+
+    def join(self) -> tuple[int, bool]:
+        """Take part in the steps of ranks that have more data, until none has, with zeros in place of gradients.
+
+        Return the rank that joined last, of several the lowest, and whether some rank has made fewer steps. The mean is
+        that of the ranks that have more data, a sum is a sum; what this rank has not sent before still travels. The
+        gradients of this rank become the means, and whoever calls this has to see that parameters become those of the
+        rank that joined last.
+
+        :meth:`prepare` first. Raises ArgumentError if a codec cannot send nothing.
+        """
+        self._config.check_for_join()
+        own_steps = self.steps
+        while self._meeting is not None:
+            self._meeting.announce(Purpose.JOINED, own_steps, own_steps)
+            met = self._meeting.agree()
+            if met.has_ended:
+                return met.last, any(intent.steps < met.steps for intent in met.intents)
+            if met.lays_out:
+                self._lay_out()
+                continue
+            for channel in self._channels:
+                for bucket in range(channel.num_buckets):
+                    channel.begin_bucket(bucket, step=self.steps, round=self.steps, absent=True)
+            for spec in self._laid_out[1]:
+                self.ready_rows(spec.name, lambda: _NO_ROWS)
+            self._complete(met)
+        return 0, False
 
     def config(self) -> dict[str, Any]:
         """Return what a saved state must have been made with."""

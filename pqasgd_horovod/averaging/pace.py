@@ -79,7 +79,8 @@ class Pace:
             self.has_dropped = True
         self.learning_rate = learning_rate
         distances = np.array(unpack_details(details)[1], np.float32)
-        drift = float(distances.mean(dtype=np.float64)) if self.uses_drift and len(details) else -1.0
+        known = distances[~(distances < 0)]  # not at first, and not on a rank that was absent
+        drift = float(known.mean(dtype=np.float64)) if self.uses_drift and len(known) else -1.0
         seen = Observed(steps, self.has_dropped, learning_rate, drift, self.period, self.memory)
         period, (first, second) = self._averaging.schedule.advance(seen)
         self.period, self.memory = int(period), (float(first), float(second))

@@ -17,10 +17,10 @@ from .background import Background
 from .channel import Channel, ChannelSet, digest_arrays, digest_tensors, group_tensors, plan_channel, warn_of_size
 from .config import ExchangeConfig, Way
 from .counted import CountedStatistics, gather_most_counted
-from .meeting import Meeting, Purpose
+from .meeting import Agreement, Meeting, Purpose
 from .moments import Moments, common_moments
 from .outer import OuterOptimizer, OuterStepper
-from .pace import Pace, check_learning_rates, rounded
+from .pace import Pace, check_learning_rates, rounded, unpack_details
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
@@ -31,7 +31,7 @@ from .vector import AnchorArray, FlatVector, TensorView
 class _Pending:
     """An average that is under way, and applied later."""
 
-    exchange: Background[list[int]]
+    exchange: Background[Agreement]
     """What the ranks have told each other comes out of it; until then the channels' exchanges are its own."""
     steps: int
     """Steps at the snapshot."""
@@ -118,7 +118,11 @@ class PeriodicAverager:
         self._parameters, self._buffers, self._counted = parameters, buffers, counted
 
     def _lay_out(
-        self, parameters: Sequence[TensorView], buffers: Sequence[TensorView], counted: Sequence[CountedStatistics]
+        self,
+        parameters: Sequence[TensorView],
+        buffers: Sequence[TensorView],
+        counted: Sequence[CountedStatistics],
+        has_met: bool = False,
     ) -> None:
         assert self._carrier is not None
         arrays = self._arrays()
@@ -137,7 +141,7 @@ class PeriodicAverager:
                     anchor[vector.span(i)] = anchors[tensor.name]
             digests.update(digest_tensors(vector, anchor))
             layout.append((vector, anchor, way))
-        digest = self._agree(parameters, buffers, counted, digests, digest_arrays(arrays["factor"]))
+        digest = self._agree(parameters, buffers, counted, digests, digest_arrays(arrays["factor"]), has_met)
         plans = [
             plan_channel(
                 vector,
@@ -199,6 +203,7 @@ class PeriodicAverager:
         counted: Sequence[CountedStatistics],
         digests: Mapping[str, str],
         factors: Mapping[str, str],
+        has_met: bool,
     ) -> int:
         assert self._carrier is not None
         description = {
@@ -211,9 +216,10 @@ class PeriodicAverager:
             "counted": [f"{layer.name}: {layer.description}" for layer in counted],
             **self._config.describe_codecs(parameters),
         }
-        assert self._meeting is not None
-        self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)
-        self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
+        if not has_met:
+            assert self._meeting is not None
+            self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)
+            self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
         counters = {
             "steps": self.steps,
@@ -242,82 +248,90 @@ class PeriodicAverager:
         self.steps += 1
         self.steps_since_average += 1
         self._steps_since_round += 1
-        self._learning_rate = rounded(learning_rate)
+        # Else it is not compared, so that nothing may depend on it.
+        self._learning_rate = rounded(learning_rate) if self._averaging.uses_learning_rate else 0.0
         self.statistics.count_step(self._num_parameters)
         if self._pending is not None and self.steps >= self._pending.due:
             self._land()
         if self._steps_since_round >= self._pace.period:
-            self._announce(Purpose.AVERAGE)
-            fragment = self.rounds % self._averaging.selection.num_fragments if self._averaging.is_sparse else None
+            self._announce(Purpose.AVERAGE, self.steps)
+            fragment = self._fragment()
             if self._averaging.delay and self._carrier is not None:
                 self._begin(fragment)
             else:
                 self._average(None, fragment)
 
-    def _announce(self, purpose: Purpose) -> None:
-        if self._meeting is not None:
-            self._meeting.announce(purpose, self.steps, self.rounds, self._pace.detail(self._learning_rate))
+    def _fragment(self) -> int | None:
+        """Return which part of the coordinates the next average is about; None: all of them."""
+        return self.rounds % self._averaging.selection.num_fragments if self._averaging.is_sparse else None
 
-    def _average(self, details: list[int] | None, fragment: int | None = None) -> None:
+    def _announce(self, purpose: Purpose, steps: int) -> None:
+        if self._meeting is not None:
+            self._meeting.announce(purpose, steps, self.rounds, self._pace.detail(self._learning_rate))
+
+    def _average(self, met: Agreement | None, fragment: int | None = None, is_last: bool = True) -> None:
         """Average all, or a fragment: anchor += mean of the decoded changes, parameters = anchor.
 
-        ``details`` is what the ranks have told each other if they have met already.
+        ``met`` is what the ranks have told each other if they have met already. Unless it ``is_last`` others have made
+        steps when they apply it.
         """
         started = time.perf_counter()
         if self._carrier is not None and self._averaging.moments == "average":
-            if details is None:
+            if met is None:
                 assert self._meeting is not None
-                details = self._meeting.agree()
+                met = self._meeting.agree()
             self._place_moments(self._carrier)
+        absent = self._carrier is not None and met is not None and met.is_absent(self._carrier.rank)
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
-        sources = [(channel, channel.source()) for channel in self._channels]
-        details = self._exchange(sources, self.steps, fragment, details)
+        targets = [(channel, channel.source()) for channel in self._channels]
+        sources = [(channel, channel.source(absent=True)) for channel in self._channels] if absent else targets
+        met = self._exchange(sources, self.steps, fragment, met)
         adopt = self._gather_counted(fragment)
         if self._pace.uses_drift:
             # Before an outer optimizer: what counts is how far the ranks are from each other.
-            self._pace.distance = sum(channel.distance(self._parameter_elements(channel)) for channel in self._channels)
+            distances = (channel.distance(self._parameter_elements(channel)) for channel in self._channels)
+            self._pace.distance = -1.0 if absent else sum(distances)
         self._step_outer()
         outer = self._pace.coefficients(self._learning_rate)
-        for channel, source in sources:
-            channel.apply(source, outer)
+        for channel, target in targets:
+            channel.apply(target, outer)
             self._clear_buffer_anchors(channel)
         adopt()
         self._steps_since_round = 0
-        if fragment is None:
+        if fragment is None and is_last:
             self.steps_since_average = 0
         if self._carrier is not None and self._averaging.moments == "reset":
             assert self._moments is not None
             self._moments.reset()
-        self._complete(self.steps, self._learning_rate, details)
+        self._complete(self.steps, self._learning_rate, met)
         self.statistics.exchange_seconds += time.perf_counter() - started
-        self._verify()
+        self._verify(anchors=self.steps_since_average > 0)
 
     def _exchange(
         self,
         sources: Sequence[tuple[Channel, native.Source]],
         steps: int,
         fragment: int | None,
-        details: list[int] | None = None,
-    ) -> list[int]:
+        met: Agreement | None = None,
+    ) -> Agreement:
         """Send and receive; return what the ranks have told each other."""
         for channel, source in sources:
             channel.begin(source, step=steps, round=self.rounds, fragment=fragment)
-        if details is None:
-            details = [] if self._meeting is None else self._meeting.agree()
-        self._channels.finish()
-        check_learning_rates(details)
-        return details
+        if met is None:
+            met = Agreement() if self._meeting is None else self._meeting.agree()
+        self._channels.finish(met.scale)
+        check_learning_rates(met.details_of_training)
+        return met
 
-    def _complete(self, steps: int, learning_rate: float, details: Sequence[int]) -> None:
+    def _complete(self, steps: int, learning_rate: float, met: Agreement) -> None:
         """Count an average of what there was after ``steps``."""
-        self._pace.advance(steps, learning_rate, details)
+        self._pace.advance(steps, learning_rate, met.details)
         self.rounds += 1
         self.statistics.rounds += 1
 
-    def _verify(self) -> None:
+    def _verify(self, anchors: bool) -> None:
         if self._check_consistency and self._carrier is not None:
-            local = self.steps_since_average > 0
-            self._channels.verify_replicas(self._carrier, self._name, "parameters", anchors=local)
+            self._channels.verify_replicas(self._carrier, self._name, "parameters", anchors=anchors)
 
     def _begin(self, fragment: int | None) -> None:
         """Take a snapshot, and let the exchange of it run beside the next steps."""
@@ -345,7 +359,7 @@ class PeriodicAverager:
         pending.exchange.wait(timeout)
         self._pending = None
         try:
-            details = pending.exchange.result()
+            met = pending.exchange.result()
         except Exception:
             self._steps_since_round = self._pace.period  # so that the next step tries again
             raise
@@ -356,9 +370,9 @@ class PeriodicAverager:
             self._clear_buffer_anchors(channel)
         if pending.steps == self.steps and pending.fragment is None:
             self.steps_since_average = 0
-        self._complete(pending.steps, pending.learning_rate, details)
+        self._complete(pending.steps, pending.learning_rate, met)
         self.statistics.exchange_seconds += time.perf_counter() - started
-        self._verify()
+        self._verify(anchors=True)
 
     def _gather_counted(self, fragment: int | None) -> Callable[[], None]:
         """Return what adopts statistics, once in a rotation; collective."""
@@ -390,7 +404,7 @@ class PeriodicAverager:
         """
         if self.steps_since_average == 0:
             return
-        details: list[int] = []
+        met = Agreement()
         if self._meeting is not None:
             deadline = None if timeout is None else time.monotonic() + timeout
             try:
@@ -398,8 +412,8 @@ class PeriodicAverager:
                     self._pending.exchange.wait(timeout)
                     if self._pending.exchange.error is not None:
                         self._land()  # which raises it, as on all ranks; nobody would come to the meeting
-                self._announce(Purpose.FLUSH)
-                details = self._meeting.agree(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                self._announce(Purpose.FLUSH, self.steps)
+                met = self._meeting.agree(None if deadline is None else max(0.0, deadline - time.monotonic()))
             except CollectiveTimeoutError:
                 raise CollectiveTimeoutError(
                     f"{self.steps_since_average} steps were made since the last average, and averaging them takes "
@@ -409,7 +423,49 @@ class PeriodicAverager:
             self._land()
             if self.steps_since_average == 0:
                 return
-        self._average(details)
+        self._average(met)
+
+    def join(self) -> int:
+        """Take part in the averages of ranks that have more data, until none has; return the rank that joined last.
+
+        Of several that joined between two averages that is the one with the most steps, of those the lowest. The mean
+        is that of the ranks that have more data; what this rank has done since its last average counts as much in the
+        next. Then its change is 0; what it has not sent before still travels. When all ranks have joined, what any of
+        them has done since is averaged: the replicas, counters and all that ranks have alike, are then the same.
+
+        :meth:`prepare` first. An average under way is applied at once. Raises DesynchronizedError on every rank if
+        another one flushes meanwhile.
+        """
+        self._land()
+        if self._meeting is None:
+            self.flush()
+            return 0
+        own_steps = self.steps
+        # In how many averages something of this rank is left: one for each part, but for that of the last step.
+        rounds_left = self._averaging.selection.num_fragments - (self._steps_since_round == 0)
+        rounds_left *= self.steps_since_average > 0
+        while True:
+            self._announce(Purpose.LAST if rounds_left else Purpose.JOINED, own_steps)
+            met = self._meeting.agree()
+            self._catch_up(met)
+            if met.lays_out:
+                self._lay_out(self._parameters, self._buffers, self._counted, has_met=True)
+                continue
+            if met.has_ended:
+                if met.num_counted:
+                    self._average(met)
+                self.steps_since_average = 0
+                return met.last
+            self._average(met, self._fragment(), is_last=not self._averaging.delay)
+            rounds_left = max(0, rounds_left - 1)
+
+    def _catch_up(self, met: Agreement) -> None:
+        """Count the steps that others have made meanwhile, with their learning rate."""
+        missed = met.steps - self.steps
+        self.steps += missed
+        self.steps_since_average += missed
+        self.statistics.count_steps(missed, self._num_parameters)
+        self._learning_rate = unpack_details(met.details_of_training)[0][0]
 
     def _arrays(self) -> Arrays:
         """Return what is saved of the parameters, by name; what was restored and is not in place yet counts."""

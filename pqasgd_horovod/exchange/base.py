@@ -203,8 +203,10 @@ class Exchange(abc.ABC):
         self.advance()
         return any(flight.handle is None for flight in self._flights.values())
 
-    def finish(self, means: Sequence[Float32], timeout: float | None = None) -> None:
+    def finish(self, means: Sequence[Float32], timeout: float | None = None, scale: float = 1.0) -> None:
         """Wait for all buckets begun and write their means: ``means[b]`` is float32 of ``buckets[b]`` elements.
+
+        Each mean is multiplied by ``scale``, the same on every rank, when it is there, and then added to its base.
 
         On an error ``means`` is undefined, and nothing is in flight any more. Every rank raises the same:
 
@@ -226,18 +228,26 @@ class Exchange(abc.ABC):
             if not wait_until(self._any_landed, remaining):
                 raise self._timeout_error(timeout)
             bucket = next(flight.bucket for flight in self._flights.values() if flight.handle is None)
-            self._take(bucket, means[bucket])
+            self._take(bucket, means[bucket], scale)
         self._waiting = False
         problems, self._problems = self._problems, []
         if problems:
             raise_verdict(self.name, self._told(problems))
 
-    def _take(self, bucket: int, mean: Float32) -> Problem | None:
+    def _take(self, bucket: int, mean: Float32, scale: float = 1.0) -> Problem | None:
         """Turn a bucket that has landed into its mean, or NaN, and take note of it; return what is wrong with it."""
-        problem = self._land(self._flights.pop(bucket), mean)
+        flight = self._flights.pop(bucket)
+        base = flight.base
+        if scale != 1:
+            flight.base = None
+        problem = self._land(flight, mean)
         self.finished.append(bucket)
         if problem is None:
             self.averaged.append(bucket)
+            if scale != 1:
+                np.multiply(mean, np.float32(scale), out=mean)
+                if base is not None:
+                    np.add(base, mean, out=mean)
             return None
         mean.fill(np.nan)
         if problem.kind is not Kind.NON_FINITE or self._nonfinite == "raise":

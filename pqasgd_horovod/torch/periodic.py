@@ -79,6 +79,11 @@ class PeriodicMethods(CommonMethods):
         """
         self._averager.flush(timeout)
 
+    def join(self) -> int:
+        """Serve the averages of the ranks that have more data, and return the rank that joined last."""
+        self._prepare()
+        return int(self.process_set.ranks[self._averager.join()])
+
 
 def _itself(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter

@@ -17,6 +17,7 @@ from ..averaging import GradientAverager, MomentumCorrection
 from ..averaging.tables import SparseSpec
 from ..errors import ArgumentError
 from ..exchange.rows import Rows
+from .joining import check_before_join, take_over
 from .tensors import GradientMemory, describe
 from .wrapping import CommonMethods, Settings, parameters_of
 
@@ -193,6 +194,22 @@ class GradientMethods(CommonMethods):
             self.synchronize()
         self._synchronized = False
         return self._inner_step(closure)
+
+    def join(self) -> int:
+        """Send zeros while others have gradients; then take over parameters of the rank that joined last."""
+        check_before_join(self)
+        if self._averager.exchanges and not self._is_current():
+            self._lay_out()
+        try:
+            last, uneven = self._averager.join()
+        finally:
+            for gradient in self._gradients.values():
+                gradient.restore(keep_mean=False)
+            self._layout_is_current = None
+        last = int(self.process_set.ranks[last])
+        if uneven:
+            take_over(self, last)
+        return last
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():

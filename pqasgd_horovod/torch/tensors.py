@@ -234,7 +234,7 @@ class LayerStatistics:
 
     def pack(self) -> bytes:
         """Return the statistics as bytes."""
-        return b"".join(_bytes_of(tensor).numpy().tobytes() for tensor in self._tensors())
+        return b"".join(bytes_of(tensor).numpy().tobytes() for tensor in self._tensors())
 
     def _unpack(self, packed: Bytes) -> list[torch.Tensor]:
         both = torch.from_numpy(packed.copy()).split([tensor.nbytes for tensor in self._tensors()])
@@ -252,7 +252,8 @@ class LayerStatistics:
             self._layer.num_batches_tracked.fill_(count)
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements as bytes, a view if they are contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 

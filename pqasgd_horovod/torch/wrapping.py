@@ -174,6 +174,42 @@ class CommonMethods(_DistributedOptimizer):
         do not come in ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
         """
 
+    def join(self) -> int:
+        """Say that this rank has no more data, for now, and wait until no rank has; return the rank that joined last.
+
+        Call it on every rank, at the end of each epoch: where ranks have different numbers of batches, those that have
+        more go on. Each mean is then that of the ranks that have more data, and of what the others have done since the
+        average before; a rank that has joined sends zeros. When all have joined what is left is averaged, as by
+        :meth:`flush`, and all ranks have the same parameters; training can go on. Of several ranks that joined between
+        two averages the one with the most steps is returned, of those the lowest.
+
+        With ``period=1`` parameters and the optimizer's state become those of the rank that joined last; buffers stay
+        local. Where Horovod itself averages (``none`` or ``fp16`` with ``period=1``) it is Horovod's ``join()``, which
+        divides by the number of all ranks, those without data included.
+
+        A learning rate that is set in every step is not set on a rank that has joined; where a schedule or an outer
+        optimizer depends on it those of the other ranks count. Error feedback goes on with a change of 0: what was not
+        sent yet still is.
+
+        Raises ArgumentError, before anything is sent, if gradients are in flight, with ``signsgd(scaled=False)``, and,
+        where Horovod averages, for sparse gradients, process sets and Adasum; DesynchronizedError on every rank if one
+        calls flush(), or state_dict() in the middle of a period, while others have joined.
+
+        >>> import torch, pqasgd_horovod.torch as hvd
+        >>> hvd.init()
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = hvd.DistributedOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), period=8
+        ... )
+        >>> for _ in range(3 + hvd.rank()):  # uneven data
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 4)).sum().backward()
+        ...     optimizer.step()
+        >>> optimizer.join() == hvd.size() - 1
+        True
+        """
+        raise NotImplementedError
+
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of this process.
 

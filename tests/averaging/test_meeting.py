@@ -8,7 +8,7 @@ from pqasgd_horovod.averaging.meeting import Meeting, Purpose
 from pqasgd_horovod.errors import CollectiveTimeoutError, DesynchronizedError
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 
-LAYOUT, AVERAGE, FLUSH = Purpose.LAYOUT, Purpose.AVERAGE, Purpose.FLUSH
+LAYOUT, AVERAGE, FLUSH, LAST, JOINED = Purpose
 
 
 def meet(intents):
@@ -34,6 +34,9 @@ def meet(intents):
         [(AVERAGE, 8, 1), (FLUSH, 8, 1)],  # a flush where the period ends
         [(LAYOUT, 8, 1), (LAYOUT, 0, 0)],  # the layout's own handshake has more to say about it
         [(AVERAGE, 8, 1), (AVERAGE, 6, 1)],  # the bucket headers have
+        [(AVERAGE, 8, 1), (LAST, 6, 1), (JOINED, 4, 1)],
+        [(LAYOUT, 8, 2), (JOINED, 4, 2)],
+        [(LAST, 8, 2), (JOINED, 4, 2)],
     ],
 )
 def test_who_does_the_same_goes_on(intents):
@@ -47,6 +50,9 @@ def test_who_does_the_same_goes_on(intents):
         [(FLUSH, 6, 1), (FLUSH, 7, 1), (FLUSH, 6, 1)],
         [(LAYOUT, 8, 1), (AVERAGE, 8, 1)],
         [(LAYOUT, 8, 1), (FLUSH, 8, 1)],
+        [(FLUSH, 8, 1), (JOINED, 8, 1)],
+        [(FLUSH, 8, 1), (AVERAGE, 8, 1), (LAST, 8, 1)],
+        [(LAYOUT, 8, 1), (AVERAGE, 8, 1), (JOINED, 8, 1)],
     ],
 )
 def test_who_does_not_is_told_so_alike(intents):
