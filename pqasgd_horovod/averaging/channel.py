@@ -18,6 +18,7 @@ from ..codecs.low_rank import PowerSgd
 from ..errors import MismatchError, NonFiniteError, WireFormatError
 from ..exchange import Exchange, LowRankExchange, make_exchange
 from ..exchange.carriers import Carrier
+from ..exchange.carriers.nodes import NodesCarrier
 from ..exchange.handshake import verify_same
 from ..exchange.layout import join_tensors, shard_alignment
 from ..exchange.plan import bytes_per_round, choose_exchange, num_parts
@@ -188,6 +189,7 @@ class Channel:
         # walk over memory less, and an error leaves the anchor as it was.
         self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
         self._residuals = Residuals(vector.num_elements) if plan.feedback else None
+        self._is_of_node = isinstance(carrier, NodesCarrier)  # then the residual is too
         self._snapshot: AnchorArray | None = None  # made when the first one is taken
         self._feeds_back_means = plan.feeds_back_means
         self.velocities = (
@@ -212,18 +214,17 @@ class Channel:
             return None
         return cast("NDArray[np.float32]", self.anchor)
 
-    def source(self, absent: bool = False) -> native.Source:
-        """Return the vector as it is in memory now, minus the anchor, plus what was not sent before.
-
-        Of a rank that is ``absent`` only the latter: nothing has changed there.
-        """
-        if absent:
-            return self._nothing().source(residuals=self._residuals)
+    def source(self) -> native.Source:
+        """Return the vector as it is in memory now, minus the anchor, plus what was not sent before."""
         return self.vector.source(self.anchor, self._residuals)
 
-    def _nothing(self) -> FlatVector:
-        """Return zeros, as many as the vector has elements."""
-        return FlatVector([ArrayView("nothing", np.zeros(self.vector.num_elements, np.float32))])
+    def nothing(self) -> native.Source:
+        """Return zeros in place of :meth:`source`, for a rank that is absent, which keeps what was not sent before."""
+        residuals = self._residuals
+        if residuals is not None and not self._is_of_node:
+            residuals = Residuals(self.vector.num_elements)  # for what expects one; of zeros nothing is left
+        zeros = np.zeros(self.vector.num_elements, np.float32)
+        return FlatVector([ArrayView("nothing", zeros)]).source(residuals=residuals)
 
     def take_snapshot(self, fragment: int | None = None) -> native.Source:
         """Copy the vector, or a fragment of it, and return the copy as :meth:`source` would the vector."""
@@ -251,18 +252,15 @@ class Channel:
             self.exchange.begin(bucket, source, start, step=step, round=round, base=base)
             self.exchange.advance()
 
-    def begin_bucket(self, bucket: int, step: int, round: int, absent: bool = False) -> None:
-        """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there.
-
-        A rank that is ``absent`` has zeros in their place.
-        """
-        vector, tensors = (self._nothing(), range(1)) if absent else (self.vector, self.tensors_in(bucket))
-        start = self.starts[bucket] - vector.offsets[tensors.start]
+    def begin_bucket(self, bucket: int, step: int, round: int) -> None:
+        """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there."""
+        tensors = self.tensors_in(bucket)
+        start = self.starts[bucket] - self.vector.offsets[tensors.start]
         if self.velocities is None:
-            source = vector.source(residuals=self._residuals, part=tensors)
+            source = self.vector.source(residuals=self._residuals, part=tensors)
         else:
             span = slice(self.starts[bucket], self.starts[bucket + 1])
-            self.velocities.advance(vector.source(part=tensors), start, span)
+            self.velocities.advance(self.vector.source(part=tensors), start, span)
             source, start = self.velocities.source(self._residuals), span.start
         self.exchange.begin(bucket, source, start, step=step, round=round)
         self.exchange.advance()
@@ -299,12 +297,12 @@ class Channel:
             for start, size in zip(self.starts, self.exchange.buckets, strict=False)
         )
 
-    def apply(self, target: native.Source, outer: Coefficients | None = None) -> None:
+    def apply(self, target: native.Source, outer: Coefficients | None = None, absent: bool = False) -> None:
         """Add the mean to the anchor and copy that to the tensors; without an anchor copy the mean.
 
-        Of the buckets of the last round.
+        Of the buckets of the last round, in which an ``absent`` rank has sent :meth:`nothing`.
         """
-        self._keep_state()
+        self._keep_state(absent)
         anchor = self._float_anchor
         arrives_added = anchor is not None and not self.outer_elements
         if arrives_added and len(self.exchange.finished) == self.num_buckets:
@@ -363,10 +361,11 @@ class Channel:
                 spans.append(slice(start, stop))
         return spans
 
-    def _keep_state(self) -> None:
-        if self.velocities is not None:
+    def _keep_state(self, absent: bool = False) -> None:
+        keeps = not absent or self._is_of_node
+        if self.velocities is not None and keeps:
             self.velocities.keep(self.starts, self.exchange.averaged, self._residuals)
-        if self._residuals is not None:
+        if self._residuals is not None and keeps:
             self._residuals.keep(self.starts, self.exchange.averaged)
         self.exchange.commit()
 

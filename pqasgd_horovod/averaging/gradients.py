@@ -202,7 +202,11 @@ class GradientAverager:
         return means
 
     def _complete(self, met: Agreement | None) -> dict[str, Rows]:
-        """Wait for what has been sent, and write the means over the gradients; ``met``: unless the ranks meet now."""
+        """Wait for what has been sent, and write the means over the gradients.
+
+        The ranks meet now unless they have ``met``: this one has nothing to give then.
+        """
+        absent = met is not None
         try:
             if met is None:
                 met = Agreement() if self._meeting is None else self._meeting.agree()
@@ -220,7 +224,7 @@ class GradientAverager:
             if self._carrier is not None and self._sum_over_ranks:
                 for mean in channel.means:
                     np.multiply(mean, np.float32(self._carrier.size), out=mean)
-            channel.apply(channel.source())
+            channel.apply(channel.source(), absent=absent)
         factor = self._carrier.size if self._carrier is not None and self._sum_over_ranks else scale
         if factor != 1:
             for rows in means.values():
@@ -234,9 +238,9 @@ class GradientAverager:
         """Take part in the steps of ranks that have more data, until none has, with zeros in place of gradients.
 
         Return the rank that joined last, of several the lowest, and whether some rank has made fewer steps. The mean is
-        that of the ranks that have more data, a sum is a sum; what this rank has not sent before still travels. The
-        gradients of this rank become the means, and whoever calls this has to see that parameters become those of the
-        rank that joined last.
+        that of the ranks that have more data, a sum is a sum; what this rank has not sent before, and its velocity,
+        stay with it. The gradients of this rank become the means, and whoever calls this has to see that parameters
+        become those of the rank that joined last.
 
         :meth:`prepare` first. Raises ArgumentError if a codec cannot send nothing.
         """
@@ -251,8 +255,7 @@ class GradientAverager:
                 self._lay_out()
                 continue
             for channel in self._channels:
-                for bucket in range(channel.num_buckets):
-                    channel.begin_bucket(bucket, step=self.steps, round=self.steps, absent=True)
+                channel.begin(channel.nothing(), step=self.steps, round=self.steps)
             for spec in self._laid_out[1]:
                 self.ready_rows(spec.name, lambda: _NO_ROWS)
             self._complete(met)

@@ -284,7 +284,7 @@ class PeriodicAverager:
         absent = self._carrier is not None and met is not None and met.is_absent(self._carrier.rank)
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         targets = [(channel, channel.source()) for channel in self._channels]
-        sources = [(channel, channel.source(absent=True)) for channel in self._channels] if absent else targets
+        sources = [(channel, channel.nothing()) for channel in self._channels] if absent else targets
         met = self._exchange(sources, self.steps, fragment, met)
         adopt = self._gather_counted(fragment)
         if self._pace.uses_drift:
@@ -294,7 +294,7 @@ class PeriodicAverager:
         self._step_outer()
         outer = self._pace.coefficients(self._learning_rate)
         for channel, target in targets:
-            channel.apply(target, outer)
+            channel.apply(target, outer, absent)
             self._clear_buffer_anchors(channel)
         adopt()
         self._steps_since_round = 0
@@ -430,8 +430,8 @@ class PeriodicAverager:
 
         Of several that joined between two averages that is the one with the most steps, of those the lowest. The mean
         is that of the ranks that have more data; what this rank has done since its last average counts as much in the
-        next. Then its change is 0; what it has not sent before still travels. When all ranks have joined, what any of
-        them has done since is averaged: the replicas, counters and all that ranks have alike, are then the same.
+        next. Then its change is 0, and what it has not sent before stays with it. When all ranks have joined, what any
+        of them has done since is averaged: the replicas, counters and all that ranks have alike, are then the same.
 
         :meth:`prepare` first. An average under way is applied at once. Raises DesynchronizedError on every rank if
         another one flushes meanwhile.

@@ -188,8 +188,8 @@ class CommonMethods(_DistributedOptimizer):
         divides by the number of all ranks, those without data included.
 
         A learning rate that is set in every step is not set on a rank that has joined; where a schedule or an outer
-        optimizer depends on it those of the other ranks count. Error feedback goes on with a change of 0: what was not
-        sent yet still is.
+        optimizer depends on it those of the other ranks count. What error feedback has not sent of a rank that has
+        joined, and its velocity, stay with it until it has data again.
 
         Raises ArgumentError, before anything is sent, if gradients are in flight, with ``signsgd(scaled=False)``, and,
         where Horovod averages, for sparse gradients, process sets and Adasum; DesynchronizedError on every rank if one

@@ -352,27 +352,64 @@ def test_between_nodes_too(feedback):
         assert results[0]["rounds"] == rounds
 
 
-def test_what_was_not_sent_is_sent_by_a_rank_that_has_joined():
-    """All that all ranks have changed arrives, in the end."""
+@pytest.mark.parametrize("codec", [codecs.topk(density=0.05), codecs.powersgd(approximation_rank=2)], ids=str)
+def test_what_was_not_sent_stays_with_a_rank_that_has_joined(codec):
+    """All that the other one has changed is in the means, or in its residual."""
+    shapes = {"w": ((60, 50), "float32")}
 
     def program(carrier):
-        shapes = {"w": (2000, "float32")}
-        averager = make_averager(
-            carrier, PeriodicAveraging(1), codec=codecs.topk(density=0.05), feedback=Feedback(), method="allgather"
-        )
+        averager = make_averager(carrier, PeriodicAveraging(1), codec=codec, feedback=Feedback(), method="allgather")
         views = make_views(shapes, seed=1)
         averager.prepare(views)
-        for step in range(40 * carrier.rank + 1):
-            if step == 0:
-                move(views, carrier.rank, 0)
-            averager.count_step()
-        residual = np.abs(averager.state_dict()["residual"]["w"]).max()
-        averager.join()
-        return residual, np.abs(averager.state_dict()["residual"]["w"]).max()
 
-    (before, after), _ = run_ranks(2, program)
-    assert before > 0.01
-    assert after == 0
+        def keep():
+            state = averager.state_dict()
+            return views[0].array.reshape(-1).copy(), state["residual"]["w"].astype(np.float64)
+
+        move(views, carrier.rank, 0)
+        averager.count_step()
+        before, changes = keep(), np.zeros(3000)
+        for step in range(1, (1, 4)[carrier.rank]):
+            changes += change_of(carrier.rank, step, views[0]).reshape(-1)
+            move(views, carrier.rank, step)
+            averager.count_step()
+        averager.join()
+        return before, keep(), changes
+
+    (before, after, _), (before_other, after_other, changes) = run_ranks(2, program)
+    assert np.abs(before[1]).max() > 0.01
+    np.testing.assert_array_equal(before[1], after[1])
+    np.testing.assert_array_equal(after[0], after_other[0])
+    sent = after_other[0].astype(np.float64) - before_other[0]
+    np.testing.assert_allclose(sent + after_other[1] - before_other[1], changes, rtol=0, atol=1e-5)
+
+
+def test_the_residual_of_a_node_goes_on_when_the_rank_that_owns_it_has_joined():
+    shapes = {"w": (3000, "float32")}
+
+    def program(carrier):
+        averager = make_averager(
+            nodes_of(carrier, 2), PeriodicAveraging(1), codec=codecs.topk(density=0.05), feedback=Feedback(),
+            hierarchy="node", method="allgather",
+        )  # fmt: skip
+        views = make_views(shapes, seed=1)
+        averager.prepare(views)
+        kept, changes = [], np.zeros(3000)
+        for step in range(4 if carrier.rank else 1):
+            move(views, carrier.rank, step)
+            changes += change_of(carrier.rank, step, views[0]) if step else 0
+            averager.count_step()
+            if step == 0:
+                kept = [views[0].array.copy(), averager.state_dict()["residual"]["w"].astype(np.float64)]
+        averager.join()
+        return kept[0], kept[1], views[0].array, averager.state_dict()["residual"]["w"], changes
+
+    results = run_ranks(4, program)
+    sent = results[0][2].astype(np.float64) - results[0][0]
+    left = sum(after - before for _, before, _, after, _ in results) / 2  # of the mean of two nodes
+    changed = sum(changes for *_, changes in results) / 4
+    assert np.abs(left).max() > 1e-3
+    np.testing.assert_allclose(sent * 3 / 4 + left, changed, rtol=0, atol=1e-5)
 
 
 def test_ranks_that_flush_while_others_have_joined_are_told_so():
@@ -578,6 +615,24 @@ def test_coded_gradients_stay_the_same_on_all_ranks(options, num_steps):
         for name in SHAPES:
             np.testing.assert_array_equal(means[name], results[0][0][name])
             np.testing.assert_array_equal(after[name], results[0][3][name])
+
+
+def test_residual_and_velocity_of_gradients_stay_with_a_rank_that_has_joined():
+    def program(carrier):
+        config = ExchangeConfig(codecs.topk(density=0.01), feedback=MomentumCorrection(0.9))
+        averager = GradientAverager(carrier, config, name="test")
+        averager.prepare(gradients_of(carrier.rank, 0))
+        for _ in range((1, 3)[carrier.rank]):
+            averager.finish()
+        before = averager.state_dict()
+        averager.join()
+        return before, averager.state_dict()
+
+    for before, after in run_ranks(2, program):
+        assert np.abs(before["velocity"]["w"]).max() > 0
+        for kind in ("residual", "velocity"):
+            for name, array in before[kind].items():
+                np.testing.assert_array_equal(after[kind][name], array)
 
 
 @pytest.mark.parametrize("options", [{}, {"majority_vote": True}])
