@@ -199,9 +199,17 @@ def draw(rows: Sequence[Row], num_seeds: int, path: Path) -> None:
     )
     figure.suptitle("Accuracy, and what was sent for it: the methods of docs/methods.md", fontsize=14, weight="bold")
     figure.draw_without_rendering()  # places what labels must not cover
+    figure.set_layout_engine("none")  # from now on everything stays where it is
     label(axis, rows)
     figure.savefig(path)  # with the same dpi: names are placed in pixels
     plt.close(figure)
+
+
+def shorten(names: Sequence[str]) -> list[str]:
+    """Return names without sources, and without what follows a comma where that is not needed to tell them apart."""
+    whole = [re.sub(r" \(.*?\)", "", name) for name in names]
+    short = [name.partition(",")[0] for name in whole]
+    return [one if short.count(one) == 1 else full for one, full in zip(short, whole, strict=True)]
 
 
 def label(axis: Any, rows: Sequence[Row]) -> list[Bbox]:
@@ -215,6 +223,7 @@ def label(axis: Any, rows: Sequence[Row]) -> list[Bbox]:
     for row in rows:
         ends = [axis.transData.transform((row.bytes_sent, 100 * end)) for end in (row.lowest, row.highest)]
         bars.append(Bbox(ends).padded(2 * unit))
+    names_of_rows = shorten([row.name for row in rows])
     names: list[Bbox] = []
     lines: list[MplPath] = []
     inside = axis.get_window_extent(renderer)
@@ -225,7 +234,7 @@ def label(axis: Any, rows: Sequence[Row]) -> list[Bbox]:
     for i in sorted(range(len(rows)), key=crowd, reverse=True):
         color = KINDS[rows[i].kind]
         text = axis.annotate(
-            re.sub(r" \(.*?\)", "", rows[i].name), points[i], xycoords="figure pixels", xytext=points[i],
+            names_of_rows[i], points[i], xycoords="figure pixels", xytext=points[i],
             textcoords="figure pixels", ha="center", va="center", fontsize=9.5, color=color, zorder=4,
         )  # fmt: skip
         others = names + [marker for j, marker in enumerate(markers) if j != i]

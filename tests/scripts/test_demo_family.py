@@ -53,6 +53,37 @@ def test_names_cover_neither_names_nor_points():
     assert not any(box.contains(*point) for box in boxes for point in points)
 
 
+def test_names_are_as_long_as_it_takes_to_tell_them_apart():
+    import demo_family
+
+    names = ["DiLoCo (D. 2023), with this and that", "A (B. 2020), one", "A, two"]
+    assert demo_family.shorten(names) == ["DiLoCo", "A, one", "A, two"]
+
+
+def test_a_long_name_does_not_move_what_was_placed(tmp_path):
+    import demo_family
+    from matplotlib import pyplot as plt
+
+    places = {}
+
+    def where(axis, rows):
+        places["before"] = axis.get_window_extent().bounds
+        axis.annotate("long " * 40, (0, 300), xycoords="figure pixels")
+        places["axis"] = axis
+
+    rows = [
+        demo_family.Row(name, "signs", "in every step", 0.9 + i / 100, 0.9, 0.99, 10**i, 1.0)
+        for i, name in enumerate("ab")
+    ]
+    label, demo_family.label = demo_family.label, where
+    try:
+        demo_family.draw(rows, 1, tmp_path / "picture.png")
+    finally:
+        demo_family.label = label
+    assert places["axis"].get_window_extent().bounds == places["before"]
+    plt.close("all")
+
+
 def test_wrong_arguments_are_refused(capsys):
     import demo_family
 
