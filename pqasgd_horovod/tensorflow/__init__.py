@@ -33,6 +33,7 @@ from .functions import compressed_allreduce as compressed_allreduce
 from .functions import decode_add as decode_add
 from .functions import encode as encode
 from .optimizer import distribute as _distribute
+from .state import combine_states as combine_states
 from .tape import DistributedGradientTape as DistributedGradientTape
 from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape
 from .tape import tape_state as tape_state

@@ -32,6 +32,7 @@ from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint
 from .residuals import Residuals, Velocity
 from .rows import GraphRows, Landed
+from .state import fitted
 from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, unwrap
 
@@ -345,7 +346,8 @@ class CodedGradients(GradientAverager):
         if any(plan.feedback or plan.correction for plan in plans) or any(feeds_back):
             tables = [spec.table for spec, has_one in zip(sparse, feeds_back, strict=True) if has_one]
             self.state.residuals = Residuals(plans, tables)
-            self.state.residuals.take(self._saved_residuals)
+            expected = self.state.residuals.named()
+            self.state.residuals.take(fitted(self._saved_residuals, expected, self._carrier is None))
             residuals = self.state.residuals.of(plans)
             kept = self.state.residuals.velocities
             self._velocities = [Velocity(plan, of_plan) for plan, of_plan in zip(plans, kept, strict=bool(kept))]

@@ -43,6 +43,8 @@ from .gradients import (
 from .meeting import Meeting
 from .outer import describe_outer
 from .periodic import PeriodicAverager
+from .state import PREFIX, fitted
+from .state import named as saved_names
 from .traced import after, as_written, counter, outside_of_graphs, run_once, when
 from .variables import describe_variables, name_of, refused_together, unwrap
 
@@ -203,42 +205,44 @@ class DistributedMethods(_Inner):
         return _from_settings(inner, settings, custom_objects)
 
     def _saved(self) -> dict[str, tf.Variable]:
-        """Return what is saved besides Keras' own variables, by its names in a model file."""
+        """Return what is saved besides Keras' own variables, by the names that a model file has after a prefix."""
         state = getattr(self, "_pqasgd_state", None)
         named = {} if state is None else dict(state.named())
         for i, accumulated in enumerate(getattr(self, "_pqasgd_sums", ())):
             named[f"sum.{i}"] = accumulated
         if hasattr(self, "_pqasgd_passes"):
             named["passes"] = self._pqasgd_passes
-        return {f"pqasgd.{name}": variable for name, variable in named.items()}
+        return named
 
     def save_own_variables(self, store: Any) -> None:
         """Add counters, anchors and accumulated gradients to what Keras saves."""
         super().save_own_variables(store)
-        for key, variable in self._saved().items():
-            store[key] = variable.numpy()
+        for name, variable in self._saved().items():
+            store[PREFIX + name] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
         """Take counters, anchors and accumulated gradients out of what Keras has saved.
 
         Raises ArgumentError, and changes nothing, if they were saved with other settings or for another model. In a
-        file of a plain optimizer there are none: a new period starts at the next step.
+        file of a plain optimizer there are none: a new period starts at the next step. What ``hvd.combine_states``
+        gives fits a world of any size.
         """
-        keras_own = {key: store[key] for key in store.keys() if not key.startswith("pqasgd.")}  # noqa: SIM118
-        ours = {key: store[key] for key in store.keys() if key.startswith("pqasgd.")}  # noqa: SIM118
+        keras_own = {key: store[key] for key in store.keys() if not key.startswith(PREFIX)}  # noqa: SIM118
+        ours = saved_names(store)
         averager, later = self._pqasgd_averager.value, {}
         if isinstance(averager, CodedGradients) and averager.awaits_residuals:
-            later = {key.removeprefix("pqasgd."): np.array(ours.pop(key)) for key in list(ours) if "residual" in key}
+            later = {name: ours.pop(name) for name in list(ours) if "residual" in name}
         expected = self._saved() if self.built and ours else {}
         if expected:
+            ours = fitted(ours, expected, self._pqasgd_membership.value.carrier is None)
             _check_saved(ours, expected)
         if isinstance(averager, PeriodicAverager):
             averager.settle()
         super().load_own_variables(keras_own)
         if later:
             averager.restore_residuals(later)
-        for key, variable in expected.items():
-            variable.assign(ours[key])
+        for name, variable in expected.items():
+            variable.assign(ours[name])
 
     @classmethod
     def _instantiate(cls, inner_config: dict[str, Any]) -> Any:
@@ -328,7 +332,7 @@ class DistributedMethods(_Inner):
 def _check_saved(saved: dict[str, Any], expected: dict[str, tf.Variable]) -> None:
     shapes = [{key: list(np.shape(value)) for key, value in values.items()} for values in (saved, expected)]
     differences = [
-        f"{key} has shape {shapes[0].get(key, 'absent')} in the file and {shapes[1].get(key, 'absent')} here"
+        f"{PREFIX}{key} has shape {shapes[0].get(key, 'absent')} in the file and {shapes[1].get(key, 'absent')} here"
         for key in sorted({*saved, *expected})
         if shapes[0].get(key) != shapes[1].get(key)
     ]

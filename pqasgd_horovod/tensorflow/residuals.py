@@ -91,6 +91,8 @@ class Residuals(tf.Module):
         sizes = [(plan.layout.num_elements, plan.feedback, plan.feeds_back_means) for plan in plans]
         self.own = [tf.Variable(tf.zeros([size]), trainable=False) for size, of_own, _ in sizes if of_own]
         self.means = [tf.Variable(tf.zeros([size]), trainable=False) for size, _, of_means in sizes if of_means]
+        with_own = [of_means for _, of_own, of_means in sizes if of_own]
+        self._with_means = [i for i, of_means in enumerate(with_own) if of_means]
         self.tables = [tf.Variable(tf.zeros(table), trainable=False) for table in tables]
         sizes_of_velocities = [plan.layout.num_elements for plan in plans if plan.correction is not None]
         self.velocities = [tf.Variable(tf.zeros([size]), trainable=False) for size in sizes_of_velocities]
@@ -129,7 +131,7 @@ class Residuals(tf.Module):
     def _clear(self) -> None:
         tf.print(
             "pqasgd_horovod: the restored residual is that of (rank, world size)", self.owner, "and this rank begins "
-            "without one: restore each rank's own checkpoint",
+            "without one: restore each rank's own checkpoint, or hvd.combine_states of all of them",
             output_stream=sys.stderr,
         )  # fmt: skip
         for variable in self._kept:
@@ -144,7 +146,7 @@ class Residuals(tf.Module):
         if not self._kept:
             return {}
         own = {f"residual.{i}": variable for i, variable in enumerate(self.own)}
-        means = {f"mean_residual.{i}": variable for i, variable in enumerate(self.means)}
+        means = {f"mean_residual.{i}": variable for i, variable in zip(self._with_means, self.means, strict=True)}
         velocities = {f"residual_velocity.{i}": variable for i, variable in enumerate(self.velocities)}
         tables = {f"residual_table.{i}": variable for i, variable in enumerate(self.tables)}
         return {**own, **means, **velocities, **tables, **self.common(), "residual_owner": self.owner}

@@ -297,3 +297,88 @@ def test_a_model_file_of_another_rank_brings_no_residual(tmp_path, capfd):
     loaded = keras.models.load_model(paths[0])
     fit(loaded, 2, first=4)
     assert ("is that of (rank, world size) [0 2]" in capfd.readouterr().err) == (hvd.rank() == 1)
+
+
+def trained(steps, **options):
+    """An optimizer after so many steps, with what it was given."""
+    variables = make_variables()
+    optimizer = wrap(sgd(), **options)
+    apply(optimizer, variables, steps)
+    return optimizer, variables
+
+
+@several_ranks
+@pytest.mark.parametrize("period", [1, 2])
+def test_the_states_of_all_ranks_combine_to_one_that_every_rank_loads(period):
+    optimizer, variables = trained(range(4), period=period, **FED_BACK)
+    states = everybody(stored(optimizer))
+    combined = hvd.combine_states(states)
+    resumed = wrap(sgd(), period=period, **FED_BACK)
+    others = [tf.Variable(value) for value in values(variables)]
+    resumed.build(others)
+    resumed.load_own_variables(combined)
+    expected = np.mean([state["pqasgd.residual.0"].astype("f8") for state in states], axis=0)
+    expected += sum(state["pqasgd.mean_residual.0"].astype("f8") for state in states)
+    assert np.any(expected)
+    np.testing.assert_array_equal(combined["pqasgd.residual.0"], expected.astype("f4"))
+    assert_equal([combined["0"], combined["2"]], [states[0]["0"], states[0]["2"]])
+    with pytest.raises(ArgumentError, match=re.escape("pqasgd.passes has shape [] in the file and absent here")):
+        resumed.load_own_variables({**combined, "pqasgd.passes": np.int64(0)})
+    # Where it has laid out its residuals, and is in the midst of training.
+    apply(resumed, others, range(4, 6))
+    assert int(resumed._pqasgd_state.steps) == 6
+    resumed.load_own_variables(combined)
+    again = stored(resumed)
+    np.testing.assert_array_equal(again["pqasgd.residual.0"], combined["pqasgd.residual.0"])
+    assert not np.any(again["pqasgd.mean_residual.0"])
+    assert again["pqasgd.residual_owner"].tolist() == [hvd.rank(), hvd.size()]
+
+
+@several_ranks
+def test_a_combined_state_fits_where_the_number_of_ranks_has_chosen_another_exchange_or_nobody_else_is_there():
+    sets = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
+    try:
+        for period in (1, 2):
+            optimizer, variables = trained(range(2), period=period, **FED_BACK)
+            combined = hvd.combine_states(everybody(stored(optimizer)))
+
+            def go_on(state, first, variables=variables, **options):
+                others = [tf.Variable(value) for value in values(variables)]
+                other = wrap(sgd(), **{**FED_BACK, **options})
+                other.build(others)
+                other.load_own_variables(state)
+                apply(other, others, range(first, first + 2))
+                assert int(other._pqasgd_state.steps) == first + 2
+                return stored(other), others
+
+            state, _ = go_on(combined, 2, period=period, exchange="allgather")
+            assert not any("mean_residual" in key for key in state)
+            alone, _ = go_on(combined, 2, period=period, process_set=sets[hvd.rank()])
+            assert not any("residual" in key or "anchor." in key for key in alone)
+            of_one = hvd.broadcast_object(hvd.combine_states([alone]), root_rank=0)
+            _, others = go_on(of_one, 4, period=period)
+            if period > 1:
+                assert_replicas_equal(others)
+    finally:
+        for process_set in sets:
+            hvd.remove_process_set(process_set)
+
+
+def test_states_that_do_not_combine_are_refused_with_the_reason():
+    optimizer, _ = trained(range(3), period=2, **FED_BACK)
+    state = stored(optimizer)
+    one = {**state, "pqasgd.steps_since_average": np.int64(0), "pqasgd.residual_owner": np.array([0, 1])}
+    plain = {key: value for key, value in one.items() if "residual" not in key}
+    cases = [
+        ([], "states is empty"),
+        ([{"0": state["0"]}], "not of optimizers of this package"),
+        ([{**one, "pqasgd.steps_since_average": np.int64(1)}], "1 steps after an average"),
+        ([{**one, "pqasgd.sum.0": np.ones(3)}], "gradients were accumulated"),
+        ([one, one], "there must be one of each rank of one world"),
+        ([plain, {**plain, "pqasgd.steps": np.int64(7)}], "they must be of the same one"),
+    ]
+    if hvd.size() > 1:
+        cases.append(([one, plain], "different residuals"))
+    for states, text in cases:
+        with pytest.raises(ArgumentError, match=re.escape(text)):
+            hvd.combine_states(states)

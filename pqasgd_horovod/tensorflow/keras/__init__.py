@@ -40,6 +40,7 @@ from ..compression import CodecCompressor as CodecCompressor
 from ..compression import Compression as Compression
 from ..functions import broadcast_variables as broadcast_variables
 from ..functions import compressed_allreduce as compressed_allreduce
+from ..state import combine_states as combine_states
 
 # Horovod has a module of this name, which its names above brought along.
 callbacks = importlib.import_module(f"{__name__}.callbacks")
@@ -117,7 +118,8 @@ def DistributedOptimizer(
             skips the step on all ranks alike.
         feedback: None, or :class:`Feedback`: what a contraction such as ``topk`` did not send is added to what is sent
             next; or :class:`MomentumCorrection`, for gradients and an optimizer without momentum: DGC. Each rank has
-            its own residual: a model file holds that of the rank that wrote it.
+            its own residual: a model file holds that of the rank that wrote it, and :func:`combine_states` makes one
+            state of all of them for another number of ranks.
         policy: which compression for which variables: a list of pairs of a pattern and one of :class:`Compression`, of
             which the first that matches decides. A pattern is a glob on the variable's path (``"*/bias"``),
             ``larger_than(n)`` or ``smaller_than(n)`` elements, a function of name and shape that returns True or
