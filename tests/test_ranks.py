@@ -1,4 +1,4 @@
-"""The tests in tests/ranks, tests/ranks_nodes and tests/ranks_tensorflow, on several ranks under each launcher."""
+"""The tests in tests/ranks, tests/ranks_tensorflow and, for nodes, tests/ranks_nodes*, under each launcher."""
 
 from __future__ import annotations
 
@@ -29,12 +29,22 @@ LAUNCHERS = {
         ("gloo", 4, ["ranks"]),
         ("mpi", 2, ["ranks"]),
         ("nodes", 4, ["ranks_nodes"]),
+        ("nodes", 4, ["ranks_nodes_tensorflow"]),
         ("gloo", 2, ["ranks_tensorflow"]),
         # Graphs take long to trace. Here is what depends on the number of ranks, or on who carries bytes.
         ("gloo", 4, [f"ranks_tensorflow/test_{part}.py" for part in ("replicas", "periodic", "functions")]),
         ("mpi", 2, ["ranks_tensorflow/test_replicas.py", "ranks_tensorflow/test_functions.py"]),
     ],
-    ids=["gloo-2", "gloo-4", "mpi-2", "nodes", "tensorflow-gloo-2", "tensorflow-gloo-4", "tensorflow-mpi-2"],
+    ids=[
+        "gloo-2",
+        "gloo-4",
+        "mpi-2",
+        "nodes",
+        "tensorflow-nodes",
+        "tensorflow-gloo-2",
+        "tensorflow-gloo-4",
+        "tensorflow-mpi-2",
+    ],
 )
 def test_all_ranks_pass(launcher, size, paths):
     tests = [sys.executable, "-m", "pytest", *(f"tests/{path}" for path in paths), "-x", "-q", "-p", "no:cacheprovider"]

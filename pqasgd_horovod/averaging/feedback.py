@@ -184,8 +184,13 @@ def check_feedback(feedback: Feedback | None, codecs: Mapping[str, Scheme]) -> N
             )
 
 
-def check_not_stock(feedback: Feedback | None, compression: Any) -> None:
-    """Raise ArgumentError if there is feedback where Horovod itself averages, with the ``compression`` of the user."""
+def check_not_stock(feedback: Feedback | None, compression: Any, hierarchy: str | None = None) -> None:
+    """Raise ArgumentError if there is feedback, or a hierarchy, where Horovod itself averages, with ``compression``."""
+    if hierarchy is not None:
+        raise ArgumentError(
+            f"hierarchy is {hierarchy!r} with compression={compression!r} and period=1, where Horovod averages: set "
+            "HOROVOD_HIERARCHICAL_ALLREDUCE=1 for its own hierarchy, or use a codec or a period"
+        )
     if feedback is not None:
         raise ArgumentError(
             f"feedback is {feedback} with compression={compression!r} and period=1, where Horovod averages and nothing "

@@ -110,10 +110,7 @@ class NodeExchange(TwoPhaseExchange):
             wire.pack_into(bucket.mean_message, header)
             return self._send_to_all(bucket.names[1], bucket.mean_message)
         self._make_mean(flight, received)
-        if flight.error is None:
-            # What the others flag they tell this node in its last phase; other nodes hear of it from the owner.
-            for message in wire.split_messages(received, self._others):
-                flight.flags |= message.header.flags
+        # Other nodes hear from the owner what the others flag, too.
         flight.phase = _ACROSS_PHASE
         node_mean = native.Source(
             [(bucket.mean.ctypes.data, native.DTYPE_F32, bucket.mean.size)],

@@ -47,7 +47,7 @@ class Names(NamedTuple):
 
 
 # What a flag in the header of the last phase means, the most fundamental first.
-_FLAGGED = (
+FLAGGED = (
     (
         wire.FLAG_DESYNCHRONIZED,
         Kind.DESYNCHRONIZED,
@@ -64,7 +64,7 @@ def flagged_problem(
 ) -> Problem | None:
     """Return what the flags of a bucket's last headers say is wrong."""
     of = "the node of " if names is not None and names.of_nodes else ""
-    for flag, kind, text in _FLAGGED:
+    for flag, kind, text in FLAGGED:
         ranks = [header.rank for header in headers if header.flags & flag]
         if ranks:
             return Problem(kind, bucket, f"{of}{wire.format_ranks(ranks)} {text} in bucket {bucket}", cause)

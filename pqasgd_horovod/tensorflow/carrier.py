@@ -14,6 +14,7 @@ from horovod.tensorflow import mpi_ops
 
 from ..errors import ArgumentError, CollectiveTimeoutError
 from ..exchange.carriers import Bytes
+from ..exchange.carriers.nodes import NodesCarrier
 
 
 class HorovodHandle:
@@ -73,7 +74,14 @@ class HorovodCarrier:
         self.process_set = process_set
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
+        self.nodes: NodesCarrier | None = None
+        """Which ranks share a node, where coded numbers travel between nodes only."""
         self._functions: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """How many share a node, where that matters."""
+        return None if self.nodes is None else self.nodes.local.size
 
     def allgather(self, name: str, payload: Bytes) -> HorovodHandle:
         """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""

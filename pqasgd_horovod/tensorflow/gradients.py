@@ -24,6 +24,7 @@ from ..errors import ArgumentError, MismatchError
 from ..exchange.carriers import Bytes
 from ..exchange.carriers.alone import AloneCarrier
 from ..exchange.handshake import verify_same
+from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier, allgather, constant_names
 from .graph import GraphChannel, Problems
@@ -254,14 +255,19 @@ class GradientAverager(abc.ABC):
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
-        statistics = CommunicationStatistics(self._carrier.size if self._carrier is not None else 1)
+        statistics = CommunicationStatistics.of(None if self._carrier is None else self._carrier.nodes or self._carrier)
         statistics.count_steps(int(self._total_steps), self._num_elements)
         statistics.rounds = statistics.steps
         sent, received = self._dense_bytes_per_step()
         return statistics.as_dict(
             statistics.rounds * sent + int(self._counted_sent),
             statistics.rounds * received + int(self._counted_received),
+            *(statistics.rounds * nbytes for nbytes in self._node_bytes_per_step()),
         )
+
+    def _node_bytes_per_step(self) -> tuple[int, int]:
+        """Return the bytes sent and received inside the node, where they are told apart."""
+        return 0, 0
 
     @abc.abstractmethod
     def _build(
@@ -345,7 +351,9 @@ class CodedGradients(GradientAverager):
         feeds_back = [self._config.feedback is not None and is_coded for is_coded in coded]
         if any(plan.feedback or plan.correction for plan in plans) or any(feeds_back):
             tables = [spec.table for spec, has_one in zip(sparse, feeds_back, strict=True) if has_one]
-            self.state.residuals = Residuals(plans, tables)
+            self.state.residuals = Residuals(
+                plans, tables, None if self._carrier is None else self._carrier.ranks_per_node
+            )
             expected = self.state.residuals.named()
             self.state.residuals.take(fitted(self._saved_residuals, expected, self._carrier is None))
             residuals = self.state.residuals.of(plans)
@@ -367,7 +375,7 @@ class CodedGradients(GradientAverager):
             )
             for number, spec in enumerate(sparse)
         ]
-        warn_of_size(stages[0], self._carrier, PeriodicAveraging(period=1))
+        warn_of_size(stages[0], self._carrier.nodes or self._carrier, PeriodicAveraging(period=1))
         for stage, of_stage in enumerate(stages):
             others = self._stages[0] if self._stages else [None] * len(plans)
             self._stages.append(
@@ -380,7 +388,9 @@ class CodedGradients(GradientAverager):
             )
 
     def _plan(self, dense: Sequence[VariableSpec], stage: int) -> list[ChannelPlan]:
-        correction, size = self._config.correction, 1 if self._carrier is None else self._carrier.size
+        correction, size = self._config.correction, 1
+        if self._carrier is not None:
+            size = num_parts(self._carrier.nodes or self._carrier)
         density = 0.0 if correction is None else correction.densities[stage]
         return [
             plan_channel(
@@ -499,6 +509,10 @@ class CodedGradients(GradientAverager):
     def _dense_bytes_per_step(self) -> tuple[int, int]:
         # In a warm-up a step's bytes are counted as it is made.
         return _sum_of_bytes(self._stages[0]) if len(self._stages) == 1 else (0, 0)
+
+    def _node_bytes_per_step(self) -> tuple[int, int]:
+        each = [channel.node_bytes_per_round() for channel in (self._stages[0] if self._stages else ())]
+        return sum(sent for sent, _ in each), sum(received for _, received in each)
 
     def _claim(self) -> None:
         assert self.state.residuals is not None

@@ -9,10 +9,10 @@ sees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from ..averaging.channel import ChannelPlan
@@ -23,7 +23,7 @@ from ..exchange.base import MEANS_PHASE, VALUES_PHASE, NonFinitePolicy
 from ..exchange.carriers import Bytes
 from ..exchange.layout import Span, cut_shards, shard_alignment
 from ..exchange.plan import bytes_of_rank
-from ..exchange.verdict import Kind, Problem, explain, raise_verdict
+from ..exchange.verdict import Kind, Names, Problem, explain, raise_verdict
 from .carrier import HorovodCarrier, allgather, alltoall
 from .library import ops, register_explainer
 
@@ -52,6 +52,137 @@ class Problems:
     def verdict(self, flags: Sequence[tf.Tensor]) -> tf.Operation:
         """Return the op that raises the common error, if there is one, when all buckets have landed."""
         return ops.pqasgd_verdict(flags=list(flags), explainer=self._verdict)
+
+
+@dataclasses.dataclass
+class Messages:
+    """The messages of one bucket among the ranks of a carrier, as ops; ``shards``: of a two-phase exchange."""
+
+    name: str
+    codec: Codec
+    second_codec: Codec
+    carrier: HorovodCarrier
+    bucket: int
+    num_elements: int
+    digest: int
+    seed: int
+    step: tf.Tensor
+    round: tf.Tensor
+    shards: Sequence[Span] | None = None
+    names: Names | None = None
+    """What the user calls ranks and bucket."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the ops know of the bucket."""
+        return {
+            "codec": list(self.codec.native_spec),
+            "second_codec": list(self.second_codec.native_spec),
+            "bucket": self.bucket,
+            "num_elements": self.num_elements,
+            "rank": self.carrier.rank,
+            "size": self.carrier.size,
+            "digest": signed(self.digest),
+            "seed": signed(self.seed),
+            "shards": [] if self.shards is None else [0, *(shard.stop for shard in self.shards)],
+            "step": self.step,
+            "round": self.round,
+        }
+
+    def exchange(
+        self,
+        source: dict[str, Any],
+        residuals: Sequence[tuple[tf.Variable, tf.Variable]],
+        offset: int,
+        known: Sequence[tf.Tensor] = (),
+    ) -> tf.Tensor:
+        """Return what the last phase brings of a bucket at ``offset``; ``known`` are flags of what is wrong with it."""
+        if self.shards is not None:
+            message, _, _ = self.mean(source, residuals, offset, known)
+            return self.send_to_all(message, "p2")
+        messages, _ = self._pack(source, residuals, known)
+        return self.send_to_all(messages, "p1")
+
+    def mean(
+        self,
+        source: dict[str, Any],
+        residuals: Sequence[tuple[tf.Variable, tf.Variable]],
+        offset: int,
+        known: Sequence[tf.Tensor] = (),
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Return the message of the mean of this rank's shard, its flags, and that mean."""
+        assert self.shards is not None
+        messages, flags = self._pack(source, residuals, known)
+        splits = [wire.HEADER_NBYTES + self.codec.payload_nbytes(shard.num_elements) for shard in self.shards]
+        splits[self.carrier.rank] = 0
+        values = alltoall(messages, splits, f"{self.name}.p1", self.carrier.process_set)
+        made: tuple[tf.Tensor, tf.Tensor, tf.Tensor] = ops.pqasgd_mean(
+            flags=flags,
+            received=values,
+            residuals=_handles(residuals[:1]),
+            mean_residuals=_handles(residuals[1:]),
+            offset=offset,
+            **source,
+            **self.attributes,
+        )
+        return made
+
+    def _pack(
+        self,
+        source: dict[str, Any],
+        residuals: Sequence[tuple[tf.Variable, tf.Variable]],
+        known: Sequence[tf.Tensor],
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        packed: tuple[tf.Tensor, tf.Tensor] = ops.pqasgd_pack(
+            known=list(known), residuals=_handles(residuals[:1]), **source, **self.attributes
+        )
+        return packed
+
+    def send_to_all(self, message: tf.Tensor, phase: str) -> tf.Tensor:
+        """Return the messages of all ranks."""
+        return allgather(message, f"{self.name}.{phase}", self.carrier.process_set)
+
+    def land(
+        self,
+        received: tf.Tensor,
+        arriving: tf.Variable,
+        offset: int,
+        bases: Sequence[tf.Tensor],
+        note: Callable[[Problem], None],
+    ) -> tf.Tensor:
+        """Write what the last phase has brought; return flags. ``note`` is told what is wrong, if anything is."""
+        return ops.pqasgd_land(
+            received=received,
+            bases=list(bases),
+            arriving=arriving.handle,
+            offset=offset,
+            explainer=register_explainer(lambda flags, data: note(self._explain(flags, data))),
+            **self.attributes,
+        )
+
+    def _explain(self, flags: int, received: Bytes) -> Problem:
+        size, rank = self.carrier.size, self.carrier.rank
+        if self.shards is None:
+            payload_nbytes = [self.codec.payload_nbytes(self.num_elements)] * size
+        else:
+            payload_nbytes = [self.second_codec.payload_nbytes(shard.num_elements) for shard in self.shards]
+        own = next((header for header in headers_of(received, size) if header.rank == rank), None)
+        expected = wire.Header(
+            flags=0,
+            digest=self.digest,
+            round=own.round if own else 0,
+            step=own.step if own else 0,
+            bucket=self.bucket,
+            rank=rank,
+            payload_nbytes=0,
+            num_elements=self.num_elements,
+            phase=VALUES_PHASE if self.shards is None else MEANS_PHASE,
+        )
+        return explain(flags, received, expected, range(size), payload_nbytes, names=self.names)
+
+
+def _handles(pairs: Sequence[tuple[tf.Variable, tf.Variable]]) -> list[tf.Tensor]:
+    return [variable.handle for pair in pairs[:1] for variable in pair]
 
 
 class GraphChannel:
@@ -117,6 +248,10 @@ class GraphChannel:
         sizes = [plan.sizes[bucket] for bucket in self._buckets(fragment)]
         return bytes_of_rank(plan.method, plan.codec, plan.second_codec, sizes, self._carrier.size, self._carrier.rank)
 
+    def node_bytes_per_round(self, fragment: int | None = None) -> tuple[int, int]:
+        """Return the bytes sent and received inside the node, where they are told apart."""
+        return 0, 0
+
     def _buckets(self, fragment: int | None) -> Sequence[int]:
         return range(len(self.plan.sizes)) if fragment is None else self.plan.fragments[fragment]
 
@@ -158,59 +293,14 @@ class GraphChannel:
 
         ``first`` is where they begin in the vector: None, where the bucket's first tensor does.
         """
-        plan, carrier = self.plan, self._carrier
-        start, num_elements = plan.starts[bucket], plan.sizes[bucket]
-        shards = [shard.num_elements for shard in self._shards(bucket)]
-        two_phase = plan.method == "two_phase"
-        attributes: dict[str, Any] = {
-            "codec": list(plan.codec.native_spec),
-            "second_codec": list(self._second_codec.native_spec),
-            "bucket": bucket,
-            "num_elements": num_elements,
-            "rank": carrier.rank,
-            "size": carrier.size,
-            "digest": signed(self._digest),
-            "seed": signed(plan.seed),
-            "shards": np.cumsum([0, *shards]).tolist() if two_phase else [],
-        }
-        source = self._source(bucket, tensors, first)
-        pairs = [[variable.handle for variable in pair] for pair in self._residuals]
-        source["residuals"] = pairs[0] if pairs else []
-        name = f"{plan.name}.b{bucket}"
-        messages, flags = ops.pqasgd_pack(step=step, round=round, **source, **attributes)
-        if two_phase:
-            splits = [wire.HEADER_NBYTES + plan.codec.payload_nbytes(shard) for shard in shards]
-            splits[carrier.rank] = 0
-            values = alltoall(messages, splits, f"{name}.p1", carrier.process_set)
-            message, _ = ops.pqasgd_mean(
-                step=step,
-                round=round,
-                flags=flags,
-                received=values,
-                mean_residuals=pairs[1] if len(pairs) > 1 else [],
-                offset=start,
-                **source,
-                **attributes,
-            )
-            received = allgather(message, f"{name}.p2", carrier.process_set)
-            payloads = [self._second_codec.payload_nbytes(shard) for shard in shards]
-        else:
-            received = allgather(messages, f"{name}.p1", carrier.process_set)
-            payloads = [plan.codec.payload_nbytes(num_elements)] * carrier.size
-        return ops.pqasgd_land(
-            step=step,
-            round=round,
-            received=received,
-            bases=self._base(),
-            arriving=self.arriving.handle,
-            offset=start,
-            explainer=register_explainer(
-                lambda flags, data: self._explain(
-                    flags, data, bucket, payloads, MEANS_PHASE if two_phase else VALUES_PHASE
-                )
-            ),
-            **attributes,
-        )
+        plan = self.plan
+        messages = Messages(
+            f"{plan.name}.b{bucket}", plan.codec, self._second_codec, self._carrier, bucket, plan.sizes[bucket],
+            self._digest, plan.seed, step, round, self._shards(bucket) if plan.method == "two_phase" else None,
+        )  # fmt: skip
+        start = plan.starts[bucket]
+        received = messages.exchange(self._source(bucket, tensors, first), self._residuals, start)
+        return messages.land(received, self.arriving, start, self._base(), self._problems.note)
 
     def _source(self, bucket: int, tensors: Sequence[tf.Tensor], first: int | None) -> dict[str, Any]:
         """Return the inputs and attributes that say where the numbers of a bucket are."""
@@ -225,22 +315,6 @@ class GraphChannel:
 
     def _base(self) -> list[tf.Tensor]:
         return [self.anchor.value()] if self.anchor is not None and self._arrives_added else []
-
-    def _explain(self, flags: int, received: Bytes, bucket: int, payload_nbytes: Sequence[int], phase: int) -> None:
-        headers = headers_of(received, self._carrier.size)
-        own = next((header for header in headers if header.rank == self._carrier.rank), None)
-        expected = wire.Header(
-            flags=0,
-            digest=self._digest,
-            round=own.round if own else 0,
-            step=own.step if own else 0,
-            bucket=bucket,
-            rank=self._carrier.rank,
-            payload_nbytes=0,
-            num_elements=self.plan.sizes[bucket],
-            phase=phase,
-        )
-        self._problems.note(explain(flags, received, expected, range(self._carrier.size), payload_nbytes))
 
     def distance(self, tensors: Sequence[tf.Tensor], num_elements: int, fragment: int | None = None) -> tf.Tensor:
         """Return the squared distance of the first ``num_elements`` from the mean; after the verdict, before commit."""

@@ -58,8 +58,8 @@ ops, _library = _load()
 
 # Buckets go beside each other, each with its own part of a variable: for TensorFlow's control dependencies that is like
 # reading it.
-for _op in ("PqasgdLand", "PqasgdPack", "PqasgdMean", "PqasgdProject", "PqasgdBackproject", "PqasgdReconstruct"):
-    register_read_only_resource_op(_op)
+for _op in ("Land", "Pack", "Mean", "Relay", "Project", "Backproject", "Reconstruct"):
+    register_read_only_resource_op(f"Pqasgd{_op}")
 
 _explainers: dict[int, Explainer] = {}
 _numbers = itertools.count(1)

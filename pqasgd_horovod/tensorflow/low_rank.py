@@ -14,12 +14,15 @@ from ..averaging.vector import FlatLayout
 from .carrier import HorovodCarrier
 from .graph import GraphChannel, Problems, signed
 from .library import ops
+from .nodes import NodeChannel
 from .variables import VariableSpec
 
 
-def make_channel(plan: ChannelPlan, *arguments: Any, **options: Any) -> GraphChannel:
+def make_channel(plan: ChannelPlan, carrier: HorovodCarrier, *arguments: Any, **options: Any) -> GraphChannel:
     """Return the exchange of a channel; arguments are those of :class:`GraphChannel`."""
-    return (GraphChannel if plan.low_rank is None else LowRankChannel)(plan, *arguments, **options)
+    if plan.low_rank is not None:
+        return LowRankChannel(plan, carrier, *arguments, **options)
+    return (GraphChannel if carrier.nodes is None else NodeChannel)(plan, carrier, *arguments, **options)
 
 
 class LowRankChannel(GraphChannel):

@@ -29,6 +29,7 @@ from ..codecs.base import check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
+from ..exchange.carriers.nodes import NodesCarrier
 from .carrier import HorovodCarrier, allgather
 from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
 from .gradients import (
@@ -510,6 +511,7 @@ def distribute(
     nonfinite: NonFinitePolicy = "raise",
     feedback: Feedback | None = None,
     policy: Sequence[tuple[Any, Any]] | None = None,
+    hierarchy: str | None = None,
     model: Any = None,
     check_consistency: bool = False,
 ) -> Any:
@@ -545,9 +547,10 @@ def distribute(
             nonfinite,
             feedback,
             rules,
+            hierarchy,
         )
         if stock:
-            check_not_stock(feedback, compression)
+            check_not_stock(feedback, compression, hierarchy)
         if keras.config.dtype_policy().name == "mixed_float16" and not _scales_loss(optimizer):
             # As compile() would, but around the exchange: all ranks then skip the same steps.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
@@ -559,6 +562,11 @@ def distribute(
         gradients = GradientSettings(
             op, gradient_predivide_factor, groups, sparse_as_dense, device_dense, device_sparse
         )
+        if hierarchy is not None:
+            membership.find_nodes()
+            if isinstance(membership.carrier, NodesCarrier):
+                world: Any = membership.carrier.world
+                world.nodes, membership.carrier = membership.carrier, world
         compressor = compression if codec is None else CodecCompressor(codec)
         averager = make_averager(strategy, config, gradients, compressor, stock, membership, check_consistency)
         inner_config = optimizer.get_config()
@@ -576,6 +584,7 @@ def distribute(
             "nonfinite": nonfinite,
             "feedback": None if feedback is None else feedback.config(),
             "policy": rules,
+            "hierarchy": hierarchy,
             "check_consistency": check_consistency,
             "sparse_as_dense": sparse_as_dense,
             "gradient_predivide_factor": gradient_predivide_factor,

@@ -18,6 +18,7 @@ from ..averaging.vector import FlatLayout
 from ..errors import CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Bytes, Carrier, Handle
 from ..exchange.handshake import verify_same
+from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .delayed import DelayedExchange
@@ -43,6 +44,7 @@ class PeriodicState(tf.Module):
         momentum_sizes: Sequence[int],
         plans: Sequence[ChannelPlan],
         delayed: bool,
+        ranks_per_node: int | None,
     ) -> None:
         super().__init__(name="pqasgd")
         self.period = counter("period")
@@ -53,7 +55,7 @@ class PeriodicState(tf.Module):
         self.distance = tf.Variable(-1.0, dtype=tf.float32, trainable=False)  # from the mean, at the last average
         self.momentum = [tf.Variable(tf.zeros([size]), trainable=False) for size in momentum_sizes]
         self.outer: list[tf.Variable] = []  # of an optimizer in that place
-        self.residuals = Residuals(plans)
+        self.residuals = Residuals(plans, ranks_per_node=ranks_per_node)
         self.steps = counter("steps")
         self.rounds = counter("rounds")
         self.steps_since_average = counter("steps_since_average")
@@ -174,7 +176,7 @@ class PeriodicAverager:
                 way,
                 name=self._name,
                 index=index,
-                size=1 if self._carrier is None else self._carrier.size,
+                size=1 if self._carrier is None else num_parts(self._carrier.nodes or self._carrier),
                 selection=self.averaging.selection,
             )
             for index, ((_, _, way), layout) in enumerate(zip(groups, layouts, strict=True))
@@ -185,16 +187,17 @@ class PeriodicAverager:
             outer_sizes if self._has_outer and not alone else [],
             [] if alone else plans,
             self.averaging.delay > 0,
+            None if self._carrier is None else self._carrier.ranks_per_node,
         )
         self._learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # of the last step
         self._started = counter("started")
         self._total_rounds, self._total_steps = counter("total_rounds"), counter("total_steps")
-        self._sent, self._received = counter("sent"), counter("received")
+        self._bytes = [counter(f"{kind}{where}") for where in ("", "_inside_node") for kind in ("sent", "received")]
         self._seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         if self._carrier is None:
             return
         self._problems = Problems(self._name, self._config.nonfinite)
-        warn_of_size(plans, self._carrier, self.averaging)
+        warn_of_size(plans, self._carrier.nodes or self._carrier, self.averaging)
         residuals = self.state.residuals.of(plans)
         for index, (plan, (members, _, _), layout) in enumerate(zip(plans, groups, layouts, strict=True)):
             anchor = self.state.anchors[index]
@@ -517,9 +520,9 @@ class PeriodicAverager:
             self._seconds.assign_add(ops.pqasgd_clock() - began)
 
     def _count_bytes(self, channel: GraphChannel, fragment: int | None) -> None:
-        sent, received = channel.bytes_per_round(fragment)
-        self._sent.assign_add(sent)
-        self._received.assign_add(received)
+        counts = (*channel.bytes_per_round(fragment), *channel.node_bytes_per_round(fragment))
+        for total, count in zip(self._bytes, counts, strict=True):
+            total.assign_add(count)
 
     def _clear_buffers(self) -> None:
         for (anchor, _), cleared in zip(self._anchors(), self._cleared, strict=True):
@@ -586,14 +589,13 @@ class PeriodicAverager:
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
-        size = self._carrier.size if self._carrier is not None else 1
-        statistics = CommunicationStatistics(size)
+        statistics = CommunicationStatistics.of(None if self._carrier is None else self._carrier.nodes or self._carrier)
         if self.state is None:
             return statistics.as_dict(0, 0)
         statistics.count_steps(int(self._total_steps), self._num_parameters)
         statistics.rounds = int(self._total_rounds)
         statistics.exchange_seconds = float(self._seconds)
-        return statistics.as_dict(int(self._sent), int(self._received))
+        return statistics.as_dict(*map(int, self._bytes))
 
     # ---- what is wrong, in words ----
 

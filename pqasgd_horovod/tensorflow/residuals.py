@@ -83,11 +83,14 @@ class Residuals(tf.Module):
     alike.
 
     The others are this rank's own. A checkpoint that was saved by another rank, or in a world of another size, brings
-    residuals that are not: :meth:`claim` clears those.
+    residuals that are not: :meth:`claim` clears those. With ``ranks_per_node`` they are those of nodes.
     """
 
-    def __init__(self, plans: Sequence[ChannelPlan], tables: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self, plans: Sequence[ChannelPlan], tables: Sequence[tuple[int, int]] = (), ranks_per_node: int | None = None
+    ) -> None:
         super().__init__(name="residuals")
+        self._per_node = [] if ranks_per_node is None else [ranks_per_node]
         sizes = [(plan.layout.num_elements, plan.feedback, plan.feeds_back_means) for plan in plans]
         self.own = [tf.Variable(tf.zeros([size]), trainable=False) for size, of_own, _ in sizes if of_own]
         self.means = [tf.Variable(tf.zeros([size]), trainable=False) for size, _, of_means in sizes if of_means]
@@ -98,7 +101,9 @@ class Residuals(tf.Module):
         self.velocities = [tf.Variable(tf.zeros([size]), trainable=False) for size in sizes_of_velocities]
         self.starts = [tf.Variable(first_starts(plan), trainable=False) for plan in plans if plan.low_rank is not None]
         with tf.device("CPU:0"):
-            self.owner = tf.Variable([-1, -1], dtype=tf.int64, trainable=False, name="residual_owner")
+            self.owner = tf.Variable(
+                [-1] * (2 + len(self._per_node)), dtype=tf.int64, trainable=False, name="residual_owner"
+            )
 
     def of(self, plans: Sequence[ChannelPlan]) -> list[list[tf.Variable]]:
         """Return the variables of each channel, as ``GraphChannel`` takes them."""
@@ -124,7 +129,7 @@ class Residuals(tf.Module):
         """Before the first step in a process: begin without residuals where they are those of another rank."""
         if not self._kept:
             return
-        this = tf.constant([carrier.rank, carrier.size], tf.int64)
+        this = tf.constant([carrier.rank, carrier.size, *self._per_node], tf.int64)
         when(tf.reduce_all(tf.equal(self.owner, this)), None, lambda: when(self.owner[0] < 0, None, self._clear))
         self.owner.assign(this)
 

@@ -88,11 +88,12 @@ def _as_core(saved: Mapping[str, Any], index: int, size: int) -> dict[str, Any]:
         kind: {name.removeprefix("mean_"): value for name, value in saved.items() if name.startswith(prefixes)}
         for kind, prefixes in _KINDS.items()
     }
+    owner = saved[_OWNER].tolist() if _OWNER in saved else [index, size]
     return {
-        "owner": saved[_OWNER].tolist() if _OWNER in saved else (index, size),
+        "owner": owner[:2],
         "steps": int(saved["steps"]),
         "rounds": int(saved.get("rounds", 0)),
-        "config": {"exchange": {}},
+        "config": {"exchange": {"hierarchy": "node" if len(owner) > 2 else None}},
         **arrays,
     }
 

@@ -185,12 +185,7 @@ def DistributedOptimizer(
         for group in optimizer.param_groups:
             check_no_momentum(feedback, momenta_of(group))
         if stock:
-            check_not_stock(feedback, compression)
-            if hierarchy is not None:
-                raise ArgumentError(
-                    f"hierarchy is {hierarchy!r} with compression={compression!r} and period=1, where Horovod "
-                    "averages: set HOROVOD_HIERARCHICAL_ALLREDUCE=1 for its own hierarchy, or use a codec or a period"
-                )
+            check_not_stock(feedback, compression, hierarchy)
         elif hierarchy is not None:
             membership.find_nodes()
         model = model if model is not None else find_model(named_parameters)

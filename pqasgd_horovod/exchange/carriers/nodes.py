@@ -27,18 +27,18 @@ class NodesCarrier:
     def __init__(
         self, world: Carrier, local: Carrier, across: Carrier, local_ranks: Sequence[int], across_ranks: Sequence[int]
     ) -> None:
-        self._world = world
+        self.world = world
         self.rank, self.size = world.rank, world.size
         self.local, self.across = local, across
         self.local_ranks, self.across_ranks = tuple(local_ranks), tuple(across_ranks)
 
     def allgather(self, name: str, payload: Bytes) -> Handle:
         """Send ``payload`` to every rank."""
-        return self._world.allgather(name, payload)
+        return self.world.allgather(name, payload)
 
     def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> Handle:
         """Send the r-th of ``size`` consecutive pieces of ``payload`` to rank r."""
-        return self._world.alltoall(name, payload, splits)
+        return self.world.alltoall(name, payload, splits)
 
 
 def find_nodes(

@@ -196,13 +196,17 @@ PQ_EXPORT int32_t pq_allgather_land(const pq_codec* codec, const pq_bucket* buck
  * pack: one message to each other rank, in rank order; the own shard is not coded, its next residual is what of it
  * does not count. mean: the mean of the
  * own shard, in `mean`, as a message to all; `flags` are those of pack. residual and next_residual are those of the own shard's
- * mean, or NULL; where second_codec is PQ_UNSCALED `mean` is the sum: a vote. land: as for allgather. */
+ * mean, or NULL; where second_codec is PQ_UNSCALED `mean` is the sum: a vote; the flags that it returns are also those of the
+ * messages that have arrived. land: as for allgather. relay: in the place of mean the message of an owner that has taken its
+ * node's mean to other nodes, uncoded; `flags` is what was wrong there. */
 PQ_EXPORT int32_t pq_two_phase_pack(const pq_codec* codec, const pq_bucket* bucket, const int64_t* shards, const pq_source* source,
                                     int64_t start, uint8_t* messages, int64_t messages_nbytes);
 PQ_EXPORT int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,
                                     const int64_t* shards, int32_t flags, const uint8_t* received, int64_t received_nbytes,
                                     const pq_source* source, int64_t start, const float* residual, float* next_residual,
                                     float* mean, uint8_t* message, int64_t message_nbytes);
+PQ_EXPORT int32_t pq_two_phase_relay(const pq_bucket* bucket, int32_t flags, const float* mean, int64_t count, uint8_t* message,
+                                     int64_t message_nbytes);
 PQ_EXPORT int32_t pq_two_phase_land(const pq_codec* second_codec, const pq_bucket* bucket, const int64_t* shards,
                                     const uint8_t* received, int64_t received_nbytes, const float* base, float* mean);
 

@@ -415,7 +415,18 @@ int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, c
   }
   // Whatever has happened, phase two takes place: the others wait for it, and learn from its header.
   write_header(b, flags & kAllFlags, kMeans, mean_nbytes, message);
-  return flags;
+  return flags | opened.flags;
+}
+
+int32_t pq_two_phase_relay(const pq_bucket* bucket, int32_t flags, const float* mean, int64_t count, uint8_t* message,
+                           int64_t message_nbytes) {
+  if (!good_bucket(bucket) || count < 0 || (count && !mean) || !message) return PQ_BAD_ARGUMENT;
+  const int64_t nbytes = count * (int64_t)sizeof(float);
+  if (message_nbytes != PQ_HEADER_NBYTES + nbytes) return PQ_BAD_LENGTH;
+  const int32_t worst = flags & PQ_DESYNCHRONIZED ? PQ_DESYNCHRONIZED : flags & PQ_MALFORMED ? PQ_MALFORMED : PQ_SENDER_NONFINITE;
+  std::memcpy(message + PQ_HEADER_NBYTES, mean, (size_t)nbytes);
+  write_header(*bucket, flags ? worst : 0, kMeans, nbytes, message);
+  return PQ_OK;
 }
 
 int32_t pq_two_phase_land(const pq_codec* second_codec, const pq_bucket* bucket, const int64_t* shards, const uint8_t* received,

@@ -72,6 +72,7 @@ def DistributedOptimizer(
     nonfinite: NonFinitePolicy = "raise",
     feedback: Feedback | None = None,
     policy: Sequence[tuple[Any, Any]] | None = None,
+    hierarchy: str | None = None,
     model: Any = None,
     check_consistency: bool = False,
 ) -> Any:
@@ -125,6 +126,9 @@ def DistributedOptimizer(
             ``larger_than(n)`` or ``smaller_than(n)`` elements, a function of name and shape that returns True or
             False, which Keras saves as it does any function, or ``...`` for all others. ``small_tensor_threshold`` and
             then ``compression`` are for what no pattern matches. Moving statistics travel uncompressed in any case.
+        hierarchy: None, or ``"node"``: the ranks of a node first make their mean, uncompressed, and only that is coded
+            and exchanged with other nodes, once for each node. Needs ``hvd.init(process_sets="dynamic")`` and as many
+            ranks on each node. Bytes are then counted between nodes.
         model: where to find BatchNormalization's moving statistics if no model is compiled with this optimizer.
         check_consistency: after each average compare checksums of all replicas (slow; for debugging).
 
@@ -176,6 +180,7 @@ def DistributedOptimizer(
         nonfinite=nonfinite,
         feedback=feedback,
         policy=policy,
+        hierarchy=hierarchy,
         model=model,
         check_consistency=check_consistency,
     )

@@ -42,6 +42,9 @@ Status Internal(const Args&... args) { return absl::InternalError(absl::StrCat(a
 typedef int32_t (*Explain)(int64_t explainer, int32_t flags, const uint8_t* data, int64_t nbytes, char* text, int64_t capacity);
 std::atomic<Explain> g_explain{nullptr};
 
+// What of flags a header holds.
+constexpr int32_t kHeaderFlags = PQ_SENDER_NONFINITE | PQ_MEAN_OVERFLOW | PQ_DESYNCHRONIZED | PQ_MALFORMED;
+
 enum { kNothing = 0, kDesynchronized = 1, kMalformed = 2, kNonFinite = 3, kMismatch = 4 };
 
 Status explain(int64_t explainer, int32_t flags, const uint8_t* data, int64_t nbytes) {
@@ -231,12 +234,14 @@ Status bytes_and_flags(InferenceContext* c) {
 REGISTER_OP("PqasgdPack")
     .Input("step: int64")
     .Input("round: int64")
+    .Input("known: num_known * int32")
     .Input("tensors: dtypes")
     .Input("anchors: anchor_dtypes")
     .Input("residuals: num_residuals * resource")
     .Output("messages: uint8")
     .Output("flags: int32")
     .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.Attr("num_residuals: int >= 0")
+    .Attr("num_known: int >= 0")
     .SetIsStateful()
     .SetShapeFn(bytes_and_flags);
 
@@ -264,6 +269,9 @@ class PackOp : public BucketOp {
     OP_REQUIRES_OK(context, residuals.open(context, context->num_inputs() - num_residuals_, num_residuals_, anchor_offset_,
                                            start_ + bucket.num_elements));
     source.feed_back(residuals.kept(), residuals.next());
+    OpInputList known;
+    OP_REQUIRES_OK(context, context->input_list("known", &known));
+    for (const Tensor& flags_known : known) bucket.flags |= flags_known.flat<int32>()(0) & kHeaderFlags;
     OP_REQUIRES_OK(context, context->allocate_output("messages", {nbytes_}, &messages));
     OP_REQUIRES_OK(context, context->allocate_output("flags", {}, &flags));
     uint8_t* out = messages->flat<uint8>().data();
@@ -291,11 +299,15 @@ REGISTER_OP("PqasgdMean")
     .Input("mean_residuals: num_mean_residuals * resource")
     .Output("message: uint8")
     .Output("new_flags: int32")
+    .Output("mean: float")
     .PQ_BUCKET_ATTRS.PQ_SOURCE_ATTRS.Attr("num_residuals: int >= 0")
     .Attr("num_mean_residuals: int >= 0")
     .Attr("offset: int")
     .SetIsStateful()
-    .SetShapeFn(bytes_and_flags);
+    .SetShapeFn([](InferenceContext* c) {
+      c->set_output(2, c->Vector(InferenceContext::kUnknownDim));
+      return bytes_and_flags(c);
+    });
 
 class MeanOp : public BucketOp {
  public:
@@ -313,7 +325,7 @@ class MeanOp : public BucketOp {
   void Compute(OpKernelContext* context) override {
     pq_bucket bucket;
     Source source;
-    Tensor *message = nullptr, *new_flags = nullptr, mean;
+    Tensor *message = nullptr, *new_flags = nullptr, *mean = nullptr;
     const Tensor *flags, *received;
     OP_REQUIRES_OK(context, begin(context, &bucket));
     OP_REQUIRES_OK(context, source_from(context, anchor_offset_, &source));
@@ -327,10 +339,10 @@ class MeanOp : public BucketOp {
     OP_REQUIRES_OK(context, context->input("received", &received));
     OP_REQUIRES_OK(context, context->allocate_output("message", {nbytes_}, &message));
     OP_REQUIRES_OK(context, context->allocate_output("new_flags", {}, &new_flags));
-    OP_REQUIRES_OK(context, context->allocate_temp(DT_FLOAT, {count_}, &mean));
+    OP_REQUIRES_OK(context, context->allocate_output("mean", {count_}, &mean));
     const int32_t status = pq_two_phase_mean(
         &codec_, &second_codec_, &bucket, shards_.data(), flags->flat<int32>()(0), received->flat<uint8>().data(),
-        received->NumElements(), source.get(), start_, of_means.kept(), of_means.next(), mean.flat<float>().data(),
+        received->NumElements(), source.get(), start_, of_means.kept(), of_means.next(), mean->flat<float>().data(),
         message->flat<uint8>().data(), nbytes_);
     OP_REQUIRES_OK(context, check(status, "mean"));
     new_flags->scalar<int32>()() = status;
@@ -398,6 +410,50 @@ class LandOp : public BucketOp {
   int64_t offset_ = 0, explainer_ = 0;
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdLand").Device(DEVICE_CPU), LandOp);
+
+// The message of an owner that has taken its node's mean to other nodes; `flags` and a part of `arriving` are what came of it.
+REGISTER_OP("PqasgdRelay")
+    .Input("step: int64")
+    .Input("round: int64")
+    .Input("flags: int32")
+    .Input("arriving: resource")
+    .Output("message: uint8")
+    .PQ_BUCKET_ATTRS.Attr("offset: int")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      c->set_output(0, c->Vector(InferenceContext::kUnknownDim));
+      return OkStatus();
+    });
+
+class RelayOp : public BucketOp {
+ public:
+  explicit RelayOp(OpKernelConstruction* context) : BucketOp(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("offset", &offset_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    pq_bucket bucket;
+    const Tensor* flags;
+    Tensor* message = nullptr;
+    core::RefCountPtr<Var> arriving;
+    const int64_t count = bucket_.num_elements, nbytes = PQ_HEADER_NBYTES + count * (int64_t)sizeof(float);
+    OP_REQUIRES_OK(context, begin(context, &bucket));
+    OP_REQUIRES_OK(context, context->input("flags", &flags));
+    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, context->num_inputs() - 1), &arriving));
+    OP_REQUIRES_OK(context, context->allocate_output("message", {nbytes}, &message));
+    tf_shared_lock lock(*arriving->mu());
+    const Tensor* mean = arriving->tensor();
+    OP_REQUIRES(context, mean->dtype() == DT_FLOAT && mean->NumElements() >= offset_ + count,
+                InvalidArgument("arriving must have at least ", offset_ + count, " float32 elements"));
+    OP_REQUIRES_OK(context, check(pq_two_phase_relay(&bucket, flags->flat<int32>()(0), mean->flat<float>().data() + offset_, count,
+                                                     message->flat<uint8>().data(), nbytes),
+                                  "relay"));
+  }
+
+ private:
+  int64_t offset_ = 0;
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdRelay").Device(DEVICE_CPU), RelayOp);
 
 // ---- low rank: between the exchanges of the two factors; see exchange/low_rank.py ----
 
