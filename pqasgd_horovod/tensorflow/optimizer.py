@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import horovod.tensorflow as horovod
 import keras
@@ -262,6 +262,18 @@ class DistributedMethods(_Inner):
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):
             averager.flush(timeout)
+
+    def join(self) -> NoReturn:
+        """Raise ArgumentError, on every rank that calls it: in TensorFlow all ranks take the same number of steps.
+
+        A rank without data would have to run the graph of the others' exchanges with zeros, which these graphs, traced
+        for a step, do not have; ``pqasgd_horovod.torch`` has it.
+        """
+        raise ArgumentError(
+            "join() was called; in TensorFlow every rank has to take as many steps, so cut them to the fewest batches "
+            "that a rank has: fit(..., steps_per_epoch=n), or dataset.take(n), with the same n everywhere, or repeat() "
+            "the datasets that are shorter"
+        )
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of this process, as in PyTorch.

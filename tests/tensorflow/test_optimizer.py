@@ -134,6 +134,13 @@ def test_wrong_arguments(make, text):
             make(distribute)
 
 
+@pytest.mark.parametrize("options", [{}, {"compression": EDEN2}, {"compression": EDEN2, "period": 8}])
+def test_joining_is_refused_with_what_to_do(options):
+    optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1), **options)
+    with pytest.raises(ArgumentError, match=r"as many steps.*steps_per_epoch=n"):
+        optimizer.join()
+
+
 def test_sets_of_ranks_that_horovod_does_not_know():
     with pytest.raises(ArgumentError, match=r"process_set is .*which is not registered"):
         hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1), process_set=hvd.ProcessSet([0]))
