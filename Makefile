@@ -11,7 +11,8 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 endif
 
-.PHONY: help setup demo demo-tf demo-family reproduce reproduce-recipe test test-long test-2 test-4 bench lint sanitize clean clean-all
+.PHONY: help setup demo demo-tf demo-family reproduce reproduce-recipe test test-long test-2 test-4 test-cluster
+.PHONY: image image-gpu cluster-demo bench lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -50,6 +51,23 @@ RANK_TESTS := pytest -x -q -p no:cacheprovider -o timeout_method=thread
 test-2 test-4: test-%:
 	@$(BIN)/horovodrun --gloo -np $* $(BIN)/python -m $(RANK_TESTS) tests/ranks $(PYTEST_ARGS)
 	@$(BIN)/horovodrun --gloo -np $* $(BIN)/python -m $(RANK_TESTS) tests/ranks_tensorflow $(PYTEST_ARGS)
+
+# What images are built on, if not on what their Dockerfiles say: make image BASE_IMAGE=.. BUILD_IMAGE=..
+export BASE_IMAGE BUILD_IMAGE
+BASES := $(if $(BASE_IMAGE),--base $(BASE_IMAGE)) $(if $(BUILD_IMAGE),--build-base $(BUILD_IMAGE))
+
+image: setup ## build the container image of a cluster's nodes; needs a Docker engine
+	@$(BIN)/python scripts/cluster.py --image cpu $(BASES)
+
+image-gpu: setup ## the same with CUDA and NCCL
+	@$(BIN)/python scripts/cluster.py --image gpu $(BASES)
+
+# exec: a signal that ends make's shell has to reach the script, which takes the containers down.
+cluster-demo: setup ## train on three containers joined by 1 Gbit/s, and compare; needs a Docker engine
+	@exec $(BIN)/python scripts/cluster_demo.py $(BASES)
+
+test-cluster: setup ## kill a container in the middle of training, and more; needs a Docker engine
+	@$(BIN)/pytest --durations=10 -m cluster -o timeout=900 $(PYTEST_ARGS)
 
 bench: export TF_CPP_MIN_LOG_LEVEL := 3
 bench: export TF_ENABLE_ONEDNN_OPTS := 0
