@@ -536,8 +536,8 @@ def distribute(
         _check_moments(optimizer, strategy.moments)
         if strategy.buffers == "max_count":
             raise ArgumentError(
-                "buffers is 'max_count', and Keras' BatchNormalization does not count its batches: use 'statistics', "
-                "'all' or 'local'"
+                "buffers is 'max_count', and Keras' BatchNormalization does not count its batches; steps cannot stand "
+                "for them, as all ranks have made equally many when they average: use 'statistics', 'all' or 'local'"
             )
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
