@@ -34,6 +34,7 @@ LAUNCHERS = {
         # Graphs take long to trace. Here is what depends on the number of ranks, or on who carries bytes.
         ("gloo", 4, [f"ranks_tensorflow/test_{part}.py" for part in ("replicas", "periodic", "functions")]),
         ("mpi", 2, ["ranks_tensorflow/test_replicas.py", "ranks_tensorflow/test_functions.py"]),
+        pytest.param("gloo", 2, ["ranks_tensorflow"], marks=pytest.mark.long),
     ],
     ids=[
         "gloo-2",
@@ -44,10 +45,13 @@ LAUNCHERS = {
         "tensorflow-gloo-2",
         "tensorflow-gloo-4",
         "tensorflow-mpi-2",
+        "tensorflow-gloo-2-long",
     ],
 )
-def test_all_ranks_pass(launcher, size, paths):
+def test_all_ranks_pass(launcher, size, paths, request):
     tests = [sys.executable, "-m", "pytest", *(f"tests/{path}" for path in paths), "-x", "-q", "-p", "no:cacheprovider"]
+    if request.node.get_closest_marker("long"):
+        tests += ["-m", "long"]
     # What this process set up for its own one rank is not for theirs.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
     process = subprocess.Popen(

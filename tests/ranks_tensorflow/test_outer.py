@@ -84,7 +84,10 @@ def test_the_graph_does_what_the_core_does(averaging, traced):
 
 
 @several_ranks
-@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+# Steps that are taken eagerly run the same graphs, which the test above, without feedback, shows too.
+@pytest.mark.parametrize(
+    "traced", [pytest.param(False, id="eager", marks=pytest.mark.long), pytest.param(True, id="traced")]
+)
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
 @pytest.mark.parametrize(
     ("averaging", "codec"),
