@@ -11,7 +11,7 @@ from horovod.torch.optimizer import _DistributedAdasumOptimizer, _DistributedOpt
 
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..errors import ArgumentError
-from .joining import check_before_join, take_over
+from .joining import check_before_join
 from .tensors import GatherHandle, counting
 from .wrapping import CommonMethods, Settings, build
 
@@ -23,13 +23,11 @@ class StockMethods(_DistributedOptimizer):
         self._statistics = CommunicationStatistics(self.process_set.size() if self.process_set.included() else 1)
         self._bytes = 0
         self._gathered: set[torch.nn.Parameter] = set()
-        self._ever_gathered: set[torch.nn.Parameter] = set()
 
     def _sparse_allreduce_grad_async(self, p: torch.nn.Parameter, name: str) -> tuple[GatherHandle, Any]:
         assert p.grad is not None
         handle, ctx = _DistributedOptimizer._sparse_allreduce_grad_async(self, p, name)
         self._gathered.add(p)
-        self._ever_gathered.add(p)
         return counting(handle, p.grad, self._statistics), ctx
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,28 +63,15 @@ class StockMethods(_DistributedOptimizer):
         """Do nothing: every step averages."""
 
     def join(self) -> int:
-        """Let Horovod send zeros while others have gradients; then take over parameters of the rank that joined last.
-
-        Raises ArgumentError also for process sets and Adasum, which Horovod's join() does not know.
-        """
+        """Return the rank of a process that trains alone; raise ArgumentError on several ranks."""
         check_before_join(self)
         if horovod.size() == 1 or not self.process_set.included():
             return horovod.rank()
-        if self.process_set != horovod.global_process_set or self._stock_class is _DistributedAdasumOptimizer:
-            raise ArgumentError(
-                f"join() was called with process_set={self.process_set} and op={self._settings.op}; where Horovod "
-                "averages it is Horovod's own join(), for all ranks and op=hvd.Average or hvd.Sum: use a codec or a "
-                "period"
-            )
-        if self._ever_gathered:
-            names = sorted(self._parameter_names[parameter] for parameter in self._ever_gathered)
-            raise ArgumentError(
-                f"join() was called, but gradients of {names} are sparse; Horovod sends them by allgather, which its "
-                "join() does not know: use sparse_as_dense=True, a codec or a period"
-            )
-        last = int(horovod.join())
-        take_over(self, last)
-        return last
+        raise ArgumentError(
+            f"join() was called with op={self._settings.op} and period=1, where Horovod averages. Its own join(), in "
+            "0.28.1, fails in some processes that have used other collectives before (its background loop ends with "
+            "unordered_map::at), and divides by all ranks: use a codec, such as Compression.bf16, or a period"
+        )
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals, with the bytes of a ring allreduce, or of allgathers, since Horovod counts none."""

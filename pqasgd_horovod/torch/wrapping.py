@@ -184,15 +184,14 @@ class CommonMethods(_DistributedOptimizer):
         two averages the one with the most steps is returned, of those the lowest.
 
         With ``period=1`` parameters and the optimizer's state become those of the rank that joined last; buffers stay
-        local. Where Horovod itself averages (``none`` or ``fp16`` with ``period=1``) it is Horovod's ``join()``, which
-        divides by the number of all ranks, those without data included.
+        local. Where Horovod itself averages (``none`` or ``fp16`` with ``period=1``) it is refused.
 
         A learning rate that is set in every step is not set on a rank that has joined; where a schedule or an outer
         optimizer depends on it those of the other ranks count. What error feedback has not sent of a rank that has
         joined, and its velocity, stay with it until it has data again.
 
-        Raises ArgumentError, before anything is sent, if gradients are in flight, with ``signsgd(scaled=False)``, and,
-        where Horovod averages, for sparse gradients, process sets and Adasum; DesynchronizedError on every rank if one
+        Raises ArgumentError, before anything is sent, if gradients are in flight, with ``signsgd(scaled=False)``, and
+        where Horovod averages; DesynchronizedError on every rank if one
         calls flush(), or state_dict() in the middle of a period, while others have joined.
 
         >>> import torch, pqasgd_horovod.torch as hvd

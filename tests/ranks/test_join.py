@@ -18,7 +18,6 @@ from .common import (
     assert_replicas_equal,
     everybody,
     floats,
-    horovods_sparse_path,
     loss_of,
     make_model,
     several_ranks,
@@ -51,19 +50,18 @@ CONFIGS = {
     "outer optimizer": {"averaging": hvd.PeriodicAveraging(3, outer=lambda params: torch.optim.Adam(params, 0.01))},
     "moments": {"averaging": hvd.PeriodicAveraging(3, moments="average", buffers="max_count")},
     "gradients": {"compression": hvd.Compression.topk(density=0.1), "feedback": hvd.Feedback()},
-    "stock groups": {"compression": hvd.Compression.fp16, "num_groups": 2},
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_uneven_epochs_end_with_the_same_replicas_everywhere(name):
-    model = make_model(norm="gradients" not in name and "stock" not in name)
+    model = make_model(norm="gradients" not in name)
     optimizer = wrap(model, **CONFIGS[name])
     for epoch in range(2):
         train(model, optimizer, batches(epoch))
         assert optimizer.join() == (hvd.size() - 1 if epoch == 0 else 0)
         assert_replicas_equal(model)
-        if "gradients" in name or "stock" in name:
+        if "gradients" in name:
             states = everybody(inner_state(optimizer))
             assert len(states[0]) > 0
             for state in states:
@@ -102,15 +100,14 @@ def mean_by_hand(divide_by_all):
     return floats(model)
 
 
-@pytest.mark.parametrize("stock", [False, True])
-def test_gradients_are_the_mean_over_the_ranks_with_data_but_over_all_where_horovod_averages(stock):
+def test_gradients_are_the_mean_over_the_ranks_with_data():
     model = make_model(norm=False)
-    optimizer = wrap(model, **({} if stock else {"compression": hvd.Compression.bf16}))
+    optimizer = wrap(model, compression=hvd.Compression.bf16)
     train(model, optimizer, batches(0))
     optimizer.join()
-    right, other = mean_by_hand(divide_by_all=stock), mean_by_hand(divide_by_all=not stock)
+    right, other = mean_by_hand(divide_by_all=False), mean_by_hand(divide_by_all=True)
     for name, value in floats(model).items():
-        np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-6 if stock else 2e-3)
+        np.testing.assert_allclose(value, right[name], rtol=0, atol=2e-3)
     if hvd.size() > 1:
         assert max(np.abs(other[name] - right[name]).max() for name in right) > 5e-3
 
@@ -137,7 +134,6 @@ def test_replicas_are_the_mean_over_the_ranks_with_data():
     [
         ({"period": 4}, torch.bfloat16),
         (CODED, torch.bfloat16),
-        ({}, torch.float32),
     ],
 )
 def test_a_rank_without_any_batch_has_the_same_replica(options, dtype):
@@ -189,15 +185,6 @@ def test_signs_without_a_scale_are_refused():
     assert "a rank without data would vote" in text
 
 
-@several_ranks
-@horovods_sparse_path
-def test_sparse_gradients_are_refused_where_horovod_averages():
-    model = WithSparseGradient()
-    optimizer = wrap(model, torch.optim.SGD(model.parameters(), 0.1))
-    model.train_one_step(optimizer)
-    assert "words.weight" in assert_raises_everywhere(ArgumentError, optimizer.join)
-
-
 @pytest.mark.parametrize("feedback", [None, hvd.Feedback()])
 def test_rows_of_an_embedding_are_the_mean_of_the_ranks_with_data(feedback):
     """The last rank makes a second step alone, at the same rate as it would without others."""
@@ -224,16 +211,12 @@ def test_rows_of_an_embedding_are_the_mean_of_the_ranks_with_data(feedback):
 
 
 @several_ranks
-def test_adasum_is_refused():
+@pytest.mark.parametrize("options", [{}, {"compression": hvd.Compression.fp16, "num_groups": 2}])
+def test_it_is_refused_where_horovod_averages(options):
+    """Horovod's own join() ended this very job, in its background loop, after the tests before this file."""
     model = make_model(norm=False)
-    optimizer = hvd.DistributedOptimizer(sgd(model), model.named_parameters(), op=hvd.Adasum)
-    assert "Horovod's own join()" in assert_raises_everywhere(ArgumentError, optimizer.join)
-
-
-@needs_a_process_set
-def test_a_process_set_is_refused_where_horovod_averages():
-    some = hvd.add_process_set([0, 1])
-    if some.included():
-        with pytest.raises(ArgumentError, match="Horovod's own join"):
-            wrap(make_model(norm=False), process_set=some).join()
-    hvd.remove_process_set(some)
+    optimizer = wrap(model, **options)
+    train(model, optimizer, range(2))
+    assert "where Horovod averages" in assert_raises_everywhere(ArgumentError, optimizer.join)
+    train(model, optimizer, range(2, 3))
+    assert_replicas_equal(model)
