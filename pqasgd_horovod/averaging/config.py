@@ -255,10 +255,6 @@ class ExchangeConfig:
         if self.policy:
             check_names(self.policy, tensors)
 
-    def compresses(self, tensor: TensorSpec) -> bool:
-        """Return whether a tensor is compressed; the others travel as they are, together in one message."""
-        return tensor.numel >= self.small_tensor_threshold and self.codec.fits(tensor.matrix)
-
     @property
     def bucket_cap_bytes(self) -> int:
         """Largest bucket in bytes of float32."""

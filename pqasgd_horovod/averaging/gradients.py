@@ -216,6 +216,8 @@ class GradientAverager:
             finally:
                 means = {} if self._tables is None else self._tables.finish()
             _check_frozen(met)
+            if self._tables is not None:
+                self._tables.commit()
         finally:
             self.steps += 1
             self._start_step()

@@ -87,15 +87,20 @@ class Tables:
         means, problems = {}, []
         for name, exchange in self._exchanges.items():
             means[name], problem = exchange.finish()
-            left = self._left.pop(name, None)
-            if problem is None and left is not None:
-                rows, values = left
-                self._residuals[name][rows.numbers] = values
-            elif problem is not None and (problem.kind is not Kind.NON_FINITE or self._nonfinite == "raise"):
+            if problem is None:
+                continue
+            self._left.pop(name, None)
+            if problem.kind is not Kind.NON_FINITE or self._nonfinite == "raise":
                 problems.append(self._specs[name].named(problem, exchange.table))
         if problems:
             raise_verdict(self._name, problems)
         return means
+
+    def commit(self) -> None:
+        """Keep what the last round left of the rows that have a mean: it has succeeded, and its means are used."""
+        for name, (rows, values) in self._left.items():
+            self._residuals[name][rows.numbers] = values
+        self._left.clear()
 
     def residuals(self) -> dict[str, Float32]:
         """Return what was not sent, by name: views."""

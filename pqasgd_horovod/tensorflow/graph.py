@@ -166,18 +166,8 @@ class Messages:
             payload_nbytes = [self.codec.payload_nbytes(self.num_elements)] * size
         else:
             payload_nbytes = [self.second_codec.payload_nbytes(shard.num_elements) for shard in self.shards]
-        own = next((header for header in headers_of(received, size) if header.rank == rank), None)
-        expected = wire.Header(
-            flags=0,
-            digest=self.digest,
-            round=own.round if own else 0,
-            step=own.step if own else 0,
-            bucket=self.bucket,
-            rank=rank,
-            payload_nbytes=0,
-            num_elements=self.num_elements,
-            phase=VALUES_PHASE if self.shards is None else MEANS_PHASE,
-        )
+        phase = VALUES_PHASE if self.shards is None else MEANS_PHASE
+        expected = own_header(received, size, rank, self.digest, self.bucket, self.num_elements, phase)
         return explain(flags, received, expected, range(size), payload_nbytes, names=self.names)
 
 
@@ -397,7 +387,16 @@ class GraphChannel:
         return list(ops.pqasgd_scatter(arriving=self.arriving.handle, tensors=list(tensors), factor=factor))
 
 
-def headers_of(received: Bytes, size: int) -> list[wire.Header]:
+def own_header(
+    received: Bytes, size: int, rank: int, digest: int, bucket: int, num_elements: int, phase: int
+) -> wire.Header:
+    """Return what this rank's header says; step and round are those of its message, which has come back."""
+    own = next((header for header in _headers_of(received, size) if header.rank == rank), None)
+    step, round_ = (own.step, own.round) if own else (0, 0)
+    return wire.Header(0, digest, round_, step, bucket, rank, 0, num_elements, phase)
+
+
+def _headers_of(received: Bytes, size: int) -> list[wire.Header]:
     """Return the headers of the messages of all ranks, or none if these cannot be read."""
     try:
         return [message.header for message in wire.split_messages(received, range(size))]

@@ -561,6 +561,7 @@ class PeriodicAverager:
             self._delayed.join(timeout)
             if self._delayed.error is not None:
                 self._traced(self._land)  # which raises it, as on all ranks; nobody would come to the meeting
+                is_pending = False  # it was the error of an earlier one
         if timeout is not None:
             self._wait_for_all(timeout)
         steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())

@@ -8,12 +8,12 @@ import tensorflow as tf
 
 from ..averaging import ExchangeConfig
 from ..averaging.tables import SparseSpec
-from ..exchange import wire
+from ..exchange.base import VALUES_PHASE
 from ..exchange.carriers import Bytes
 from ..exchange.rows import payload_nbytes
 from ..exchange.verdict import explain
 from .carrier import HorovodCarrier, allgather
-from .graph import Problems, headers_of, signed
+from .graph import Problems, own_header, signed
 from .library import ops, register_explainer
 
 
@@ -74,20 +74,9 @@ class GraphRows:
             self._residual.scatter_update(tf.IndexedSlices(left, landed.rows))
 
     def _explain(self, flags: int, received: Bytes) -> None:
-        own = next((h for h in headers_of(received, self._carrier.size) if h.rank == self._carrier.rank), None)
-        expected = wire.Header(
-            flags=0,
-            digest=self._digest,
-            round=own.round if own else 0,
-            step=own.step if own else 0,
-            bucket=self._table,
-            rank=self._carrier.rank,
-            payload_nbytes=0,
-            num_elements=0,
-            phase=0,
-        )
-        nbytes = payload_nbytes(self._codec, self._spec.table)
-        problem = explain(flags, received, expected, range(self._carrier.size), nbytes)
+        size, rank = self._carrier.size, self._carrier.rank
+        expected = own_header(received, size, rank, self._digest, self._table, 0, VALUES_PHASE)
+        problem = explain(flags, received, expected, range(size), payload_nbytes(self._codec, self._spec.table))
         self._problems.note(self._spec.named(problem, self._table))
 
 

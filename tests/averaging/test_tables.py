@@ -155,6 +155,35 @@ def test_nan_on_one_rank(nonfinite):
         assert "rank 1 had NaN, Inf or a number beyond the codec's range in the rows of 'words'" in results[0]
 
 
+@pytest.mark.parametrize("where", ["a dense gradient", "another table"])
+def test_a_step_that_fails_elsewhere_keeps_what_rows_had_left(where):
+    """Their mean has arrived, and is not used: what was sent of them is not lost."""
+
+    def program(carrier):
+        averager = GradientAverager(
+            carrier, ExchangeConfig(TOPK, feedback=Feedback(), small_tensor_threshold=0), name="t"
+        )
+        views = make_views(DENSE, seed=1)
+        averager.prepare(views, SPECS)
+        kept = []
+        for step in range(2):
+            tables = {spec.name: make_rows(spec, carrier.rank, step) for spec in SPECS}
+            if step == 1 and carrier.rank == 1:
+                (views[0].array if where == "a dense gradient" else tables["tags"].values[0])[0] = np.nan
+            for name, rows in tables.items():
+                averager.ready_rows(name, lambda rows=rows: rows)
+            try:
+                averager.finish()
+            except NonFiniteError:
+                assert step == 1
+            kept.append(averager.state_dict()["residual"]["words"])
+        return kept
+
+    for before, after in run_ranks(2, program):
+        np.testing.assert_array_equal(before, after)
+        assert before.any()
+
+
 def test_a_codec_that_owners_decode_is_refused():
     codec = codecs.signsgd(majority_vote=True)
     errors = run_ranks(

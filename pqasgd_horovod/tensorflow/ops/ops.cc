@@ -136,31 +136,41 @@ struct Source {
   }
 };
 
-// What was not sent before, and what is not sent this time: two float32 variables, or none. Nothing but these ops reads or writes
-// them during a round, each bucket its own part, so that they may do so beside each other.
+// Parts of float32 variables that nothing but these ops reads or writes during a round, each bucket its own.
+class Part {
+ public:
+  // `input` is that of the handle.
+  Status open(OpKernelContext* context, int input, int64_t offset, int64_t count, const char* name) {
+    TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, input), &variable_));
+    tf_shared_lock lock(*variable_->mu());
+    tensor_ = *variable_->tensor();
+    if (tensor_.dtype() != DT_FLOAT || offset < 0 || offset + count > tensor_.NumElements())
+      return InvalidArgument(name, " has ", tensor_.NumElements(), " elements; ", offset + count, " float32 ones are needed");
+    data_ = (float*)data_of(tensor_) + offset;
+    return OkStatus();
+  }
+  float* data() const { return data_; }
+
+ private:
+  core::RefCountPtr<Var> variable_;
+  Tensor tensor_;  // it keeps the memory
+  float* data_ = nullptr;
+};
+
+// What was not sent before, and what is not sent this time: two of them, or none.
 class Residuals {
  public:
   // `first` is the input that the variables begin at.
   Status open(OpKernelContext* context, int first, int count, int64_t offset, int64_t num_elements) {
     if (count == 0) return OkStatus();
-    for (int i = 0; i < 2; ++i) {
-      TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, first + i), &variables_[i]));
-      tf_shared_lock lock(*variables_[i]->mu());
-      const Tensor* tensor = variables_[i]->tensor();
-      if (tensor->dtype() != DT_FLOAT || offset < 0 || offset + num_elements > tensor->NumElements())
-        return InvalidArgument("a residual has ", tensor->NumElements(), " elements; ", offset + num_elements, " are needed");
-      tensors_[i] = *tensor;
-      data_[i] = (float*)data_of(*tensor) + offset;
-    }
+    for (int i = 0; i < 2; ++i) TF_RETURN_IF_ERROR(parts_[i].open(context, first + i, offset, num_elements, "a residual"));
     return OkStatus();
   }
-  const float* kept() const { return data_[0]; }
-  float* next() const { return data_[1]; }
+  const float* kept() const { return parts_[0].data(); }
+  float* next() const { return parts_[1].data(); }
 
  private:
-  core::RefCountPtr<Var> variables_[2];
-  Tensor tensors_[2];  // they keep the memory
-  float* data_[2] = {nullptr, nullptr};
+  Part parts_[2];
 };
 
 Status source_from(OpKernelContext* context, int64_t anchor_offset, Source* source) {
@@ -171,25 +181,20 @@ Status source_from(OpKernelContext* context, int64_t anchor_offset, Source* sour
   return anchors.size() ? source->subtract(anchors[0], anchor_offset) : OkStatus();
 }
 
-class BucketOp : public OpKernel {
+// What all messages of a rank have in common; `number` is the attribute that counts what they are about.
+class MessageOp : public OpKernel {
  public:
-  explicit BucketOp(OpKernelConstruction* context) : OpKernel(context) {
-    std::vector<int64_t> codec, second;
+  MessageOp(OpKernelConstruction* context, const char* number) : OpKernel(context) {
+    std::vector<int64_t> codec;
     int64_t bucket = 0, rank = 0, size = 0, digest = 0, seed = 0;
     OP_REQUIRES_OK(context, context->GetAttr("codec", &codec));
-    OP_REQUIRES_OK(context, context->GetAttr("second_codec", &second));
-    OP_REQUIRES_OK(context, context->GetAttr("bucket", &bucket));
-    OP_REQUIRES_OK(context, context->GetAttr("num_elements", &bucket_.num_elements));
+    OP_REQUIRES_OK(context, context->GetAttr(number, &bucket));
     OP_REQUIRES_OK(context, context->GetAttr("rank", &rank));
     OP_REQUIRES_OK(context, context->GetAttr("size", &size));
     OP_REQUIRES_OK(context, context->GetAttr("digest", &digest));
     OP_REQUIRES_OK(context, context->GetAttr("seed", &seed));
-    OP_REQUIRES_OK(context, context->GetAttr("shards", &shards_));
     OP_REQUIRES_OK(context, codec_from(codec, &codec_));
-    OP_REQUIRES_OK(context, codec_from(second, &second_codec_));
     OP_REQUIRES(context, size > 0 && rank >= 0 && rank < size, InvalidArgument("rank is ", rank, " of ", size));
-    OP_REQUIRES(context, shards_.empty() || (int64_t)shards_.size() == size + 1,
-                InvalidArgument("shards has ", shards_.size(), " limits; it must have ", size + 1));
     bucket_.bucket = (uint32_t)bucket;
     bucket_.rank = (int32_t)rank;
     bucket_.size = (int32_t)size;
@@ -208,11 +213,27 @@ class BucketOp : public OpKernel {
     return OkStatus();
   }
 
+  pq_codec codec_{};
+  pq_bucket bucket_{};
+};
+
+class BucketOp : public MessageOp {
+ public:
+  explicit BucketOp(OpKernelConstruction* context) : MessageOp(context, "bucket") {
+    std::vector<int64_t> second;
+    OP_REQUIRES_OK(context, context->GetAttr("second_codec", &second));
+    OP_REQUIRES_OK(context, context->GetAttr("num_elements", &bucket_.num_elements));
+    OP_REQUIRES_OK(context, context->GetAttr("shards", &shards_));
+    OP_REQUIRES_OK(context, codec_from(second, &second_codec_));
+    OP_REQUIRES(context, shards_.empty() || (int64_t)shards_.size() == bucket_.size + 1,
+                InvalidArgument("shards has ", shards_.size(), " limits; it must have ", bucket_.size + 1));
+  }
+
+ protected:
   bool two_phase() const { return !shards_.empty(); }
   int64_t shard_elements(int64_t rank) const { return shards_[(size_t)rank + 1] - shards_[(size_t)rank]; }
 
-  pq_codec codec_{}, second_codec_{};
-  pq_bucket bucket_{};
+  pq_codec second_codec_{};
   std::vector<int64_t> shards_;
 };
 
@@ -457,27 +478,6 @@ REGISTER_KERNEL_BUILDER(Name("PqasgdRelay").Device(DEVICE_CPU), RelayOp);
 
 // ---- low rank: between the exchanges of the two factors; see exchange/low_rank.py ----
 
-// Parts of float32 variables that nothing but these ops reads or writes during a round, each bucket its own.
-class Part {
- public:
-  // `input` is that of the handle.
-  Status open(OpKernelContext* context, int input, int64_t offset, int64_t count, const char* name) {
-    TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, input), &variable_));
-    tf_shared_lock lock(*variable_->mu());
-    tensor_ = *variable_->tensor();
-    if (tensor_.dtype() != DT_FLOAT || offset < 0 || offset + count > tensor_.NumElements())
-      return InvalidArgument(name, " has ", tensor_.NumElements(), " elements; ", offset + count, " float32 ones are needed");
-    data_ = (float*)data_of(tensor_) + offset;
-    return OkStatus();
-  }
-  float* data() const { return data_; }
-
- private:
-  core::RefCountPtr<Var> variable_;
-  Tensor tensor_;  // it keeps the memory
-  float* data_ = nullptr;
-};
-
 class LowRankOp : public OpKernel {
  public:
   explicit LowRankOp(OpKernelConstruction* context) : OpKernel(context) {
@@ -654,39 +654,14 @@ REGISTER_KERNEL_BUILDER(Name("PqasgdReconstruct").Device(DEVICE_CPU), Reconstruc
 
 // ---- rows of a table; see exchange/rows.py ----
 
-class RowsOp : public OpKernel {
+class RowsOp : public MessageOp {
  public:
-  explicit RowsOp(OpKernelConstruction* context) : OpKernel(context) {
-    std::vector<int64_t> codec;
-    int64_t table = 0, rank = 0, size = 0, digest = 0, seed = 0;
-    OP_REQUIRES_OK(context, context->GetAttr("codec", &codec));
-    OP_REQUIRES_OK(context, context->GetAttr("table", &table));
+  explicit RowsOp(OpKernelConstruction* context) : MessageOp(context, "table") {
     OP_REQUIRES_OK(context, context->GetAttr("num_rows", &table_.num_rows));
     OP_REQUIRES_OK(context, context->GetAttr("row_size", &table_.row_size));
-    OP_REQUIRES_OK(context, context->GetAttr("rank", &rank));
-    OP_REQUIRES_OK(context, context->GetAttr("size", &size));
-    OP_REQUIRES_OK(context, context->GetAttr("digest", &digest));
-    OP_REQUIRES_OK(context, context->GetAttr("seed", &seed));
-    OP_REQUIRES_OK(context, codec_from(codec, &codec_));
-    bucket_.bucket = (uint32_t)table;
-    bucket_.rank = (int32_t)rank;
-    bucket_.size = (int32_t)size;
-    bucket_.digest = (uint64_t)digest;
-    bucket_.seed = (uint64_t)seed;
   }
 
  protected:
-  Status begin(OpKernelContext* context, pq_bucket* bucket) const {
-    *bucket = bucket_;
-    int64_t step = 0, round = 0;
-    TF_RETURN_IF_ERROR(scalar_from(context, "step", &step));
-    TF_RETURN_IF_ERROR(scalar_from(context, "round", &round));
-    bucket->step = (uint64_t)step;
-    bucket->round = (uint64_t)round;
-    return OkStatus();
-  }
-  pq_codec codec_{};
-  pq_bucket bucket_{};
   pq_table table_{};
 };
 
