@@ -2,43 +2,9 @@
 #pragma once
 #include <cstdint>
 
-#include "pqasgd.h"
+#include "plan.h"
 
 namespace pqasgd {
-
-constexpr int kMaxBlock = 8192;
-constexpr int kCastBlock = 1024;
-constexpr int kMaxScales = 2;  // of a block
-
-// A block of a sparse codec: how many numbers are kept, and how it is written where they were.
-struct IndexCode {
-  int64_t kept;
-  int32_t low_bits;  // of Elias-Fano; 0: a bitmap
-  int64_t nbytes;    // 0: it is not written
-};
-
-// A codec with its block layout worked out; block sizes are checked before a Plan is made.
-struct Plan {
-  pq_codec codec;
-  int64_t count;           // elements
-  int64_t num_blocks;
-  int32_t scales_per_block;
-  int64_t scales_nbytes;   // of all blocks
-  int64_t block_nbytes;    // code bytes of a full block
-  int64_t payload_nbytes;
-  // Of sparse codecs: the payload is that of the numbers that are kept, then the positions of each block.
-  const Plan* values;      // NULL: not sparse
-  IndexCode index, last_index;
-
-  const IndexCode& index_of(int64_t block) const { return (block + 1) * codec.block_size > count ? last_index : index; }
-  const uint8_t* positions_of(const uint8_t* payload, int64_t block) const {
-    return payload + values->payload_nbytes + block * index.nbytes;
-  }
-  int64_t block_elements(int64_t block) const {
-    const int64_t left = count - block * codec.block_size;
-    return left < codec.block_size ? left : codec.block_size;
-  }
-};
 
 struct Kernels {
   const char* isa;
@@ -90,8 +56,6 @@ struct LloydMax {
   alignas(64) float cell_threshold[kMaxCells];
 };
 const LloydMax& lloyd_max(int bits);
-
-int64_t eden_padded(int64_t elements, int64_t block_size);
 
 // What the owner of a shard, who does not code it, leaves to the next round; the arguments are those of pq_encode, and checked.
 void keep_own_rest(const pq_codec& codec, const pq_source& source, int64_t start, int64_t count, pq_keys keys);

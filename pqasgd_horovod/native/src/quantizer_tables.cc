@@ -64,11 +64,4 @@ const LloydMax& lloyd_max(int bits) {
   return tables[bits - 1];
 }
 
-int64_t eden_padded(int64_t elements, int64_t block_size) {
-  if (elements >= block_size) return block_size;
-  int64_t P = 64;
-  while (P < elements) P *= 2;
-  return P;
-}
-
 }  // namespace pqasgd
