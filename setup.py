@@ -1,12 +1,14 @@
 """Compile the native libraries with CMake when the package is built. All that describes the package is in setup.cfg.
 
 The core is always built. TensorFlow's ops are built against the TensorFlow that is installed, as Horovod builds its
-own. PQASGD_WITH_TENSORFLOW=1 makes its absence an error, PQASGD_WITHOUT_TENSORFLOW=1 leaves them out.
+own, and the kernels for GPUs where there is nvcc. PQASGD_WITH_TENSORFLOW=1 and PQASGD_WITH_CUDA=1 make their absence an
+error, PQASGD_WITHOUT_TENSORFLOW=1 and PQASGD_WITHOUT_CUDA=1 leave them out.
 """
 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path(__file__).resolve().parent / "pqasgd_horovod"
 CORE = "pqasgd_horovod.native.libpqasgd_core"
+CUDA = "pqasgd_horovod.native.libpqasgd_cuda"
 TENSORFLOW = "pqasgd_horovod.tensorflow.libpqasgd_tensorflow"
 ASK_TENSORFLOW = (
     "import json, tensorflow as tf; print('\\n' + json.dumps([tf.__version__, tf.sysconfig.get_compile_flags(),"
@@ -34,6 +37,27 @@ def with_tensorflow() -> bool:
         raise SystemExit(
             "PQASGD_WITH_TENSORFLOW=1, and TensorFlow is not installed where the package is built: install it first, "
             "and give pip --no-build-isolation"
+        )
+    return found
+
+
+def find_nvcc() -> str | None:
+    """Return the path of CUDA's compiler, if there is one."""
+    folders = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [*(f"{folder}/bin" for folder in folders if folder), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def with_cuda() -> bool:
+    """Return whether the kernels for GPUs are to be built."""
+    asked, refused = (os.environ.get(f"PQASGD_{name}_CUDA") == "1" for name in ("WITH", "WITHOUT"))
+    if refused and not asked:
+        return False
+    found = find_nvcc() is not None
+    if asked and not found:
+        raise SystemExit(
+            "PQASGD_WITH_CUDA=1, and nvcc was found neither in CUDA_HOME/bin nor in PATH: install the CUDA toolkit, or "
+            "name its folder in CUDA_HOME"
         )
     return found
 
@@ -81,6 +105,9 @@ class BuildWithCMake(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         source = PACKAGE / "native"
         options = [f"-DPython3_EXECUTABLE={sys.executable}"]
+        if ext.name == CUDA:
+            source /= "cuda"
+            options.append(f"-DPQASGD_NVCC={find_nvcc()}")
         if ext.name == TENSORFLOW:
             source = PACKAGE / "tensorflow" / "ops"
             version, compile_flags, link_flags = self.tensorflow
@@ -113,6 +140,10 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension(name, sources=[]) for name in (CORE, TENSORFLOW)[: 1 + with_tensorflow()]],
+    ext_modules=[
+        Extension(name, sources=[])
+        for name, built in ((CORE, True), (TENSORFLOW, with_tensorflow()), (CUDA, with_cuda()))
+        if built
+    ],
     cmdclass={"build_ext": BuildWithCMake, "bdist_wheel": AnyPython},
 )

@@ -31,3 +31,7 @@ class NativeLibraryError(PqasgdError, ImportError):
 
 class CollectiveTimeoutError(PqasgdError, TimeoutError):
     """A collective did not complete in time: some rank did not take part in it."""
+
+
+class DeviceError(PqasgdError, RuntimeError):
+    """A GPU cannot do what is asked of it: no kernels for it, no memory left, or tensors on several devices."""

@@ -498,13 +498,16 @@ def build_horovod_wheel(directory: Path, log: Path) -> None:
 def native_sources() -> list[Path]:
     """Return what the native libraries are made from, and the files that say how they and the package are built."""
     folders = (NATIVE, TENSORFLOW_OPS)
-    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cc", ".h", ".txt")]
+    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cc", ".cu", ".h", ".txt")]
     table = ROOT / "pqasgd_horovod" / "codecs" / "lloyd_max.py"
     return [*sorted(sources), table, ROOT / "setup.py", ROOT / "setup.cfg", ROOT / "pyproject.toml"]
 
 
 def install_package(log: Path) -> None:
-    """Compile the core and TensorFlow's ops, and install the package so that changes in the checkout take effect."""
+    """Compile the native libraries, and install the package so that changes in the checkout take effect.
+
+    They are the core, TensorFlow's ops and, where there is nvcc, the kernels for GPUs.
+    """
     env = offline_environment() | {"CMAKE_BUILD_PARALLEL_LEVEL": str(compile_jobs()), "PQASGD_WITH_TENSORFLOW": "1"}
     run(pip("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", str(ROOT)), log, env)
     run(  # from elsewhere, so that the installed package is what is tried
@@ -565,8 +568,16 @@ def steps() -> list[Step]:
         ),
         Step(
             "package",
-            lambda: "compiling the native core and TensorFlow's ops, installing pqasgd_horovod",
-            lambda: [compiler(), *(f"{shown(path)} {file_digest(path)}" for path in native_sources())],
+            lambda: (
+                "compiling the native core, TensorFlow's ops"
+                + (", kernels for GPUs" if shutil.which("nvcc") else "")
+                + ", installing pqasgd_horovod"
+            ),
+            lambda: [
+                compiler(),
+                str(shutil.which("nvcc")),
+                *(f"{shown(path)} {file_digest(path)}" for path in native_sources()),
+            ],
             lambda: NATIVE_LIBRARY.exists() and any(TENSORFLOW_OPS.parent.glob("*.so")),
             install_package,
             "see the first error in the log; `make clean` and run again",

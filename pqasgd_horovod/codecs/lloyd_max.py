@@ -69,14 +69,14 @@ POSITIVE_CENTROIDS: tuple[tuple[float, ...], ...] = (
 
 
 def c_table() -> str:
-    """Return the table as C source; rows are padded with zeros to 128 numbers.
+    """Return the table as C source; rows are padded with zeros to 128 numbers. PQ_TABLE says where it is kept.
 
     >>> c_table().splitlines()[2]
     '    {0x1.9884540000000p-1f,},'
     """
     lines = [
         "/* Generated from pqasgd_horovod/codecs/lloyd_max.py; do not edit. */",
-        "static const float kLloydMax[8][128] = {",
+        "PQ_TABLE const float kLloydMax[8][128] = {",
     ]
     for centroids in POSITIVE_CENTROIDS:
         exact = struct.unpack(f"<{len(centroids)}f", struct.pack(f"<{len(centroids)}f", *centroids))

@@ -48,7 +48,7 @@ def test_the_c_table_holds_the_same_numbers():
     """Run as the native build does: as a script, by an interpreter that cannot import NumPy or the package."""
     script = ROOT / "pqasgd_horovod" / "codecs" / "lloyd_max.py"
     text = subprocess.run([sys.executable, "-I", "-S", str(script)], capture_output=True, text=True, check=True).stdout
-    assert "static const float kLloydMax[8][128] = {" in text
+    assert "PQ_TABLE const float kLloydMax[8][128] = {" in text
     rows = re.findall(r"\{((?:0x[^{}]*f,\s*)+)\}", text)
     assert len(rows) == 8
     for row, centroids in zip(rows, lloyd_max.POSITIVE_CENTROIDS, strict=True):

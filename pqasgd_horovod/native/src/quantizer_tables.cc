@@ -9,7 +9,8 @@
 namespace pqasgd {
 namespace {
 
-#include "lloyd_max.inc"  // written by the build: static const float kLloydMax[8][128]
+#define PQ_TABLE static
+#include "lloyd_max.inc"  // written by the build: kLloydMax[8][128], of b bits in row b - 1
 
 // Cells of equal width over |u|, so narrow that each holds at most one threshold, which lies well inside it: then
 // (thresholds below the cell) + (is the one inside reached?) counts exactly, whatever the rounding of |u| / width does.

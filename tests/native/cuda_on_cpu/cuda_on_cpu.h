@@ -1,0 +1,231 @@
+// Runs CUDA kernels on a CPU, so that tests see every byte that they make where there is no GPU.
+//
+// The threads of a group are fibers of one thread. They take turns: each runs until it waits for the others. Who comes first is
+// decided by pq_cuda_on_cpu_order: what depends on it is a race, and gives other bytes in another order. A group whose threads wait for
+// some that have left, or at different places, ends the program with a message.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+namespace cuda_on_cpu {
+
+struct Index {
+  unsigned x = 0;
+};
+
+inline Index thread_index, group_index, group_size, num_groups;
+inline std::vector<unsigned char> shared_memory;
+inline unsigned order_seed = 0;  // 0: as they are numbered; 1: the other way round; else shuffled
+
+constexpr size_t kStack = 1 << 16;
+
+enum class State { kReady, kAtGroup, kAtWarp, kDone };
+
+struct Fiber {
+  ucontext_t context;  // for its start only: later turns are jumps, which ask nothing of the system
+  jmp_buf place;
+  bool started = false;
+  State state = State::kDone;
+  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
+};
+
+class Group {
+ public:
+  // Runs all groups of a launch, one after the other.
+  void launch(unsigned groups, unsigned threads, size_t shared_nbytes, const std::function<void()>& kernel) {
+    const std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    if (threads % 32 != 0 || threads > 1024 || shared_nbytes > 49152) fail("a launch that no GPU takes");
+    kernel_ = &kernel;
+    group_size.x = threads;
+    num_groups.x = groups;
+    while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
+    std::mt19937 shuffle(order_seed);
+    for (unsigned g = 0; g < groups; ++g) {
+      group_index.x = g;
+      shared_memory.assign(shared_nbytes, 0xff);  // NaN: nothing is 0 by itself
+      run(threads, shuffle);
+    }
+  }
+
+  void wait(State at) {
+    Fiber& me = *fibers_[thread_index.x];
+    me.state = at;
+    if (!_setjmp(me.place)) _longjmp(scheduler_, 1);
+  }
+
+  uint64_t exchange(uint64_t own, unsigned lane) {  // what `lane` of the same warp gives
+    given_[thread_index.x] = own;
+    wait(State::kAtWarp);
+    const uint64_t theirs = given_[thread_index.x / 32 * 32 + lane];
+    wait(State::kAtWarp);
+    return theirs;
+  }
+  uint32_t ballot(bool own) {
+    given_[thread_index.x] = own;
+    wait(State::kAtWarp);
+    uint32_t all = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) all |= (uint32_t)given_[thread_index.x / 32 * 32 + lane] << lane;
+    wait(State::kAtWarp);
+    return all;
+  }
+  bool any(bool own) {
+    given_[thread_index.x] = own;
+    wait(State::kAtGroup);
+    bool all = false;
+    for (unsigned t = 0; t < group_size.x; ++t) all |= given_[t] != 0;
+    wait(State::kAtGroup);
+    return all;
+  }
+
+ private:
+  [[noreturn]] static void fail(const char* what) {
+    std::fprintf(stderr, "cuda_on_cpu: %s (group of %u threads)\n", what, group_size.x);
+    std::abort();
+  }
+
+  static void work();
+
+  void run(unsigned threads, std::mt19937& shuffle) {
+    std::vector<unsigned> order(threads);
+    std::iota(order.begin(), order.end(), 0u);
+    if (order_seed == 1) std::reverse(order.begin(), order.end());
+    for (unsigned t = 0; t < threads; ++t) fibers_[t]->state = State::kReady;
+    for (bool left = true; left;) {
+      if (order_seed > 1) std::shuffle(order.begin(), order.end(), shuffle);
+      for (unsigned t : order)
+        if (fibers_[t]->state == State::kReady) go_on(t);
+      left = release(threads);
+    }
+  }
+
+  // Until it waits, or is done.
+  void go_on(unsigned t) {
+    Fiber& fiber = *fibers_[t];
+    thread_index.x = t;
+    if (_setjmp(scheduler_)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    makecontext(&fiber.context, work, 0);
+    setcontext(&fiber.context);
+  }
+
+  // Lets those go on who have all met; false if all are done.
+  bool release(unsigned threads) {
+    unsigned done = 0, at_group = 0;
+    bool released = false;
+    for (unsigned warp = 0; warp < threads; warp += 32) {
+      unsigned at_warp = 0;
+      for (unsigned t = warp; t < warp + 32; ++t) {
+        done += fibers_[t]->state == State::kDone;
+        at_group += fibers_[t]->state == State::kAtGroup;
+        at_warp += fibers_[t]->state == State::kAtWarp;
+      }
+      if (at_warp == 32) {
+        for (unsigned t = warp; t < warp + 32; ++t) fibers_[t]->state = State::kReady;
+        released = true;
+      }
+    }
+    if (at_group == threads) {
+      for (unsigned t = 0; t < threads; ++t) fibers_[t]->state = State::kReady;
+      released = true;
+    }
+    if (!released && done < threads) fail("threads wait for others that do not come");
+    return done < threads;
+  }
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  jmp_buf scheduler_;
+  uint64_t given_[1024];
+  const std::function<void()>* kernel_ = nullptr;
+};
+
+inline Group group;
+
+// A fiber takes part in one group after the other.
+inline void Group::work() {
+  for (;;) {
+    (*group.kernel_)();
+    group.wait(State::kDone);
+  }
+}
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx cuda_on_cpu::thread_index
+#define blockIdx cuda_on_cpu::group_index
+#define blockDim cuda_on_cpu::group_size
+#define gridDim cuda_on_cpu::num_groups
+
+inline void __syncthreads() { cuda_on_cpu::group.wait(cuda_on_cpu::State::kAtGroup); }
+inline int __syncthreads_or(int x) { return cuda_on_cpu::group.any(x != 0); }
+inline uint32_t __ballot_sync(uint32_t, bool x) { return cuda_on_cpu::group.ballot(x); }
+template <class T>
+T __shfl_down_sync(uint32_t, T x, unsigned delta) {
+  uint64_t word = 0;
+  std::memcpy(&word, &x, sizeof x);
+  const unsigned lane = threadIdx.x % 32;
+  word = cuda_on_cpu::group.exchange(word, lane + delta < 32 ? lane + delta : lane);
+  std::memcpy(&x, &word, sizeof x);
+  return x;
+}
+template <class T, class U>
+T atomicOr(T* to, U x) {
+  const T old = *to;
+  *to = old | x;
+  return old;
+}
+template <class T, class U>
+T atomicMax(T* to, U x) {
+  const T old = *to;
+  if ((T)x > old) *to = (T)x;
+  return old;
+}
+template <class T, class U>
+T atomicAdd(T* to, U x) {
+  const T old = *to;
+  *to = old + x;
+  return old;
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+typedef void* cudaStream_t;
+enum cudaError_t { cudaSuccess };
+struct cudaFuncAttributes {};
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
+
+#define PQ_LAUNCH(kernel, groups, threads, shared_nbytes, stream, ...)                                         \
+  ((void)(stream), cuda_on_cpu::group.launch((unsigned)(groups), (unsigned)(threads), (size_t)(shared_nbytes), \
+                                             [&] { kernel(__VA_ARGS__); }))
+#define PQ_SHARED_MEMORY(name) unsigned char* const name = cuda_on_cpu::shared_memory.data()
+
+extern "C" __attribute__((visibility("default"))) void pq_cuda_on_cpu_order(unsigned seed) {
+  cuda_on_cpu::order_seed = seed;
+}
