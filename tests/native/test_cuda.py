@@ -356,8 +356,8 @@ def build_with(monkeypatch, **environment):
     """Ask setup.py what it would build, without nvcc anywhere."""
     for variable in ("CUDA_HOME", "CUDA_PATH", "PQASGD_WITH_CUDA", "PQASGD_WITHOUT_CUDA"):
         monkeypatch.delenv(variable, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
     script = (
         "import setuptools; setuptools.setup = lambda **_: None; import setup;"
         "setup.find_nvcc = lambda: None; print(setup.with_cuda())"

@@ -193,10 +193,7 @@ int32_t pq_force_isa(const char* name) {
 void pq_set_num_threads(int32_t threads) { g_threads = std::max(1, threads); }
 int32_t pq_get_num_threads(void) { return g_threads; }
 
-int64_t pq_payload_nbytes(const pq_codec* codec, int64_t count) {
-  Plans plans;
-  return make_plan(codec, count, &plans) ? plans.plan.payload_nbytes : int64_t{PQ_BAD_ARGUMENT};
-}
+int64_t pq_payload_nbytes(const pq_codec* codec, int64_t count) { return payload_nbytes(codec, count); }
 
 int32_t pq_encode(const pq_codec* codec, const pq_source* source, int64_t start, int64_t count, pq_keys keys, uint8_t* payload,
                   int64_t payload_nbytes) {

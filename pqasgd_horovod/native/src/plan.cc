@@ -113,4 +113,9 @@ bool make_plan(const pq_codec* codec, int64_t count, Plans* plans) {
   return true;
 }
 
+int64_t payload_nbytes(const pq_codec* codec, int64_t count) {
+  Plans plans;
+  return make_plan(codec, count, &plans) ? plans.plan.payload_nbytes : int64_t{PQ_BAD_ARGUMENT};
+}
+
 }  // namespace pqasgd

@@ -50,6 +50,9 @@ struct Plans {
 // False for a codec or a count that are not allowed.
 bool make_plan(const pq_codec* codec, int64_t count, Plans* plans);
 
+// Or PQ_BAD_ARGUMENT.
+int64_t payload_nbytes(const pq_codec* codec, int64_t count);
+
 // The length to which EDEN pads a block.
 PQ_BOTH inline int64_t eden_padded(int64_t elements, int64_t block_size) {
   if (elements >= block_size) return block_size;
