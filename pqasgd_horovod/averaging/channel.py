@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .. import native
 from ..codecs.base import FLOAT32, Codec
 from ..codecs.low_rank import PowerSgd
-from ..errors import MismatchError, NonFiniteError, WireFormatError
+from ..errors import ArgumentError, MismatchError, NonFiniteError, WireFormatError
 from ..exchange import Exchange, LowRankExchange, make_exchange
 from ..exchange.carriers import Carrier
 from ..exchange.carriers.nodes import NodesCarrier
@@ -30,6 +30,9 @@ from .state import Arrays, no_arrays
 from .statistics import ring_allreduce_nbytes
 from .strategy import PeriodicAveraging
 from .vector import AnchorArray, ArrayView, FlatLayout, FlatVector, TensorSpec, anchor_dtype
+
+if TYPE_CHECKING:
+    from ..native.cuda import Device
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -80,8 +83,10 @@ class ChannelPlan:
         buckets = [self.tensors_in(bucket) for bucket in range(len(self.sizes))]
         return [sum(factors[i][side] for i in bucket) for bucket in buckets for side in (0, 1)]
 
-    def make_exchange(self, carrier: Carrier, config: ExchangeConfig, digest: int) -> Exchange:
-        """Return what brings the means."""
+    def make_exchange(
+        self, carrier: Carrier, config: ExchangeConfig, digest: int, device: Device | None = None
+    ) -> Exchange:
+        """Return what brings the means, of numbers of ``device`` if there is one."""
         options: dict[str, Any] = {
             "name": self.name,
             "seed": self.seed,
@@ -90,6 +95,12 @@ class ChannelPlan:
             "nonfinite": config.nonfinite,
         }
         if self.low_rank is not None:
+            if device is not None:
+                raise ArgumentError(
+                    f"compression is {self.low_rank} with tensors on {device}; its factors are made on CPUs only: use "
+                    "another codec, such as Compression.topk() or Compression.eden(bits=2), or keep the model on the "
+                    "CPU"
+                )
             matrices = [self.matrices_in(bucket) for bucket in range(len(self.sizes))]
             return LowRankExchange(self.low_rank.approximation_rank, carrier, matrices, **options)
         return make_exchange(
@@ -98,6 +109,7 @@ class ChannelPlan:
             self.sizes,
             second_codec=self.second_codec,
             feedback=self.feeds_back_means,
+            device=device,
             **options,
         )
 
@@ -177,26 +189,27 @@ class Channel:
         digest: int,
     ) -> None:
         self.vector = vector
+        device = vector.device
         self.starts = plan.starts
         self.fragments = plan.fragments
         self.tensors_in = plan.tensors_in
         self.anchor = anchor
         self.outer_elements = 0
         """How many elements, from the first one, an outer optimizer moves."""
-        self.momentum: NDArray[np.float32] = np.zeros(0, np.float32)
+        self.momentum: NDArray[np.float32] = native.zeros(0)
         """The outer optimizer's, of ``outer_elements``, if it is held here."""
         # With a float32 anchor what arrives is the next anchor, anchor + mean, and the two arrays change places: one
         # walk over memory less, and an error leaves the anchor as it was.
-        self._arriving: NDArray[np.float32] = np.empty(self.vector.num_elements, np.float32)
-        self._residuals = Residuals(vector.num_elements) if plan.feedback else None
+        self._arriving: NDArray[np.float32] = native.zeros(vector.num_elements, device=device)
+        self._residuals = Residuals(vector.num_elements, device) if plan.feedback else None
         self._is_of_node = isinstance(carrier, NodesCarrier)  # then the residual is too
         self._snapshot: AnchorArray | None = None  # made when the first one is taken
         self._feeds_back_means = plan.feeds_back_means
         self.velocities = (
-            None if plan.correction is None else Velocities(vector.num_elements, plan.correction, plan.masks)
+            None if plan.correction is None else Velocities(vector.num_elements, plan.correction, plan.masks, device)
         )
         """With momentum correction; their ``clipping`` is set by whoever knows all channels."""
-        self.exchange = plan.make_exchange(carrier, config, digest)
+        self.exchange = plan.make_exchange(carrier, config, digest, device)
 
     @property
     def num_buckets(self) -> int:
@@ -222,19 +235,21 @@ class Channel:
         """Return zeros in place of :meth:`source`, for a rank that is absent, which keeps what was not sent before."""
         residuals = self._residuals
         if residuals is not None and not self._is_of_node:
-            residuals = Residuals(self.vector.num_elements)  # for what expects one; of zeros nothing is left
-        zeros = np.zeros(self.vector.num_elements, np.float32)
-        return FlatVector([ArrayView("nothing", zeros)]).source(residuals=residuals)
+            # For what expects one; of zeros nothing is left.
+            residuals = Residuals(self.vector.num_elements, self.vector.device)
+        zeros = native.zeros(self.vector.num_elements, device=self.vector.device)
+        return FlatVector([ArrayView("nothing", zeros, self.vector.device)]).source(residuals=residuals)
 
     def take_snapshot(self, fragment: int | None = None) -> native.Source:
         """Copy the vector, or a fragment of it, and return the copy as :meth:`source` would the vector."""
         assert self.anchor is not None
         if self._snapshot is None:
-            self._snapshot = np.empty_like(self.anchor)
+            self._snapshot = native.zeros(self.anchor.size, self.anchor.dtype, self.vector.device)
         tensors = self.vector.source()
         for span in self._spans(self._buckets_of(fragment)):
             native.gather(tensors, span.start, self._snapshot[span])
-        return FlatVector([ArrayView("snapshot", self._snapshot)]).source(self.anchor, self._residuals)
+        copy = ArrayView("snapshot", self._snapshot, self.vector.device)
+        return FlatVector([copy]).source(self.anchor, self._residuals)
 
     def since_snapshot(self) -> native.Source:
         """Return the vector as it is in memory now, minus the snapshot."""
@@ -268,7 +283,7 @@ class Channel:
     def move_by_outer(self, num_elements: int, holds_momentum: bool) -> None:
         """Let an outer optimizer move the first ``num_elements``; what arrives is then the mean, not the anchor."""
         self.outer_elements = num_elements
-        self.momentum = np.zeros(num_elements if holds_momentum else 0, np.float32)
+        self.momentum = native.zeros(num_elements if holds_momentum else 0, device=self.vector.device)
 
     def anchors_and_means(self) -> dict[str, tuple[AnchorArray, NDArray[np.float32]]]:
         """Return anchor and mean, as they lie in memory, of each tensor that an outer optimizer moves; before apply."""
@@ -348,7 +363,7 @@ class Channel:
     def _step_outer(self, span: slice, outer: Coefficients | None) -> None:
         if outer is not None and self.outer_elements:
             moved = slice(span.start, min(span.stop, self.outer_elements))
-            native.outer(*outer, self.momentum[moved], self._arriving[moved])
+            native.outer(*outer, self.momentum[moved], self._arriving[moved], self.vector.device)
 
     def _spans(self, buckets: Iterable[int]) -> list[slice]:
         """Return where buckets lie, neighbours together."""

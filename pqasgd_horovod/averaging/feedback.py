@@ -14,7 +14,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from .. import native
 from ..codecs.base import FLOAT32, Scheme, check_integer
 from ..errors import ArgumentError
 from .outer import Coefficients
+
+if TYPE_CHECKING:
+    from ..native.cuda import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,12 +217,13 @@ class Velocities:
     Two arrays of the first, so that a round that fails changes nothing.
     """
 
-    def __init__(self, num_elements: int, correction: MomentumCorrection, masks: bool) -> None:
+    def __init__(
+        self, num_elements: int, correction: MomentumCorrection, masks: bool, device: Device | None = None
+    ) -> None:
+        self._device = device
         self._coefficients = correction.coefficients
         self._masks = masks
-        self.kept: FLOAT32 = np.zeros(num_elements, np.float32)
-        self._next: FLOAT32 = np.zeros(num_elements, np.float32)
-        self._increment: FLOAT32 = np.zeros(num_elements, np.float32)
+        self.kept, self._next, self._increment = (native.zeros(num_elements, device=device) for _ in range(3))
         self.clipping = 1.0
         """What gradients are multiplied by."""
 
@@ -230,13 +234,13 @@ class Velocities:
         if self.clipping != 1:
             np.multiply(increment, np.float32(self.clipping), out=increment)
         np.copyto(velocity, self.kept[span])
-        native.outer(*self._coefficients, velocity, increment)
+        native.outer(*self._coefficients, velocity, increment, self._device)
 
     def source(self, residuals: Residuals | None) -> native.Source:
         """Return what is to be sent: the increment, plus what was not sent before."""
         segment = (self._increment.ctypes.data, native.DTYPE_F32, self._increment.size)
         pointers = None if residuals is None else residuals.pointers()
-        return native.Source([segment], None, (self._increment, residuals), pointers)
+        return native.Source([segment], None, (self._increment, residuals), pointers, self._device)
 
     def keep(self, starts: Sequence[int], averaged: Sequence[int], residuals: Residuals | None) -> None:
         """After a round, and before :meth:`Residuals.keep`: keep the velocity of the buckets that have a mean."""
@@ -253,9 +257,8 @@ class Residuals:
     Two arrays, so that a round that fails changes nothing.
     """
 
-    def __init__(self, num_elements: int) -> None:
-        self.kept: FLOAT32 = np.zeros(num_elements, np.float32)
-        self._next: FLOAT32 = np.zeros(num_elements, np.float32)
+    def __init__(self, num_elements: int, device: Device | None = None) -> None:
+        self.kept, self._next = (native.zeros(num_elements, device=device) for _ in range(2))
 
     def pointers(self, start: int = 0) -> tuple[int, int]:
         """Return where the residual that is added, and the one that is written, have element ``start``."""

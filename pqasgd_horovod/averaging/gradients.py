@@ -24,7 +24,7 @@ from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
 from .tables import SparseSpec, Tables
-from .vector import FlatVector, TensorView
+from .vector import FlatVector, TensorView, common_device
 
 _NO_ROWS = Rows(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
@@ -91,6 +91,7 @@ class GradientAverager:
 
         Raises MismatchError on every rank if the ranks differ, and ArgumentError for a codec that cannot code rows.
         """
+        common_device(tensors)
         self._laid_out = (tensors, sparse)
         self._num_elements = sum(tensor.numel for tensor in tensors) + sum(math.prod(spec.shape) for spec in sparse)
         if self._meeting is not None:

@@ -24,7 +24,7 @@ from .pace import Pace, check_learning_rates, rounded, unpack_details
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
-from .vector import AnchorArray, FlatVector, TensorView
+from .vector import AnchorArray, FlatVector, TensorView, common_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,7 @@ class PeriodicAverager:
         their present value, which must be the same on every rank. Raises MismatchError on every rank if layout,
         counters or anchors differ, and changes nothing then. An average under way is applied first.
         """
+        common_device([*parameters, *buffers])
         self._land(HANDSHAKE_TIMEOUT_SECONDS)
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:

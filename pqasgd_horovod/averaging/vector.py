@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from .. import native
 from ..errors import ArgumentError
 from .feedback import Residuals
 from .outer import AnchorArray
+
+if TYPE_CHECKING:
+    from ..native.cuda import Device
 
 
 class TensorSpec(Protocol):
@@ -53,6 +56,11 @@ class TensorSpec(Protocol):
 class TensorView(TensorSpec, Protocol):
     """A tensor of the model, as dense memory of a known type."""
 
+    @property
+    def device(self) -> Device | None:
+        """The GPU whose memory it is; None: that of the host."""
+        ...
+
     def pointer(self) -> int:
         """Return where the elements are now; raise ArgumentError if type, size or order in memory have changed."""
         ...
@@ -69,14 +77,15 @@ class ArrayView:
     """A NumPy array as an averager sees it, for programs without a framework; assign ``array`` to move it.
 
     The array is contiguous, of float16, float32 or float64. :meth:`pointer` raises ArgumentError if it has been
-    replaced by one of another type or shape.
+    replaced by one of another type or shape. With a ``device`` the array is memory that it reaches.
 
     >>> ArrayView("x", np.zeros(3, np.float32)).description
     'float32 (3,)'
     """
 
-    def __init__(self, name: str, array: NDArray[np.floating]) -> None:
+    def __init__(self, name: str, array: NDArray[np.floating], device: Device | None = None) -> None:
         self.name = name
+        self.device = device
         self.array = array
         self.dtype = _CODES[array.dtype]
         self.numel = array.size
@@ -96,6 +105,15 @@ class ArrayView:
 def anchor_dtype(tensor: TensorSpec) -> np.dtype:
     """Return the type of a tensor's anchor: float64 for float64, float32 for all narrower types."""
     return np.dtype(np.float64 if tensor.dtype == native.DTYPE_F64 else np.float32)
+
+
+def common_device(tensors: Sequence[TensorView]) -> Device | None:
+    """Return the GPU, or None for the host, that all tensors are on; raise ArgumentError if there are several."""
+    found = {str(tensor.device or "cpu"): tensor for tensor in reversed(tensors)}
+    if len(found) > 1:
+        places = ", ".join(f"{tensor.name} is on {place}" for place, tensor in sorted(found.items()))
+        raise ArgumentError(f"{places}; all tensors of an optimizer must be on one device: move the model as a whole")
+    return tensors[0].device if tensors else None
 
 
 class FlatLayout:
@@ -128,6 +146,7 @@ class FlatVector(FlatLayout):
     def __init__(self, tensors: Sequence[TensorView]) -> None:
         super().__init__(tensors)
         self.tensors = tuple(tensors)
+        self.device = common_device(tensors)
 
     def source(
         self, anchor: AnchorArray | None = None, residuals: Residuals | None = None, part: range | None = None
@@ -144,10 +163,10 @@ class FlatVector(FlatLayout):
             pair = (anchor.ctypes.data, native.DTYPE_F64 if anchor.dtype == np.float64 else native.DTYPE_F32)
         start = 0 if part is None else self.offsets[part.start]
         pointers = None if residuals is None else residuals.pointers(start)
-        return native.Source(segments, pair, (tensors, anchor, residuals), pointers)
+        return native.Source(segments, pair, (tensors, anchor, residuals), pointers, self.device)
 
     def gather(self, dtype: np.dtype) -> AnchorArray:
         """Return a copy of the elements, in the type of an anchor."""
-        values: AnchorArray = np.empty(self.num_elements, dtype)
+        values: AnchorArray = native.zeros(self.num_elements, dtype, self.device)
         native.gather(self.source(), 0, values)
         return values

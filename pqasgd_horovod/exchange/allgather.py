@@ -8,12 +8,12 @@ way for few ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-
+from .. import native
 from ..codecs.base import Codec
 from . import wire
-from .base import Flight, MessageExchange, NonFinitePolicy
+from .base import Flight, MessageExchange
 from .carriers import Carrier, Handle
 
 
@@ -35,13 +35,14 @@ class AllgatherExchange(MessageExchange):
         name: str,
         seed: int,
         digest: int,
-        nonfinite: NonFinitePolicy = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, nonfinite=nonfinite)
+        super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, **options)
         self._native = self._native_buckets(codec)
         self._last_payload_nbytes = [[codec.payload_nbytes(num_elements)] * self.size for num_elements in self.buckets]
         self._messages = [
-            np.zeros(wire.HEADER_NBYTES + nbytes[self._rank], np.uint8) for nbytes in self._last_payload_nbytes
+            native.message_memory(wire.HEADER_NBYTES + nbytes[self._rank], self._device)
+            for nbytes in self._last_payload_nbytes
         ]
         self._names = [f"{name}.b{bucket}.p1" for bucket in range(len(self.buckets))]
 

@@ -12,7 +12,7 @@ import abc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from . import wire
 from .carriers import Bytes, Carrier, Handle, wait_until
 from .layout import Span
 from .verdict import Kind, Names, Problem, explain, raise_verdict
+
+if TYPE_CHECKING:
+    from ..native.cuda import Device
 
 Float32 = NDArray[np.float32]
 NonFinitePolicy = Literal["raise", "propagate"]
@@ -57,7 +60,8 @@ class Exchange(abc.ABC):
 
     Made by :func:`~pqasgd_horovod.exchange.make_exchange`. Names and sizes of all messages are constant over the run,
     send buffers are allocated once. The mean is bit-identical on every rank: every rank decodes the same bytes in the
-    same order.
+    same order. With a ``device`` sources, bases and means are memory that it reaches; messages and their bytes are
+    those of any other rank.
 
     ``bytes_sent`` and ``bytes_received`` count payloads and headers between this rank and others since construction.
     """
@@ -74,6 +78,7 @@ class Exchange(abc.ABC):
         seed: int,
         digest: int,
         nonfinite: NonFinitePolicy = "raise",
+        device: Device | None = None,
     ) -> None:
         if any(num_elements < 1 for num_elements in buckets):
             raise ArgumentError(f"buckets has to hold sizes of at least 1 element, got {list(buckets)}")
@@ -82,6 +87,7 @@ class Exchange(abc.ABC):
         self.codec = codec
         self.buckets = tuple(buckets)
         self.name = name
+        self._device = device
         self.bytes_sent = 0
         self.bytes_received = 0
         self._carrier = carrier
@@ -330,6 +336,7 @@ class MessageExchange(Exchange):
                 digest=self._digest,
                 seed=self._seed,
                 shards=None if shards is None else shards[bucket],
+                device=self._device,
             )
             for bucket, num_elements in enumerate(self.buckets)
         ]

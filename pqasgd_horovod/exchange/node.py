@@ -116,6 +116,7 @@ class NodeExchange(TwoPhaseExchange):
             [(bucket.mean.ctypes.data, native.DTYPE_F32, bucket.mean.size)],
             owner=(bucket.mean, flight.source),
             residual=flight.residual,
+            device=self._device,
         )
         self._across.begin(owned, node_mean, 0, step=flight.step, round=flight.round, flags=flight.flags)
         self._across._flights[owned].error = flight.error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..codecs.base import Codec
 from ..errors import ArgumentError
@@ -16,6 +16,9 @@ from .local import LocalExchange
 from .node import NodeExchange
 from .two_phase import TwoPhaseExchange
 from .wire import HEADER_NBYTES
+
+if TYPE_CHECKING:
+    from ..native.cuda import Device
 
 METHODS = ("auto", "allgather", "two_phase")
 
@@ -129,6 +132,7 @@ def make_exchange(
     second_codec: Codec | None = None,
     nonfinite: NonFinitePolicy = "raise",
     feedback: bool = False,
+    device: Device | None = None,
 ) -> Exchange:
     """Return the exchange of ``buckets`` (numbers of elements) among the ranks of ``carrier``.
 
@@ -138,7 +142,8 @@ def make_exchange(
     bytes). ``second_codec`` codes phase two of ``"two_phase"``; more bits there mean less noise (:mod:`.two_phase`).
     ``nonfinite`` says what NaN and Inf do: ``"raise"`` on every rank, or ``"propagate"``: that bucket's mean is NaN
     on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses, if there is one; what the
-    first loses is the business of the source. With a :class:`~.carriers.nodes.NodesCarrier` all this is between nodes.
+    first loses is the business of the source. With a ``device`` numbers, but not messages, are in its memory. With a
+    :class:`~.carriers.nodes.NodesCarrier` all this is between nodes.
 
     >>> import numpy as np
     >>> from pqasgd_horovod import codecs, native
@@ -154,7 +159,7 @@ def make_exchange(
     [[0.5, 10.0], [0.5, 10.0]]
     """
     check_method(method, codec, second_codec)
-    common: dict[str, Any] = {"name": name, "seed": seed, "digest": digest, "nonfinite": nonfinite}
+    common: dict[str, Any] = {"name": name, "seed": seed, "digest": digest, "nonfinite": nonfinite, "device": device}
     if isinstance(carrier, NodesCarrier) and carrier.size > 1:
         local, across = carrier.local, carrier.across
         between = None
@@ -164,7 +169,7 @@ def make_exchange(
                 # Their buckets begin at 0 on every rank of a node: another seed keeps the rounding noise apart.
                 name=f"{name}.across", seed=(seed + (local.rank << 32)) % 2**64,
                 method=method if method != "auto" else choose_exchange(codec, second_codec, buckets, across.size),
-                second_codec=second_codec, feedback=feedback,
+                second_codec=second_codec, feedback=feedback, device=device,
             )  # fmt: skip
         return NodeExchange(carrier, buckets, between, **{**common, "name": f"{name}.node"})
     if carrier.size == 1:

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
+from .. import native
 from ..codecs.base import Codec
 from ..errors import DesynchronizedError, WireFormatError
 from . import wire
-from .base import MEANS_PHASE, Flight, Float32, MessageExchange, NonFinitePolicy
+from .base import MEANS_PHASE, Flight, Float32, MessageExchange
 from .carriers import Bytes, Carrier, Handle
 from .layout import Span, cut_shards, shard_alignment
 from .verdict import read_headers
@@ -68,10 +68,10 @@ class TwoPhaseExchange(MessageExchange):
         seed: int,
         digest: int,
         second_codec: Codec | None = None,
-        nonfinite: NonFinitePolicy = "raise",
         feedback: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, nonfinite=nonfinite)
+        super().__init__(codec, carrier, buckets, name=name, seed=seed, digest=digest, **options)
         self.second_codec = second_codec or codec.for_means
         self._feedback = feedback
         self._others = [rank for rank in range(self.size) if rank != self._rank]
@@ -96,10 +96,14 @@ class TwoPhaseExchange(MessageExchange):
             names=(f"{name}.p1", f"{name}.p2"),
             shards=shards,
             splits=splits,
-            values_messages=np.zeros(sum(splits), np.uint8),
-            mean=np.zeros(own, np.float32),
-            mean_message=np.zeros(wire.HEADER_NBYTES + self.second_codec.payload_nbytes(own), np.uint8),
-            residuals=(np.zeros(own, np.float32), np.zeros(own, np.float32)) if self._feedback else None,
+            values_messages=native.message_memory(sum(splits), self._device),
+            mean=native.zeros(own, device=self._device),
+            mean_message=native.message_memory(
+                wire.HEADER_NBYTES + self.second_codec.payload_nbytes(own), self._device
+            ),
+            residuals=(native.zeros(own, device=self._device), native.zeros(own, device=self._device))
+            if self._feedback
+            else None,
         )
 
     def commit(self) -> None:

@@ -10,13 +10,16 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ..errors import ArgumentError, NativeLibraryError, WireFormatError
 from ..keys import Keys
+
+if TYPE_CHECKING:
+    from .cuda import Device
 
 KIND_NONE, KIND_FP16, KIND_BF16, KIND_MAXSCALE, KIND_QSGD, KIND_TERNGRAD, KIND_EDEN = range(7)
 KIND_SIGNSGD, KIND_NATURAL, KIND_TOPK, KIND_RANDOMK, KIND_THRESHOLD, KIND_ONEBIT = range(7, 13)
@@ -161,6 +164,23 @@ def _load() -> ctypes.CDLL:
 _library = _load()
 
 
+def _run(device: Device | None, name: str, *arguments: Any) -> int:
+    """Call a function of the core, or that of the kernels which does the same with numbers of a device."""
+    if device is None:
+        return getattr(_library, f"pq_{name}")(*arguments)
+    return device.run(name, *arguments)
+
+
+def zeros(size: int, dtype: DTypeLike = np.float32, device: Device | None = None) -> NDArray[Any]:
+    """Return an array of zeros in memory that ``device``, if there is one, and the host reach."""
+    return np.zeros(size, dtype) if device is None else device.zeros(size, dtype)
+
+
+def message_memory(nbytes: int, device: Device | None = None) -> NDArray[np.uint8]:
+    """Return host memory, zeros, for messages that are made of numbers of ``device``, if there is one."""
+    return np.zeros(nbytes, np.uint8) if device is None else device.message_memory(nbytes)
+
+
 def isa() -> str:
     """Return the instruction set in use: "avx512", "avx2", "neon" or "plain"."""
     return _library.pq_isa().decode()
@@ -206,7 +226,7 @@ class Source:
     ``segments`` are ``(pointer, dtype code, number of elements)``; ``anchor`` is ``(pointer, DTYPE_F32 or DTYPE_F64)``
     of an array as long as the whole vector. ``residual`` is a pair of pointers to float32 arrays, as long as the whole
     vector: the first is added to what is encoded, the second takes what the payload does not stand for. ``owner`` is
-    kept alive for as long as this object.
+    kept alive for as long as this object. With a ``device`` all of it is memory that the device reaches.
 
     >>> import numpy as np
     >>> Source.from_arrays([np.zeros(3, np.float32), np.ones(2, np.float16)]).numel
@@ -219,8 +239,10 @@ class Source:
         anchor: tuple[int, int] | None = None,
         owner: object = None,
         residual: tuple[int, int] | None = None,
+        device: Device | None = None,
     ) -> None:
         self._owner = owner
+        self.device = device
         self._segments = (_Segment * max(1, len(segments)))()
         self._offsets = (ctypes.c_int64 * (len(segments) + 1))()
         for i, (data, dtype, numel) in enumerate(segments):
@@ -243,7 +265,7 @@ class Source:
     def _like(self, anchor: int | None, anchor_dtype: int) -> Source:
         other = object.__new__(Source)
         other._owner, other._segments, other._offsets, other.numel = self, self._segments, self._offsets, self.numel
-        other.has_anchor = anchor is not None
+        other.device, other.has_anchor = self.device, anchor is not None
         other._struct = _Source(self._segments, self._offsets, self._struct.num_segments, anchor, anchor_dtype, 0)
         other._as_argument = ctypes.addressof(other._struct)
         return other
@@ -323,8 +345,17 @@ def payload_nbytes(spec: CodecSpec, count: int) -> int:
 
 def encode(spec: CodecSpec, source: Source, start: int, count: int, keys: Keys, out: NDArray[np.uint8]) -> bool:
     """Encode ``source[start : start + count]`` into ``out``; False (``out`` unspecified) if it was not all finite."""
-    status = _library.pq_encode(
-        ctypes.byref(_Codec(*spec)), source._as_argument, start, count, _Keys(*keys), _bytes("out", out, True), out.size
+    codec = ctypes.byref(_Codec(*spec))
+    status = _run(
+        source.device,
+        "encode",
+        codec,
+        source._as_argument,
+        start,
+        count,
+        _Keys(*keys),
+        _bytes("out", out, True),
+        out.size,
     )
     check_status(status, "encode")
     return status != _NONFINITE
@@ -398,7 +429,8 @@ def apply(mean: NDArray[np.float32], start: int, target: Source) -> None:
     """With an anchor: ``anchor[start:] += mean``, and the segments become the anchor; else they become the mean."""
     if mean.dtype != np.float32 or not mean.flags.c_contiguous:
         raise ArgumentError(f"mean has dtype {mean.dtype}; allowed is a contiguous float32 array")
-    check_status(_library.pq_apply(mean.ctypes.data, start, mean.size, target._as_argument), "apply")
+    status = _run(target.device, "apply", mean.ctypes.data, start, mean.size, target._as_argument)
+    check_status(status, "apply")
 
 
 def rebase(base: NDArray[Any], start: int, target: Source) -> None:
@@ -414,7 +446,8 @@ def rebase(base: NDArray[Any], start: int, target: Source) -> None:
     """
     if _NUMPY_DTYPES.get(base.dtype) != target._struct.anchor_dtype or not base.flags.c_contiguous:
         raise ArgumentError(f"base has dtype {base.dtype}; it must be a contiguous array of the anchor's type")
-    check_status(_library.pq_rebase(base.ctypes.data, start, base.size, target._as_argument), "rebase")
+    status = _run(target.device, "rebase", base.ctypes.data, start, base.size, target._as_argument)
+    check_status(status, "rebase")
 
 
 def gather(source: Source, start: int, destination: NDArray[Any]) -> None:
@@ -424,20 +457,27 @@ def gather(source: Source, start: int, destination: NDArray[Any]) -> None:
         raise ArgumentError(
             f"destination has dtype {destination.dtype}; allowed is a writable float32 or float64 array"
         )
-    status = _library.pq_gather(
-        source._as_argument, start, destination.size, destination.ctypes.data, _NUMPY_DTYPES[destination.dtype]
-    )
+    dtype = _NUMPY_DTYPES[destination.dtype]
+    status = _run(source.device, "gather", source._as_argument, start, destination.size, destination.ctypes.data, dtype)
     check_status(status, "gather")
 
 
-def outer(decay: float, a: float, b: float, momentum: NDArray[np.float32], delta: NDArray[np.float32]) -> None:
+def outer(
+    decay: float,
+    a: float,
+    b: float,
+    momentum: NDArray[np.float32],
+    delta: NDArray[np.float32],
+    device: Device | None = None,
+) -> None:
     """Set ``momentum`` to ``decay * momentum + delta``, then ``delta`` to ``a * momentum + b * delta``, elementwise.
 
     In float32, each operation rounded; see :mod:`pqasgd_horovod.averaging.outer`.
     """
     if momentum.size != delta.size:
         raise ArgumentError(f"momentum has {momentum.size} elements, delta has {delta.size}; they must have as many")
-    status = _library.pq_outer(decay, a, b, delta.size, _floats("momentum", momentum), _floats("delta", delta))
+    pointers = _floats("momentum", momentum), _floats("delta", delta)
+    status = _run(device, "outer", decay, a, b, delta.size, *pointers)
     check_status(status, "outer")
 
 
@@ -448,6 +488,10 @@ def distance(source: Source, start: int, center: NDArray[np.float32]) -> float:
     >>> distance(Source.from_arrays([np.array([1.0, 2.0, 5.0], np.float32)]), 1, np.array([0.0, 1.0], np.float32))
     20.0
     """
+    if source.device is not None:  # a sum in one order is not the work of a GPU
+        values = source.device.scratch(center.size)
+        gather(source, start, values)
+        return distance(Source.from_arrays([values]), 0, center)
     result = ctypes.c_double()
     status = _library.pq_distance(
         source._as_argument, start, center.size, _floats("center", center), ctypes.byref(result)
@@ -476,7 +520,8 @@ class Bucket:
 
     ``shards`` are the limits of the ranks' shards in a two-phase exchange, ``size + 1`` numbers from 0 to
     ``num_elements``. What the methods return is 0, or flags of what is wrong with the bucket in this round:
-    ``exchange/wire.py`` explains them. Arguments that are wrong themselves raise ArgumentError.
+    ``exchange/wire.py`` explains them. Arguments that are wrong themselves raise ArgumentError. With a ``device``
+    sources, means, bases and residuals are memory that it reaches, and messages are not.
     """
 
     def __init__(
@@ -491,7 +536,9 @@ class Bucket:
         digest: int,
         seed: int,
         shards: Sequence[int] | None = None,
+        device: Device | None = None,
     ) -> None:
+        self._device = device
         self._codec, self._second_codec = _Codec(*spec), _Codec(*second_spec)
         self._struct = _Bucket(digest, seed, 0, 0, num_elements, bucket, rank, size, 0)
         self._shards = None if shards is None else (ctypes.c_int64 * (size + 1))(*shards)
@@ -510,9 +557,14 @@ class Bucket:
         ``flags`` say what is known to be wrong already.
         """
         self._struct.flags = flags
-        function = _library.pq_allgather_pack if self._shards is None else _library.pq_two_phase_pack
-        flags = function(
-            *self._arguments(step, round), source._as_argument, start, _bytes("messages", messages, True), messages.size
+        flags = _run(
+            self._device,
+            "allgather_pack" if self._shards is None else "two_phase_pack",
+            *self._arguments(step, round),
+            source._as_argument,
+            start,
+            _bytes("messages", messages, True),
+            messages.size,
         )
         check_status(flags, "encode")
         return flags
@@ -534,7 +586,9 @@ class Bucket:
         ``residual`` is that of the mean: the one that is added before it is encoded, and the one that is written.
         """
         codec, bucket, shards = self._arguments(step, round)
-        flags = _library.pq_two_phase_mean(
+        flags = _run(
+            self._device,
+            "two_phase_mean",
             codec,
             ctypes.byref(self._second_codec),
             bucket,
@@ -562,10 +616,11 @@ class Bucket:
     ) -> int:
         """Set ``mean`` to ``base`` (or zero) plus the mean that the last phase brought; NaN if there are flags."""
         two_phase = self._shards is not None
-        function = _library.pq_two_phase_land if two_phase else _library.pq_allgather_land
         if mean.size != self._struct.num_elements or (base is not None and base.size != mean.size):
             raise ArgumentError(f"mean and base must have {self._struct.num_elements} elements, mean has {mean.size}")
-        flags: int = function(
+        flags = _run(
+            self._device,
+            "two_phase_land" if two_phase else "allgather_land",
             *self._arguments(step, round, second=two_phase),
             _bytes("received", received),
             received.size,

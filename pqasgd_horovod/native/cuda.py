@@ -10,19 +10,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ..errors import DeviceError, NativeLibraryError
 from ..keys import Keys
 from . import DTYPE_F32, CodecSpec, _Codec, _Keys, _Segment, _Source, check_status
 
 _ABI_VERSION = 1
-_CUDA_ERROR = -16
+_DEVICE_ERROR = -16
+_ON_DEVICE, _ON_HOST, _MESSAGES = range(3)
 _LIBRARY = Path(__file__).with_name("libpqasgd_cuda.so")
 
 
@@ -98,10 +100,26 @@ class Library:
             "capture": (i32, [pointer, i64, i64, i64, pointer]),
             "outer": (i32, [f32, f32, f32, i64, pointer, pointer, pointer]),
         }
-        for name, (result, arguments) in signatures.items():
-            function = getattr(self._library, f"pq_cuda_{name}", None)
+        of_devices: dict[str, list[Any]] = {
+            "alloc": [i64, i32, pointer],
+            "free": [pointer, i32],
+            "encode": [pointer, pointer, pointer, i64, i64, _Keys, pointer, i64],
+            "allgather_pack": [*[pointer] * 4, i64, pointer, i64],
+            "allgather_land": [*[pointer] * 4, i64, pointer, pointer],
+            "two_phase_pack": [*[pointer] * 5, i64, pointer, i64],
+            "two_phase_mean": [*[pointer] * 5, i32, pointer, i64, pointer, i64, *[pointer] * 4, i64],
+            "two_phase_land": [*[pointer] * 5, i64, pointer, pointer],
+            "apply": [pointer, pointer, i64, i64, pointer],
+            "rebase": [pointer, pointer, i64, i64, pointer],
+            "gather": [pointer, pointer, i64, i64, pointer, i32],
+            "outer": [pointer, f32, f32, f32, i64, pointer, pointer],
+        }
+        declared = {f"pq_cuda_{name}": signature for name, signature in signatures.items()}
+        declared |= {f"pq_device_{name}": (i32, [i32, *arguments]) for name, arguments in of_devices.items()}
+        for name, (result, arguments) in declared.items():
+            function = getattr(self._library, name, None)
             if function is None:
-                raise NativeLibraryError(f"{path.name} has no pq_cuda_{name}: it is from another version; {advice}")
+                raise NativeLibraryError(f"{path.name} has no {name}: it is from another version; {advice}")
             function.restype, function.argtypes = result, arguments
         found = self._library.pq_cuda_abi_version()
         if found != _ABI_VERSION:
@@ -126,8 +144,15 @@ class Library:
     def _error(self) -> str:
         return self._library.pq_cuda_error().decode()
 
+    def run(self, name: str, *arguments: Any) -> int:
+        """Call ``pq_device_<name>``; return its status, or raise DeviceError if CUDA refuses."""
+        status: int = getattr(self._library, f"pq_device_{name}")(*arguments)
+        if status == _DEVICE_ERROR:
+            raise DeviceError(f"{name}: CUDA refuses: {self._error()}")
+        return status
+
     def _check(self, status: int, what: str) -> None:
-        if status == _CUDA_ERROR:
+        if status == _DEVICE_ERROR:
             raise DeviceError(f"{what}: CUDA refused the work: {self._error()}")
         check_status(status, what)
 
@@ -264,6 +289,74 @@ class Library:
     def outer(self, decay: float, a: float, b: float, count: int, momentum: int, delta: int, stream: int = 0) -> None:
         """Do what :func:`pqasgd_horovod.native.outer` does."""
         self._check(self._library.pq_cuda_outer(decay, a, b, count, momentum, delta, stream), "outer")
+
+
+class Device:
+    """A GPU whose numbers are averaged: its kernels, and memory that it and the host reach.
+
+    Averaging works on arrays of :meth:`zeros`, as on any others, and the kernels do what is done to all numbers in
+    every round. All that the host does to them it does at the speed of the bus.
+
+    Args:
+        index: its number, from 0.
+        stream: returns the CUDA stream, as an integer, that the work is put on: that of the one who made the numbers.
+        numbers_on_host: keep arrays in host memory, for models that fill the GPU.
+        library: the kernels; the package's own if None.
+
+    Raises NativeLibraryError if there are no kernels, DeviceError if they do not run on this device.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        stream: Callable[[], int] = lambda: 0,
+        numbers_on_host: bool = False,
+        library: Library | None = None,
+    ) -> None:
+        self._library = library or load()
+        self.index = index
+        self._stream = stream
+        self._kind = _ON_HOST if numbers_on_host else _ON_DEVICE
+        self._scratch: NDArray[np.float32] | None = None
+
+    def __str__(self) -> str:
+        return f"cuda:{self.index}"
+
+    def run(self, name: str, *arguments: Any) -> int:
+        """Do with numbers of this device what a function of the core does, and wait until it is done."""
+        return self._library.run(name, self.index, self._stream(), *arguments)
+
+    def _allocate(self, nbytes: int, kind: int) -> NDArray[np.uint8]:
+        pointer = ctypes.c_void_p()
+        try:
+            status = self._library.run("alloc", self.index, nbytes, kind, ctypes.byref(pointer))
+        except DeviceError as error:
+            raise DeviceError(
+                f"{nbytes:,} bytes of memory for averages on {self}: {error}. With anchor_device='cpu' anchors and "
+                "residuals stay in host memory"
+            ) from None
+        check_status(status, "memory")
+        assert pointer.value is not None
+        memory = (ctypes.c_uint8 * nbytes).from_address(pointer.value)
+        weakref.finalize(memory, self._release, pointer.value, kind).atexit = False
+        return np.ctypeslib.as_array(memory)
+
+    def _release(self, pointer: int, kind: int) -> None:
+        self._library.run("free", self.index, pointer, kind)
+
+    def zeros(self, size: int, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+        """Return an array of zeros for numbers, in memory that the host and this device reach."""
+        return self._allocate(size * np.dtype(dtype).itemsize, self._kind).view(dtype)
+
+    def message_memory(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return host memory, zeros, that is copied to and from this device at full speed."""
+        return self._allocate(nbytes, _MESSAGES)
+
+    def scratch(self, size: int) -> NDArray[np.float32]:
+        """Return an array of float32 numbers for a while; the next call may return the same."""
+        if self._scratch is None or self._scratch.size < size:
+            self._scratch = self.zeros(size)
+        return self._scratch[:size]
 
 
 @functools.cache

@@ -16,9 +16,10 @@ from ..errors import ArgumentError
 from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_same
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import shard_alignment
+from . import devices
 from .carrier import HorovodCarrier
 from .compression import Compression, vector_codec_of
-from .tensors import DTYPES, describe
+from .tensors import DEVICE_TYPES, DTYPES, describe
 from .wrapping import STATE_KEY, export_state, to_arrays
 
 _calls: collections.Counter[tuple[tuple[int, ...], str]] = collections.Counter()
@@ -39,8 +40,8 @@ def compressed_allreduce(
     r"""Return :math:`\frac1n \sum_i Q(x_i)`, or the sum, of a tensor; bit-identical on every rank.
 
     Args:
-        tensor: float16, bfloat16, float32 or float64, any shape, on the CPU; the same type and shape on every rank. It
-            is not changed.
+        tensor: float16, bfloat16, float32 or float64, any shape, on the CPU or a GPU of CUDA's; the same
+            type and shape on every rank. It is not changed.
         compression: one of :class:`Compression`; by default 4 bits.
         name: matches the call between ranks; by default the calls without a name are counted.
         op: ``Average`` or ``Sum``.
@@ -67,10 +68,10 @@ def compressed_allreduce(
         raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.torch.Compression")
     if op not in (horovod.Average, horovod.Sum):
         raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+    if tensor.device.type not in DEVICE_TYPES or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
         raise ArgumentError(
-            f"tensor is {tensor.layout} {tensor.dtype} on {tensor.device}; it must be a dense CPU tensor of "
-            f"{', '.join(map(str, DTYPES))}"
+            f"tensor is {tensor.layout} {tensor.dtype} on {tensor.device}; it must be a dense tensor, on the CPU or on "
+            f"a GPU of CUDA's, of {', '.join(map(str, DTYPES))}"
         )
     config = ExchangeConfig(codec, second_codec, exchange, seed=seed, nonfinite=nonfinite)
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -93,13 +94,15 @@ def compressed_allreduce(
         **describe_exchange(codec, sizes, **options),
     }
     digest = verify_same(carrier, description, name)
-    averaging = make_exchange(codec, carrier, sizes, name=name, digest=digest, **options)
-    memory = native.Source([(result.data_ptr(), DTYPES[result.dtype], result.numel())], owner=result)
+    device = devices.device_of(result)
+    averaging = make_exchange(codec, carrier, sizes, name=name, digest=digest, device=device, **options)
+    segments = [(result.data_ptr(), DTYPES[result.dtype], result.numel())]
+    memory = native.Source(segments, owner=result, device=device)
     starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
     for bucket, start in enumerate(starts[:-1]):
         averaging.begin(bucket, memory, start, step=call, round=call)
         averaging.advance()
-    means = [np.empty(size, np.float32) for size in sizes]
+    means = [native.zeros(size, device=device) for size in sizes]
     averaging.finish(means)
     for mean, start in zip(means, starts[:-1], strict=True):
         if op == horovod.Sum:

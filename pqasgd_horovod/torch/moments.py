@@ -47,7 +47,11 @@ class OptimizerMoments:
         """Return the moments that are there now."""
         names = self._optimizer._parameter_names
         return [
-            TensorMemory(f"moment {key} of {names[parameter]}", functools.partial(self._look_up, parameter, key))
+            TensorMemory(
+                f"moment {key} of {names[parameter]}",
+                functools.partial(self._look_up, parameter, key),
+                self._optimizer._settings.anchor_device,
+            )
             for parameter, key in self._found()
         ]
 

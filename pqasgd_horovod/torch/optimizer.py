@@ -23,13 +23,14 @@ from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
+from .devices import check_anchor_device, check_common_device
 from .moments import check_has_moments
 from .outer import describe_outer
 from .periodic import PeriodicMethods
 from .quantized import GradientMethods
 from .stock import build_stock
 from .tensors import find_model
-from .wrapping import CommonMethods, Settings, build, describe_parameters, momenta_of
+from .wrapping import CommonMethods, Settings, build, describe_parameters, momenta_of, parameters_of
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -59,6 +60,7 @@ def DistributedOptimizer(
     feedback: Feedback | None = None,
     policy: Sequence[tuple[Any, Any]] | None = None,
     hierarchy: str | None = None,
+    anchor_device: str | None = None,
     model: torch.nn.Module | None = None,
     check_consistency: bool = False,
     flush_timeout: float | None = 60.0,
@@ -71,7 +73,8 @@ def DistributedOptimizer(
     :math:`x_i \leftarrow a`, where the anchor :math:`a` is the last common model.
 
     Args:
-        optimizer: any torch optimizer, not wrapped yet. CPU parameters in float16, bfloat16, float32 or float64.
+        optimizer: any torch optimizer, not wrapped yet. Parameters in float16, bfloat16, float32 or float64, all on the
+            CPU or all on one GPU of CUDA's; they may move until the first step.
         named_parameters: ``model.named_parameters()``. If it is that very generator the model's buffers are found
             through it.
         compression: what bytes stand for the numbers: one of :class:`Compression`.
@@ -111,6 +114,8 @@ def DistributedOptimizer(
         hierarchy: None, or ``"node"``: the ranks of a node first make their mean, uncompressed, and only that is coded
             and exchanged with other nodes, once for each node. Needs ``hvd.init(process_sets="dynamic")`` and as many
             ranks on each node. Bytes are then counted between nodes.
+        anchor_device: where anchors, residuals and means of parameters on a GPU are kept with ``period>1``: None,
+            beside them; ``"cpu"``: in host memory, for models that fill the GPU.
         model: where to find buffers if ``named_parameters`` does not tell.
         check_consistency: after each average compare the bits of all replicas (slow; for debugging).
         flush_timeout: seconds that ``state_dict()`` in the middle of a period waits for the other ranks; None: without
@@ -150,6 +155,8 @@ def DistributedOptimizer(
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
         averaging = describe_outer(resolve_averaging(period, averaging))
         check_has_moments(optimizer, averaging.moments)
+        check_anchor_device(anchor_device)
+        check_common_device({f"parameter {i}": p for i, p in enumerate(parameters_of(optimizer))})
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
         second_codec = None
@@ -189,7 +196,9 @@ def DistributedOptimizer(
         elif hierarchy is not None:
             membership.find_nodes()
         model = model if model is not None else find_model(named_parameters)
-        settings = Settings(averaging, config, model, check_consistency, flush_timeout, op, process_set, membership)
+        settings = Settings(
+            averaging, config, model, check_consistency, flush_timeout, op, process_set, membership, anchor_device
+        )
         if not averaging.exchanges_gradients and averaging.buffers != "local" and model is None and horovod.rank() == 0:
             logger.warning(
                 "named_parameters is not the generator model.named_parameters(), so the model's buffers are not known "

@@ -48,9 +48,10 @@ class PeriodicMethods(CommonMethods):
         due = [p for p in parameters_of(self) if p.requires_grad or (p in self._placed and not leaving)]
         if self._averager.prepared and len(due) == len(self._placed) and all(p in self._placed for p in due):
             return
-        placed = {p: TensorMemory(self._parameter_names[p], functools.partial(_itself, p)) for p in due}
+        place = self._settings.anchor_device
+        placed = {p: TensorMemory(self._parameter_names[p], functools.partial(_itself, p), place) for p in due}
         model, policy = self._settings.model, self._settings.averaging.buffers
-        buffers = [] if model is None else list(select_buffers(model, policy))
+        buffers = [] if model is None else list(select_buffers(model, policy, place))
         counted = [] if model is None else select_counted(model, policy)
         self._averager.prepare(list(placed.values()), buffers, counted)
         self._placed = placed

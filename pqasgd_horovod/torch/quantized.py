@@ -225,7 +225,8 @@ def rows_of(parameter: torch.nn.Parameter) -> Rows:
     if gradient is None:
         return Rows(torch.empty(0, dtype=torch.int64).numpy(), torch.empty(0).numpy())
     gradient = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce()
-    return Rows(gradient.indices()[0].contiguous().numpy(), gradient.values().float().contiguous().numpy())
+    numbers, values = gradient.indices()[0].cpu(), gradient.values().float().cpu()
+    return Rows(numbers.contiguous().numpy(), values.contiguous().numpy())
 
 
 def gradient_of(parameter: torch.nn.Parameter, rows: Rows) -> torch.Tensor:

@@ -14,6 +14,7 @@ from .. import native
 from ..averaging.statistics import CommunicationStatistics
 from ..errors import ArgumentError
 from ..exchange.carriers import Bytes
+from . import devices
 
 GatherHandle = Callable[[], torch.Tensor]
 """Horovod's handle of a sparse gradient on its way: call it to wait for the mean."""
@@ -24,6 +25,9 @@ DTYPES = {
     torch.float16: native.DTYPE_F16,
     torch.bfloat16: native.DTYPE_BF16,
 }
+
+
+DEVICE_TYPES = ("cpu", "cuda")
 
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
@@ -59,11 +63,8 @@ def matrix_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 def check_tensor(what: str, tensor: torch.Tensor) -> None:
     """Raise ArgumentError unless the core can read and write the tensor's memory."""
-    if tensor.device.type != "cpu":
-        raise ArgumentError(
-            f"{what} is on {tensor.device}; this version exchanges CPU tensors only: keep the model on the CPU, or use "
-            "stock horovod.torch"
-        )
+    if tensor.device.type not in DEVICE_TYPES:
+        raise ArgumentError(f"{what} is on {tensor.device}; it must be on the CPU, or on a GPU of CUDA's")
     if tensor.dtype not in DTYPES:
         raise ArgumentError(f"{what} has dtype {tensor.dtype}; it must be {', '.join(map(str, DTYPES))}")
     if tensor.layout != torch.strided:
@@ -79,18 +80,23 @@ def check_tensor(what: str, tensor: torch.Tensor) -> None:
 def is_exchangeable(tensor: torch.Tensor) -> bool:
     """Return whether :func:`check_tensor` has nothing against it."""
     return (
-        tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.layout == torch.strided and is_dense(tensor)
+        tensor.device.type in DEVICE_TYPES
+        and tensor.dtype in DTYPES
+        and tensor.layout == torch.strided
+        and is_dense(tensor)
     )
 
 
 class TensorMemory:
     """A parameter or a buffer, looked up anew each time since ``module.to()`` and assignments to ``.data`` move it."""
 
-    def __init__(self, name: str, look_up: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, name: str, look_up: Callable[[], torch.Tensor], anchor_device: str | None = None) -> None:
         self.name = name
         self._look_up = look_up
         tensor = look_up()
         check_tensor(name, tensor)
+        self.device = devices.device_of(tensor, anchor_device)
+        self._place = tensor.device
         self.dtype = DTYPES[tensor.dtype]
         self.numel = tensor.numel()
         self.shape = tuple(tensor.shape)
@@ -101,6 +107,11 @@ class TensorMemory:
         """Return where the elements are now; raise ArgumentError if they are not what they were."""
         tensor = self._look_up()
         check_tensor(self.name, tensor)
+        if tensor.device != self._place:
+            raise ArgumentError(
+                f"{self.name} was on {self._place} when training began and is on {tensor.device} now; move the model "
+                "before the first step"
+            )
         if describe(tensor) != self.description:
             raise ArgumentError(
                 f"{self.name} was {self.description} when training began and is {describe(tensor)} now; make such "
@@ -116,6 +127,7 @@ class GradientMemory:
         check_tensor(name, parameter)
         self.name = name
         self.parameter = parameter
+        self.device = devices.device_of(parameter)
         self.dtype = DTYPES[parameter.dtype]
         self.numel = parameter.numel()
         self.shape = tuple(parameter.shape)
@@ -200,7 +212,7 @@ def find_model(named_parameters: Any) -> torch.nn.Module | None:
     return owner if isinstance(owner, torch.nn.Module) else None
 
 
-def select_buffers(model: torch.nn.Module, policy: str) -> Iterator[TensorMemory]:
+def select_buffers(model: torch.nn.Module, policy: str, anchor_device: str | None = None) -> Iterator[TensorMemory]:
     """Yield the buffers that ``policy`` averages; see :class:`~pqasgd_horovod.averaging.PeriodicAveraging`."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -210,7 +222,7 @@ def select_buffers(model: torch.nn.Module, policy: str) -> Iterator[TensorMemory
             if buffer.is_floating_point() and id(buffer) not in seen:
                 seen.add(id(buffer))
                 path = f"{module_name}.{key}" if module_name else key
-                yield TensorMemory(f"buffer {path}", functools.partial(module.get_buffer, key))
+                yield TensorMemory(f"buffer {path}", functools.partial(module.get_buffer, key), anchor_device)
 
 
 class LayerStatistics:
@@ -253,8 +265,8 @@ class LayerStatistics:
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elements as bytes, a view if they are contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    """Return the elements as bytes in host memory, a view if they are contiguous there."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def select_counted(model: torch.nn.Module, policy: str) -> list[LayerStatistics]:

@@ -59,6 +59,7 @@ class Settings:
     op: Any
     process_set: Any
     membership: Membership
+    anchor_device: str | None = None
 
     @property
     def name(self) -> str:

@@ -27,7 +27,7 @@ from pqasgd_horovod.native import cuda
 from .. import strategies
 from ..codecs.cases import ALL_CODECS, name
 from ..codecs.test_contract import numbers
-from .cuda_on_cpu import ORDERS, Kernels, build, make_source
+from .cuda_on_cpu import ORDERS, Kernels, make_source
 
 ROOT = Path(__file__).parents[2]
 OWN = keys.derive_key(seed=1, rank=2, step=3, tensor=4, phase=0)
@@ -38,8 +38,8 @@ every_codec = pytest.mark.parametrize("codec", ALL_CODECS, ids=name)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return Kernels(build(tmp_path_factory.mktemp("cuda_on_cpu")))
+def kernels():
+    return Kernels()
 
 
 @pytest.fixture(params=ORDERS, ids=lambda order: f"order-{order}")

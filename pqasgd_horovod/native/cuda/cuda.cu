@@ -2,9 +2,9 @@
 #include "pqasgd_cuda.h"
 
 #include <algorithm>
-#include <string>
 
 #include "codecs.h"
+#include "error.h"
 #include "group.h"
 #include "sparse.h"
 
@@ -43,7 +43,7 @@ __global__ void PQ_BLOCKS encode(Plan plan, Vector source, int64_t start, uint64
         for (int k = 0; k < kMaxScales; ++k)
           if (k < plan.scales_per_block)
             store_bytes(payload + 4 * (block * plan.scales_per_block + k), to_bits(scales[k]), 4);
-      if (!source.flat && source.tensors.next_residual) {
+      if (source.tensors.next_residual) {
         float* const rest = source.tensors.next_residual + at;
         __syncthreads();  // the codes are written, and read again
         Codec::decode_block(plan, out, n, key, (uint32_t)block, scales, 1.0f, v, [&](int, int i, float x) { rest[i] = 0.0f + x; });
@@ -272,15 +272,8 @@ __global__ void outer(float decay, float a, float b, int64_t count, float* momen
 
 // ---- launches ----
 
-thread_local std::string last_error;
-
 // PQ_OK, or what is wrong with the launches that have been made.
-int32_t launched() {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return PQ_OK;
-  last_error = cudaGetErrorString(error);
-  return PQ_CUDA_ERROR;
-}
+int32_t launched() { return failed(cudaGetLastError()) ? PQ_DEVICE_ERROR : PQ_OK; }
 
 constexpr int64_t kMostGroups = 1 << 14;
 
@@ -372,11 +365,7 @@ const char* pq_cuda_error(void) { return last_error.c_str(); }
 
 int32_t pq_cuda_check(void) {
   cudaFuncAttributes attributes;  // asks for the kernel's code for this device, and makes it from PTX where there is none
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, outer);
-  if (error == cudaSuccess) return PQ_OK;
-  last_error = cudaGetErrorString(error);
-  (void)cudaGetLastError();
-  return PQ_CUDA_ERROR;
+  return failed(cudaFuncGetAttributes(&attributes, outer)) ? PQ_DEVICE_ERROR : PQ_OK;
 }
 
 int32_t pq_cuda_status(int32_t found) {

@@ -123,7 +123,7 @@ __device__ inline int ones_before(const uint32_t* words, int num_words, int* tot
 
 // ---- the caller's tensors ----
 
-// A pq_source, or `flat`: an array of numbers, with neither anchor nor residual.
+// A pq_source, or in the place of its segments and its anchor `flat`: an array of numbers.
 struct Vector {
   pq_source tensors;
   const float* flat;
@@ -172,11 +172,14 @@ __device__ inline void store(const pq_segment& segment, int64_t i, float x) {
 // f(i, x) for all numbers x = source[start + i], i < n, minus the anchor, plus the residual; each thread has some of them.
 template <class F>
 __device__ inline void for_values(const Vector& vector, int64_t start, int n, F f) {
+  const pq_source& s = vector.tensors;
   if (vector.flat) {
-    for (int i = threadIdx.x; i < n; i += blockDim.x) f(i, vector.flat[start + i]);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+      const float x = vector.flat[start + i];
+      f(i, s.residual ? x + s.residual[start + i] : x);
+    }
     return;
   }
-  const pq_source& s = vector.tensors;
   for_pieces(s, start, n, [&](const pq_segment& segment, int64_t at, int64_t to, int64_t length) {
     for (int64_t i = threadIdx.x; i < length; i += blockDim.x) {
       const int64_t position = start + to + i;

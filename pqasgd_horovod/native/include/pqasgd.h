@@ -25,7 +25,8 @@ enum pq_status {
   PQ_BAD_ARGUMENT = -1, /* unknown codec or dtype, range outside the source, null pointer */
   PQ_BAD_LENGTH = -2,   /* the payload has not the size that this codec gives this many elements */
   PQ_BAD_SCALE = -3,    /* a scale is negative, NaN or Inf */
-  PQ_BAD_CODE = -4      /* a code that no encoder writes */
+  PQ_BAD_CODE = -4,     /* a code that no encoder writes */
+  PQ_DEVICE_ERROR = -16 /* pqasgd_cuda.h only: CUDA refuses, and pq_cuda_error says why */
 };
 
 /* The last six are those of sparse codecs: the part of a block that is kept, in units of 2^-30; the bits of the least magnitude that

@@ -17,13 +17,11 @@ extern "C" {
 #endif
 
 #define PQ_CUDA_ABI_VERSION 1
-#define PQ_CUDA_ERROR (-16) /* the CUDA runtime refused: pq_cuda_error says why */
-
 typedef void* pq_stream; /* a cudaStream_t */
 
 PQ_EXPORT int32_t pq_cuda_abi_version(void);
 PQ_EXPORT const char* pq_cuda_architectures(void); /* what it was compiled for, as in "75 80 90 121+PTX" */
-PQ_EXPORT const char* pq_cuda_error(void);         /* of this thread's last PQ_CUDA_ERROR */
+PQ_EXPORT const char* pq_cuda_error(void);         /* of this thread's last PQ_DEVICE_ERROR */
 
 /* PQ_OK if the kernels run on the current device. */
 PQ_EXPORT int32_t pq_cuda_check(void);
@@ -56,6 +54,47 @@ PQ_EXPORT int32_t pq_cuda_gather(const pq_source* source, int64_t length, int64_
                                  int32_t dtype, pq_stream stream);
 PQ_EXPORT int32_t pq_cuda_capture(const pq_source* source, int64_t length, int64_t start, int64_t count, pq_stream stream);
 PQ_EXPORT int32_t pq_cuda_outer(float decay, float a, float b, int64_t count, float* momentum, float* delta, pq_stream stream);
+
+/* ---- numbers on a device, messages in host memory ----
+ *
+ * What pqasgd.h has, with the same meaning, for a pq_source of host memory whose segments, anchor and residuals are memory that the
+ * device reaches. Functions wait until it is done, on `stream`, and keep memory of their own on the device, which grows to what the
+ * largest call needs and then stays. They can be called from several threads: one call of a device at a time.
+ *
+ * Means, bases, momenta and residuals that are given by themselves, and destinations of pq_device_gather, are memory of
+ * pq_device_alloc. */
+enum pq_memory {
+  PQ_ON_DEVICE = 0, /* numbers, which the host reaches too: they move to whoever uses them, and are at home on the device */
+  PQ_ON_HOST = 1,   /* numbers that stay in host memory, where the device reaches them across its bus */
+  PQ_MESSAGES = 2   /* bytes in host memory that the device copies to and from at full speed */
+};
+PQ_EXPORT int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** memory); /* zeros */
+PQ_EXPORT int32_t pq_device_free(int32_t device, void* memory, int32_t kind);
+
+PQ_EXPORT int32_t pq_device_encode(int32_t device, pq_stream stream, const pq_codec* codec, const pq_source* source, int64_t start,
+                                   int64_t count, pq_keys keys, uint8_t* payload, int64_t payload_nbytes);
+PQ_EXPORT int32_t pq_device_allgather_pack(int32_t device, pq_stream stream, const pq_codec* codec, const pq_bucket* bucket,
+                                           const pq_source* source, int64_t start, uint8_t* message, int64_t message_nbytes);
+PQ_EXPORT int32_t pq_device_allgather_land(int32_t device, pq_stream stream, const pq_codec* codec, const pq_bucket* bucket,
+                                           const uint8_t* received, int64_t received_nbytes, const float* base, float* mean);
+PQ_EXPORT int32_t pq_device_two_phase_pack(int32_t device, pq_stream stream, const pq_codec* codec, const pq_bucket* bucket,
+                                           const int64_t* shards, const pq_source* source, int64_t start, uint8_t* messages,
+                                           int64_t messages_nbytes);
+PQ_EXPORT int32_t pq_device_two_phase_mean(int32_t device, pq_stream stream, const pq_codec* codec, const pq_codec* second_codec,
+                                           const pq_bucket* bucket, const int64_t* shards, int32_t flags, const uint8_t* received,
+                                           int64_t received_nbytes, const pq_source* source, int64_t start, const float* residual,
+                                           float* next_residual, float* mean, uint8_t* message, int64_t message_nbytes);
+PQ_EXPORT int32_t pq_device_two_phase_land(int32_t device, pq_stream stream, const pq_codec* second_codec, const pq_bucket* bucket,
+                                           const int64_t* shards, const uint8_t* received, int64_t received_nbytes, const float* base,
+                                           float* mean);
+PQ_EXPORT int32_t pq_device_apply(int32_t device, pq_stream stream, const float* mean, int64_t start, int64_t count,
+                                  const pq_source* target);
+PQ_EXPORT int32_t pq_device_rebase(int32_t device, pq_stream stream, const void* base, int64_t start, int64_t count,
+                                   const pq_source* target);
+PQ_EXPORT int32_t pq_device_gather(int32_t device, pq_stream stream, const pq_source* source, int64_t start, int64_t count,
+                                   void* destination, int32_t dtype);
+PQ_EXPORT int32_t pq_device_outer(int32_t device, pq_stream stream, float decay, float a, float b, int64_t count, float* momentum,
+                                  float* delta);
 
 #ifdef __cplusplus
 }

@@ -110,6 +110,9 @@ inline Opened open(const pq_bucket& b, uint32_t phase, const std::vector<int32_t
 // A payload that no encoder writes; the status of the codec is kept for the one who explains.
 inline int32_t malformed(int32_t status) { return PQ_MALFORMED | -status << 8; }
 
+// What is no fault of a message's, but of the call or of the machine.
+inline bool is_callers(int32_t status) { return status == PQ_BAD_ARGUMENT || status == PQ_DEVICE_ERROR; }
+
 inline bool good_bucket(const pq_bucket* b) {
   return b && b->size >= 1 && b->size < PQ_SHARED_RANK && b->rank >= 0 && b->rank < b->size && b->num_elements >= 0;
 }
@@ -168,7 +171,7 @@ int32_t allgather_land(const Numbers& numbers, const pq_codec* codec, const pq_b
     for (int32_t sender : senders) keys.push_back(keys_of(b, sender, b.bucket, kValues));
     const int32_t status = numbers.reduce(*codec, b.size, opened.payloads.data(), nbytes, keys.data(), (float)(1.0 / b.size), nullptr, 0,
                                      b.num_elements, base, mean);
-    if (status == PQ_BAD_ARGUMENT) return status;
+    if (is_callers(status)) return status;
     if (status < 0) verdict = malformed(status);
   }
   if (verdict) numbers.fill_nan(mean, b.num_elements);
@@ -240,7 +243,7 @@ int32_t two_phase_mean(const Numbers& numbers, const pq_codec* codec, const pq_c
     const float weight = second_codec->flags & PQ_UNSCALED ? 1.0f : (float)(1.0 / b.size);
     int32_t status =
         numbers.reduce(*codec, b.size, payloads.data(), nbytes, keys.data(), weight, source, first, count, nullptr, mean);
-    if (status == PQ_BAD_ARGUMENT) return status;
+    if (is_callers(status)) return status;
     if (status < 0) {
       flags |= malformed(status);
     } else {
@@ -274,7 +277,7 @@ int32_t two_phase_land(const Numbers& numbers, const pq_codec* second_codec, con
     const pq_keys keys = keys_of(b, owner, shard_tensor(b, owner), kMeans);
     const int32_t status = numbers.reduce(*second_codec, 1, &opened.payloads[(size_t)owner], nbytes[(size_t)owner], &keys, 1.0f, nullptr, 0,
                                      count, base ? base + at : nullptr, mean + at);
-    if (status == PQ_BAD_ARGUMENT) return status;
+    if (is_callers(status)) return status;
     if (status < 0) verdict = malformed(status);
   }
   if (verdict) numbers.fill_nan(mean, b.num_elements);

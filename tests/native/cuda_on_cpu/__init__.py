@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import numpy as np
 
 from pqasgd_horovod import codecs, native
 from pqasgd_horovod.keys import Keys
-from pqasgd_horovod.native.cuda import DeviceSource, Library
+from pqasgd_horovod.native.cuda import Device, DeviceSource, Library
 
 NATIVE = Path(native.__file__).parent
 ORDERS = (0, 1, 7)
@@ -36,12 +40,26 @@ def build(folder: Path) -> Path:
             *("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-DPQ_CUDA_ON_CPU"),
             *("-fsanitize=undefined", "-fno-sanitize-recover=all"),  # a GPU refuses addresses that are not aligned
             *(f"-I{path}" for path in (Path(__file__).parent, folder, NATIVE / "include")),
-            *("-x", "c++", str(NATIVE / "cuda" / "cuda.cu"), str(NATIVE / "src" / "plan.cc")),
+            *("-x", "c++", str(NATIVE / "cuda" / "cuda.cu"), str(NATIVE / "cuda" / "device.cu")),
+            str(NATIVE / "src" / "plan.cc"),
             *("-o", str(library)),
         ],
         check=True,
     )
     return library
+
+
+@functools.cache
+def load() -> Library:
+    """Return the kernels, compiled once in a process."""
+    folder = tempfile.mkdtemp(prefix="cuda_on_cpu.")
+    atexit.register(shutil.rmtree, folder)
+    return Library(build(Path(folder)))
+
+
+def make_device(numbers_on_host: bool = False) -> Device:
+    """Return a GPU that is none."""
+    return Device(0, numbers_on_host=numbers_on_host, library=load())
 
 
 def make_source(
@@ -63,8 +81,8 @@ def make_source(
 class Kernels:
     """The kernels on NumPy arrays; results come with what they found: True if all was finite, or WireFormatError."""
 
-    def __init__(self, path: Path) -> None:
-        self.library = Library(path)
+    def __init__(self) -> None:
+        self.library = load()
 
     def set_order(self, order: int) -> None:
         """Choose one of ORDERS."""

@@ -211,21 +211,81 @@ T atomicAdd(T* to, U x) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
+// The runtime: device memory is host memory, and whatever is put on a stream is done at once. `memory_left` can be made little.
 typedef void* cudaStream_t;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInvalidDevice };
+enum cudaMemcpyKind { cudaMemcpyDefault };
+enum cudaDeviceAttr { cudaDevAttrConcurrentManagedAccess };
+enum cudaMemoryAdvise { cudaMemAdviseSetPreferredLocation, cudaMemAdviseSetAccessedBy };
+constexpr unsigned cudaMemAttachGlobal = 1, cudaHostAllocPortable = 1;
+constexpr int cudaCpuDeviceId = -1;
 struct cudaFuncAttributes {};
+
+namespace cuda_on_cpu {
+inline int64_t memory_left = INT64_MAX;
+inline int64_t allocated = 0;  // how many pieces of memory there are
+inline int current_device = 0;
+constexpr int kDevices = 2;
+
+inline cudaError_t allocate(void** memory, size_t nbytes) {
+  if ((int64_t)nbytes > memory_left) return cudaErrorMemoryAllocation;
+  memory_left -= (int64_t)nbytes;
+  ++allocated;
+  *memory = std::aligned_alloc(256, (nbytes + 255) / 256 * 256);
+  return cudaSuccess;
+}
+inline cudaError_t release(void* memory) {
+  allocated -= memory != nullptr;
+  std::free(memory);
+  return cudaSuccess;
+}
+}  // namespace cuda_on_cpu
+
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "invalid device ordinal";
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::current_device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= cuda_on_cpu::kDevices) return cudaErrorInvalidDevice;
+  cuda_on_cpu::current_device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** memory, size_t nbytes) { return cuda_on_cpu::allocate(memory, nbytes); }
+inline cudaError_t cudaMallocManaged(void** memory, size_t nbytes, unsigned) { return cuda_on_cpu::allocate(memory, nbytes); }
+inline cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) { return cuda_on_cpu::allocate(memory, nbytes); }
+inline cudaError_t cudaFree(void* memory) { return cuda_on_cpu::release(memory); }
+inline cudaError_t cudaFreeHost(void* memory) { return cuda_on_cpu::release(memory); }
+inline cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, int) { return cudaSuccess; }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, nbytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t) {
+  std::memset(memory, value, nbytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 
+#define CUDART_VERSION 12000
 #define PQ_LAUNCH(kernel, groups, threads, shared_nbytes, stream, ...)                                         \
   ((void)(stream), cuda_on_cpu::group.launch((unsigned)(groups), (unsigned)(threads), (size_t)(shared_nbytes), \
                                              [&] { kernel(__VA_ARGS__); }))
 #define PQ_SHARED_MEMORY(name) unsigned char* const name = cuda_on_cpu::shared_memory.data()
 
-extern "C" __attribute__((visibility("default"))) void pq_cuda_on_cpu_order(unsigned seed) {
-  cuda_on_cpu::order_seed = seed;
-}
+// For tests.
+#define PQ_CUDA_ON_CPU_EXPORT extern "C" __attribute__((visibility("default"), weak))
+PQ_CUDA_ON_CPU_EXPORT void pq_cuda_on_cpu_order(unsigned seed) { cuda_on_cpu::order_seed = seed; }
+PQ_CUDA_ON_CPU_EXPORT void pq_cuda_on_cpu_limit(int64_t nbytes) { cuda_on_cpu::memory_left = nbytes < 0 ? INT64_MAX : nbytes; }
+PQ_CUDA_ON_CPU_EXPORT int64_t pq_cuda_on_cpu_allocated() { return cuda_on_cpu::allocated; }

@@ -1,0 +1,234 @@
+"""Numbers on a GPU: the same bits, in the same messages, as on a CPU; ranks of both kinds can train together.
+
+The GPU is a CPU that runs the kernels thread by thread: tests/native/cuda_on_cpu.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+from pqasgd_horovod import codecs
+from pqasgd_horovod.averaging import (
+    AdaptivePeriod,
+    ArrayView,
+    ExchangeConfig,
+    Feedback,
+    GradientAverager,
+    MomentumCorrection,
+    Nesterov,
+    PeriodicAverager,
+    PeriodicAveraging,
+    SparseAveraging,
+)
+from pqasgd_horovod.averaging.policy import Rule
+from pqasgd_horovod.errors import ArgumentError, DeviceError, NonFiniteError
+from pqasgd_horovod.exchange.carriers.threads import run_ranks
+
+from ..exchange.test_node import nodes_of
+from ..native.cuda_on_cpu import load, make_device
+
+SHAPES = {"w": (9000, "float32"), "b": (7, "float32"), "d": (1500, "float64"), "h": (1200, "float16")}
+RANKS = 3
+EDEN = codecs.eden(bits=2)
+
+
+def on_ranks(num_ranks, program, *arguments, **options):
+    return run_ranks(num_ranks, lambda carrier: program(carrier, *arguments, **options))
+
+
+def make_views(device, seed):
+    """Arrays in memory of ``device``, or of the host."""
+    generator = np.random.default_rng(seed)
+    views = []
+    for name, (size, dtype) in SHAPES.items():
+        array = generator.standard_normal(size).astype(dtype)
+        if device is not None:
+            copy = device.zeros(size, dtype)
+            copy[:] = array
+            array = copy
+        views.append(ArrayView(name, array, device))
+    return views
+
+
+def train(carrier, devices, averaging, num_steps=9, **options):
+    device = devices[carrier.rank]
+    config = ExchangeConfig(**{"codec": EDEN, **options})
+    averager = PeriodicAverager(carrier, averaging, config, name="test", check_consistency=True)
+    views = make_views(device, seed=1)
+    averager.prepare(views)
+    for step in range(num_steps):
+        for view in views:
+            noise = np.random.default_rng([carrier.rank, step, view.numel])
+            view.array += (0.01 * noise.standard_normal(view.numel)).astype(view.array.dtype)
+        averager.count_step(0.1)
+    averager.flush()
+    state = averager.state_dict()
+    return (
+        [view.array.tobytes() for view in views],
+        {kind: {name: a.tobytes() for name, a in state[kind].items()} for kind in ("anchor", "residual", "momentum")},
+        averager.communication_stats()["bytes_sent"],
+    )
+
+
+CASES = {
+    "eden": ({}, {}),
+    "allgather": ({}, {"method": "allgather", "codec": codecs.maxscale(bits=4)}),
+    "feedback": ({}, {"feedback": Feedback()}),
+    "topk": ({}, {"codec": codecs.topk(0.1), "feedback": Feedback()}),
+    "randomk": ({}, {"codec": codecs.randomk(0.1), "feedback": Feedback(), "method": "two_phase"}),
+    "policy": ({}, {"policy": (Rule("w", codecs.natural()), Rule("*", codecs.onebit()))}),
+    "nesterov": ({"outer": Nesterov()}, {}),
+    "adaptive": ({"period": AdaptivePeriod(first=2, calibration_steps=4)}, {}),
+    "delay": ({"delay": 1}, {"codec": codecs.qsgd(bits=4)}),
+}
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["beside", "on-host"])
+@pytest.mark.parametrize("case", CASES)
+def test_periodic_averages_have_the_bits_of_cpus(case, on_host):
+    strategy, options = CASES[case]
+    averaging = PeriodicAveraging(**{"period": 2, **strategy})
+    cpus = on_ranks(RANKS, train, [None] * RANKS, averaging, **options)
+    gpus = on_ranks(RANKS, train, [make_device(on_host) for _ in range(RANKS)], averaging, **options)
+    assert gpus == cpus
+    both = on_ranks(RANKS, train, [None, make_device(on_host), None], averaging, **options)
+    assert both == cpus
+
+
+def test_sparse_averages_have_the_bits_of_cpus():
+    averaging = SparseAveraging(period=4)
+    cpus = on_ranks(RANKS, train, [None] * RANKS, averaging, codec=codecs.none())
+    assert on_ranks(RANKS, train, [make_device(), None, make_device()], averaging, codec=codecs.none()) == cpus
+
+
+def test_hierarchies_have_the_bits_of_cpus():
+    def program(carrier, devices):
+        return train(nodes_of(carrier, 2), devices, PeriodicAveraging(period=2), hierarchy="node")
+
+    cpus = on_ranks(4, program, [None] * 4)
+    assert on_ranks(4, program, [make_device(), None, make_device(), make_device()]) == cpus
+
+
+def step_gradients(carrier, devices, num_steps=4, poison=None, **options):
+    device = devices[carrier.rank]
+    averager = GradientAverager(
+        carrier, ExchangeConfig(**{"codec": EDEN, **options}), name="test", check_consistency=True
+    )
+    views = make_views(device, seed=carrier.rank)
+    averager.prepare(views)
+    found = []
+    for step in range(num_steps):
+        for view in views:
+            view.array[:] = np.random.default_rng([carrier.rank, step, view.numel]).standard_normal(view.numel)
+        if poison == (carrier.rank, step):
+            views[0].array[5] = np.inf
+        for view in reversed(views):
+            averager.ready(view.name)
+        try:
+            averager.finish()
+        except NonFiniteError as error:
+            found.append(str(error))
+        found.append([view.array.tobytes() for view in views])
+    return found, {name: a.tobytes() for name, a in averager.state_dict()["residual"].items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "two_phase"},
+        {"method": "allgather", "feedback": Feedback()},
+        {"codec": codecs.topk(0.05), "feedback": MomentumCorrection(momentum=0.9, clip_norm=1.0)},
+        {"codec": codecs.signsgd(majority_vote=True, scaled=False)},
+    ],
+    ids=["two_phase", "feedback", "dgc", "vote"],
+)
+def test_gradients_have_the_bits_of_cpus(options):
+    cpus = on_ranks(RANKS, step_gradients, [None] * RANKS, **options)
+    assert on_ranks(RANKS, step_gradients, [make_device(), make_device(), None], **options) == cpus
+
+
+@pytest.mark.parametrize("method", ["two_phase", "allgather"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_numbers_that_are_not_finite_are_one_error_on_all_ranks(method, rank):
+    devices = [make_device(), make_device(), None]
+    cpus = on_ranks(RANKS, step_gradients, [None] * RANKS, poison=(rank, 1), method=method)
+    gpus = on_ranks(RANKS, step_gradients, devices, poison=(rank, 1), method=method)
+    assert gpus == cpus
+    assert "NaN" in gpus[0][0][1]
+
+
+def test_join_serves_zeros():
+    def program(carrier, devices):
+        device = devices[carrier.rank]
+        averager = PeriodicAverager(
+            carrier, PeriodicAveraging(period=2), ExchangeConfig(EDEN, feedback=Feedback()), name="test"
+        )
+        views = make_views(device, seed=1)
+        averager.prepare(views)
+        for step in range(1 + 2 * carrier.rank):
+            views[0].array += np.float32(0.1 * step + 0.01 * carrier.rank)
+            averager.count_step()
+        return averager.join(), [view.array.tobytes() for view in views]
+
+    cpus = on_ranks(RANKS, program, [None] * RANKS)
+    assert on_ranks(RANKS, program, [make_device() for _ in range(RANKS)]) == cpus
+
+
+def test_mixed_tensors_are_refused():
+    views = [*make_views(make_device(), 1)[:1], *make_views(None, 1)[1:]]
+
+    def program(carrier):
+        averager = PeriodicAverager(carrier, PeriodicAveraging(period=2), ExchangeConfig(EDEN), name="test")
+        with pytest.raises(ArgumentError, match="b is on cpu, w is on cuda:0; all tensors of an optimizer must be on"):
+            averager.prepare([views[0], views[1]])
+
+    run_ranks(2, program)
+
+
+def test_powersgd_is_refused():
+    def program(carrier):
+        averager = GradientAverager(carrier, ExchangeConfig(codecs.powersgd(), feedback=Feedback()), name="test")
+        array = make_device().zeros(9000).reshape(90, 100)
+        with pytest.raises(ArgumentError, match="its factors are made on CPUs only"):
+            averager.prepare([ArrayView("w", array, make_device())])
+
+    run_ranks(2, program)
+
+
+def test_out_of_memory_says_what_to_do():
+    device, library = make_device(), load()._library
+    library.pq_cuda_on_cpu_limit(1000)
+    try:
+        with pytest.raises(
+            DeviceError, match=r"40,000 bytes of memory .* on cuda:0: .*out of memory.*anchor_device='cpu'"
+        ):
+            device.zeros(10000)
+    finally:
+        library.pq_cuda_on_cpu_limit(-1)
+    assert not device.zeros(10000).any()
+
+
+def test_memory_is_given_back():
+    library = load()._library
+    gc.collect()
+    before = library.pq_cuda_on_cpu_allocated()
+    arrays = [make_device().zeros(100, np.float64), make_device(True).zeros(3), make_device().message_memory(7)]
+    assert library.pq_cuda_on_cpu_allocated() == before + 3
+    view = arrays[0][10:20]
+    arrays.clear()
+    gc.collect()
+    assert library.pq_cuda_on_cpu_allocated() == before + 1
+    view[:] = 1
+    del view
+    gc.collect()
+    assert library.pq_cuda_on_cpu_allocated() == before
+
+
+def test_a_device_that_is_not_there():
+    from pqasgd_horovod.native.cuda import Device
+
+    with pytest.raises(DeviceError, match="invalid device ordinal"):
+        Device(5, library=load()).zeros(10)
