@@ -214,16 +214,15 @@ class Device {
   const Call& call_;
 };
 
-int32_t set_home(int32_t device, void* memory, int64_t nbytes, int32_t kind) {
+// Lets memory that both reach be at home on the device.
+bool settle(int32_t device, void* memory, size_t nbytes) {
 #if CUDART_VERSION >= 13000
-  const cudaMemLocation here{cudaMemLocationTypeDevice, device}, host{cudaMemLocationTypeHost, 0};
+  const cudaMemLocation here{cudaMemLocationTypeDevice, device};
 #else
-  const int here = device, host = cudaCpuDeviceId;
+  const int here = device;
 #endif
-  if (failed(cudaMemAdvise(memory, (size_t)nbytes, cudaMemAdviseSetPreferredLocation, kind == PQ_ON_HOST ? host : here)) ||
-      failed(cudaMemAdvise(memory, (size_t)nbytes, cudaMemAdviseSetAccessedBy, here)))
-    return PQ_DEVICE_ERROR;
-  return PQ_OK;
+  return !failed(cudaMemAdvise(memory, nbytes, cudaMemAdviseSetPreferredLocation, here)) &&
+         !failed(cudaMemAdvise(memory, nbytes, cudaMemAdviseSetAccessedBy, here));
 }
 
 }  // namespace
@@ -240,7 +239,7 @@ int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** mem
   if (!call.good()) return PQ_DEVICE_ERROR;
   if (nbytes < 0 || !memory || kind < PQ_ON_DEVICE || kind > PQ_MESSAGES) return PQ_BAD_ARGUMENT;
   const size_t size = (size_t)std::max<int64_t>(nbytes, 1);
-  if (kind == PQ_MESSAGES) {
+  if (kind != PQ_ON_DEVICE) {
     if (failed(cudaHostAlloc(memory, size, cudaHostAllocPortable))) return PQ_DEVICE_ERROR;
     std::memset(*memory, 0, size);
     return PQ_OK;
@@ -249,13 +248,7 @@ int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** mem
   if (failed(cudaDeviceGetAttribute(&shared, cudaDevAttrConcurrentManagedAccess, device))) return PQ_DEVICE_ERROR;
   if (!shared) return set_error("the device and the host cannot use the same memory at a time (concurrentManagedAccess is 0)");
   if (failed(cudaMallocManaged(memory, size, cudaMemAttachGlobal))) return PQ_DEVICE_ERROR;
-  if (set_home(device, *memory, (int64_t)size, kind) == PQ_OK) {
-    if (kind == PQ_ON_HOST) {
-      std::memset(*memory, 0, size);
-      return PQ_OK;
-    }
-    if (!failed(cudaMemsetAsync(*memory, 0, size, call.stream())) && call.wait()) return PQ_OK;
-  }
+  if (settle(device, *memory, size) && !failed(cudaMemsetAsync(*memory, 0, size, call.stream())) && call.wait()) return PQ_OK;
   cudaFree(*memory);
   *memory = nullptr;
   return PQ_DEVICE_ERROR;
@@ -263,7 +256,7 @@ int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** mem
 
 int32_t pq_device_free(int32_t device, void* memory, int32_t kind) {
   const Call call(device, nullptr);
-  if (!call.good() || failed(kind == PQ_MESSAGES ? cudaFreeHost(memory) : cudaFree(memory))) return PQ_DEVICE_ERROR;
+  if (!call.good() || failed(kind == PQ_ON_DEVICE ? cudaFree(memory) : cudaFreeHost(memory))) return PQ_DEVICE_ERROR;
   return PQ_OK;
 }
 

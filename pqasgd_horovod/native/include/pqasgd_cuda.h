@@ -65,7 +65,7 @@ PQ_EXPORT int32_t pq_cuda_outer(float decay, float a, float b, int64_t count, fl
  * pq_device_alloc. */
 enum pq_memory {
   PQ_ON_DEVICE = 0, /* numbers, which the host reaches too: they move to whoever uses them, and are at home on the device */
-  PQ_ON_HOST = 1,   /* numbers that stay in host memory, where the device reaches them across its bus */
+  PQ_ON_HOST = 1,   /* numbers that stay in host memory, pinned, where the device reaches them across its bus */
   PQ_MESSAGES = 2   /* bytes in host memory that the device copies to and from at full speed */
 };
 PQ_EXPORT int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** memory); /* zeros */

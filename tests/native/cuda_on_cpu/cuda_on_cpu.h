@@ -218,7 +218,6 @@ enum cudaMemcpyKind { cudaMemcpyDefault };
 enum cudaDeviceAttr { cudaDevAttrConcurrentManagedAccess };
 enum cudaMemoryAdvise { cudaMemAdviseSetPreferredLocation, cudaMemAdviseSetAccessedBy };
 constexpr unsigned cudaMemAttachGlobal = 1, cudaHostAllocPortable = 1;
-constexpr int cudaCpuDeviceId = -1;
 struct cudaFuncAttributes {};
 
 namespace cuda_on_cpu {
