@@ -12,7 +12,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 endif
 
 .PHONY: help setup demo demo-tf demo-family reproduce reproduce-recipe test test-long test-2 test-4 test-cluster
-.PHONY: image image-gpu cluster-demo bench lint sanitize clean clean-all
+.PHONY: image image-gpu cluster-demo bench gpu-check lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -75,6 +75,9 @@ bench: setup ## measure codecs, TensorFlow ops and exchange; results in build/be
 	@$(BIN)/python scripts/bench_codecs.py
 	@$(BIN)/python scripts/bench_tensorflow.py
 	@$(BIN)/python scripts/bench_exchange.py
+
+gpu-check: ## on a machine with a GPU, a CUDA toolkit and PyTorch: build, test and measure the kernels
+	@$(PYTHON) scripts/gpu_check.py $(GPU_CHECK_ARGS)
 
 lint: setup ## check style with ruff and types with mypy
 	@$(BIN)/ruff check

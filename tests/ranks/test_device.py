@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pqasgd_horovod.torch as hvd
-from pqasgd_horovod.errors import ArgumentError
+from pqasgd_horovod.errors import ArgumentError, PqasgdError
 from pqasgd_horovod.native.cuda import Device, Library
 from pqasgd_horovod.torch import devices
 from tests.native.cuda_on_cpu import build
@@ -88,5 +88,5 @@ def test_parameters_on_two_devices_are_refused_on_all_ranks():
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     if hvd.rank() == hvd.size() - 1:
         parameters.append(torch.nn.Parameter(torch.zeros(2, device="meta")))
-    with pytest.raises(ArgumentError, match="parameter 0 is on cpu, parameter 1 is on meta; all parameters must be"):
+    with pytest.raises(PqasgdError, match="parameter 0 is on cpu, parameter 1 is on meta; all parameters must be"):
         hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), period=2)
