@@ -6,7 +6,7 @@ bits; and the same bytes as ours through one plain MPI allgather, the speed of l
 job of its own, against stock Horovod in TensorFlow. And eight training steps of PyTorch with one average at 4 bits,
 applied at once or with a delay, against the same steps alone: what they take longer is the part of the exchange that is
 exposed; the steps compute on the core that codes and sends too, or elsewhere. All of it over the loopback interface,
-and between two hosts on a link of 1 Gbit/s (network namespaces and a token bucket, see two_hosts.py). Times are medians
+and between two hosts on a link of 1 Gbit/s (network namespaces and a token bucket, see hosts.py). Times are medians
 of the slower rank's.
 Bytes are those that one rank sends for one average: by our counters (for stock by the formula of a ring allreduce), and
 by the interface's.
@@ -24,14 +24,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import two_hosts
+import hosts
 from bench_tools import OUTPUT, describe_machine, format_table, warn_if_busy, write_json
-from exchange_candidates import resnet50_shapes
+from exchange_candidates import Candidate, resnet50_shapes
 
-LINKS = {"loopback": "loopback", "1gbit": "shaped"}  # row name: link of two_hosts.py
+LINKS = {"loopback": "loopback", "1gbit": "shaped"}  # row name: link of hosts.py
 TARGETS = {
     ("1gbit", "ours 4 bits"): 6.0,
     ("1gbit", "ours 2 bits"): 8.0,
@@ -53,9 +54,8 @@ def transmitted_bytes(interface: str) -> int:
     raise RuntimeError(f"interface {interface} is not in /proc/net/dev")
 
 
-def work(framework: str, interface: str, repetitions: int, scale: float, output: Path) -> None:
-    """What each rank runs: all candidates in turn, again and again; rank 0 writes the rows."""
-    candidates = importlib.import_module(f"exchange_candidates.{framework}").candidates(scale)
+def time_candidates(candidates: Sequence[Candidate], interface: str, repetitions: int) -> list[dict[str, Any]]:
+    """Run all candidates in turn, again and again, as one of the ranks; return a row for each."""
     from mpi4py import MPI  # Horovod has initialised it
 
     world = MPI.COMM_WORLD
@@ -70,26 +70,32 @@ def work(framework: str, interface: str, repetitions: int, scale: float, output:
             begin = time.perf_counter()
             candidate.run()
             taken = time.perf_counter() - begin
-            world.Barrier()  # what the other rank has received, this one has sent
+            world.Barrier()  # what other ranks have received, this one has sent
             sent = transmitted_bytes(interface) - before
-            slower = world.allreduce(taken, MPI.MAX)
+            slowest = world.allreduce(taken, MPI.MAX)
             if repetition >= 2:
-                seconds[index].append(slower)
+                seconds[index].append(slowest)
                 on_interface[index].append(sent // ranks_behind_interface)
-    if world.rank == 0:
-        rows = [
-            {
-                "name": candidate.name,
-                "seconds": statistics.median(times),
-                "fastest": min(times),
-                "slowest": max(times),
-                "bytes_sent": candidate.bytes_sent(),
-                "interface_bytes": int(statistics.median(counts)),
-            }
-            for candidate, times, counts in zip(candidates, seconds, on_interface, strict=True)
-        ]
+    return [
+        {
+            "name": candidate.name,
+            "seconds": statistics.median(times),
+            "fastest": min(times),
+            "slowest": max(times),
+            "bytes_sent": candidate.bytes_sent(),
+            "interface_bytes": int(statistics.median(counts)),
+        }
+        for candidate, times, counts in zip(candidates, seconds, on_interface, strict=True)
+    ]
+
+
+def write_together(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Write the rows on the first rank, and let all of them end together: Horovod ends with the first one that does."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.rank == 0:
         output.write_text(json.dumps(rows))
-    world.Barrier()  # Horovod ends with the first rank that does
+    MPI.COMM_WORLD.Barrier()
 
 
 def measure(link: str, framework: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -98,17 +104,17 @@ def measure(link: str, framework: str, options: argparse.Namespace) -> list[dict
     with tempfile.TemporaryDirectory(prefix="pqasgd_bench_") as folder:
         output = Path(folder) / "rows.json"
         command = [sys.executable, os.path.abspath(__file__)]
-        command += ["--worker", two_hosts.INTERFACE[kind], "--worker-output", str(output), "--frameworks", framework]
+        command += ["--worker", hosts.INTERFACE[kind], "--worker-output", str(output), "--frameworks", framework]
         command += ["--repetitions", str(options.repetitions), "--scale", str(options.scale)]
         mpirun_arguments = [*SETTINGS, *options.mpirun]
         try:
-            two_hosts.check_available(kind)
-            status = two_hosts.run(kind, command, mpirun_arguments=mpirun_arguments, timeout=options.timeout)
-        except two_hosts.NotAvailableError as error:
+            hosts.check_available(kind)
+            status = hosts.run(kind, command, mpirun_arguments=mpirun_arguments, timeout=options.timeout)
+        except hosts.NotAvailableError as error:
             if kind != "loopback":
                 raise
             print(f"note: on the loopback interface of this host, which others use too, because {error}")
-            status = two_hosts.run_here(command, mpirun_arguments=mpirun_arguments, timeout=options.timeout)
+            status = hosts.run_here(command, mpirun_arguments=mpirun_arguments, timeout=options.timeout)
         if status != 0:
             raise RuntimeError(f"the job on {link} ended with status {status}; what it printed is above")
         rows = json.loads(output.read_text())
@@ -160,10 +166,11 @@ def main() -> int:
     parser.add_argument("--worker-output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.frameworks[0], options.worker, options.repetitions, options.scale, options.worker_output)
+        candidates = importlib.import_module(f"exchange_candidates.{options.frameworks[0]}").candidates(options.scale)
+        write_together(time_candidates(candidates, options.worker, options.repetitions), options.worker_output)
         return 0
 
-    two_hosts.end_on_sigterm()
+    hosts.end_on_sigterm()
     machine = describe_machine()
     warn_if_busy(machine)
     rows: list[dict[str, Any]] = []
@@ -173,7 +180,7 @@ def main() -> int:
         try:
             for framework in options.frameworks:
                 rows += measure(link, framework, options)
-        except two_hosts.NotAvailableError as error:
+        except hosts.NotAvailableError as error:
             skipped[link] = str(error)
             print(f"skipped {link}: {error}")
     header = [

@@ -1,4 +1,4 @@
-"""The benchmarks write what they promise, and the two hosts they play leave nothing behind. No time is judged here."""
+"""The benchmarks write what they promise. No time is judged here."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import doctest
 import json
 import math
 import shutil
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import bench_codecs
 import bench_exchange
 import bench_tools
 import exchange_candidates
+import hosts
 import pytest
-import two_hosts
 
 from pqasgd_horovod import codecs
 
@@ -27,13 +24,6 @@ def run_script(name, *arguments):
     result = launch([sys.executable, str(SCRIPTS / name), *map(str, arguments)], "python")
     assert result.returncode == 0, result.stdout
     return result.stdout
-
-
-def require(link):
-    try:
-        two_hosts.check_available(link)
-    except two_hosts.NotAvailableError as error:
-        pytest.skip(str(error))
 
 
 # -- codecs --
@@ -131,66 +121,10 @@ def test_what_cannot_be_measured_is_skipped_with_a_reason(tmp_path, monkeypatch,
     path = tmp_path / "exchange.json"
     monkeypatch.setattr(shutil, "which", lambda name, **_: None)
     monkeypatch.setattr(sys, "argv", ["bench_exchange.py", "--links", "1gbit", "--output", str(path)])
-    monkeypatch.setattr(two_hosts, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(hosts, "end_on_sigterm", lambda: None)
     assert bench_exchange.main() == 0
     assert "skipped 1gbit: not found: unshare, ip, tc" in capsys.readouterr().out
     assert json.loads(path.read_text())["skipped"].keys() == {"1gbit"}
-
-
-# -- two hosts --
-
-
-def running(marker):
-    """Ids of the processes with ``marker`` in their command line."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if marker.encode() in entry.read_bytes():
-                found.append(entry.parent.name)
-        except OSError:  # it has just ended
-            continue
-    return found
-
-
-def test_two_hosts_see_each_other_and_nothing_else(tmp_path):
-    require("shaped")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "from mpi4py import MPI\n"
-        "names = [line.split(':')[0].strip() for line in open('/proc/net/dev') if ':' in line]\n"
-        "assert sorted(names) == ['eth0', 'lo'], names\n"
-        "assert MPI.COMM_WORLD.allreduce(1) == 2\n"
-        f"open(f'{tmp_path}/rank{{MPI.COMM_WORLD.rank}}', 'w').close()\n"
-    )
-    assert two_hosts.run("shaped", [sys.executable, str(program)], timeout=60) == 0
-    assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0", "rank1"]
-
-
-@pytest.mark.parametrize("link", two_hosts.LINKS)
-def test_a_job_that_takes_too_long_leaves_nothing_behind(link, tmp_path):
-    require(link)
-    namespaces = sorted(Path("/run/netns").glob("*"))
-    program = tmp_path / "sleeper.py"
-    program.write_text(f"open(f'{tmp_path}/started', 'w').close()\nimport time\ntime.sleep(600)\n")
-    with pytest.raises(subprocess.TimeoutExpired):
-        two_hosts.run(link, [sys.executable, str(program)], timeout=8)
-    assert (tmp_path / "started").exists()
-    deadline = time.monotonic() + 20  # the kernel takes a moment
-    while running(str(program)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert running(str(program)) == []
-    assert sorted(Path("/run/netns").glob("*")) == namespaces
-
-
-def test_a_failing_job_says_so():
-    require("loopback")
-    assert two_hosts.run("loopback", [sys.executable, "-c", "raise SystemExit(3)"], timeout=60) == 3
-
-
-def test_without_namespaces_the_job_runs_on_this_host(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text("from mpi4py import MPI\nassert MPI.COMM_WORLD.allreduce(1) == 2\n")
-    assert two_hosts.run_here([sys.executable, str(program)], timeout=60) == 0
 
 
 def test_tables():
