@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..codecs.base import Codec
+from ..codecs.cast import NoCompression
 from ..errors import ArgumentError
 from .allgather import AllgatherExchange
 from .base import Exchange, NonFinitePolicy
@@ -36,23 +37,51 @@ def bytes_of_rank(
     >>> bytes_of_rank("allgather", codecs.none(), None, [1000], size=3, rank=0)
     (8128, 8128)
     """
-    if method == "allgather" or size == 1:
-        sent = (size - 1) * sum(HEADER_NBYTES + codec.payload_nbytes(num_elements) for num_elements in buckets)
-        return sent, sent
-    second = second_codec or codec.for_means
-    sent = received = 0
-    for num_elements in buckets:
-        shards = [shard.num_elements for shard in cut_shards(num_elements, size, shard_alignment(codec, second))]
-        values = [HEADER_NBYTES + codec.payload_nbytes(shard) for shard in shards]
-        means = [HEADER_NBYTES + second.payload_nbytes(shard) for shard in shards]
-        sent += sum(values) - values[rank] + (size - 1) * means[rank]
-        received += (size - 1) * values[rank] + sum(means) - means[rank]
-    return sent, received
+    return _bytes_of_ranks(method, codec, second_codec, buckets, size)[rank]
 
 
 def bytes_per_round(method: str, codec: Codec, second_codec: Codec | None, buckets: Sequence[int], size: int) -> int:
     """Return the bytes that the busiest of ``size`` ranks sends in one round, headers included."""
-    return max(bytes_of_rank(method, codec, second_codec, buckets, size, rank)[0] for rank in range(size))
+    return max(sent for sent, _ in _bytes_of_ranks(method, codec, second_codec, buckets, size))
+
+
+def _bytes_of_ranks(
+    method: str, codec: Codec, second_codec: Codec | None, buckets: Sequence[int], size: int
+) -> list[tuple[int, int]]:
+    if method == "allgather" or size == 1:
+        sent = (size - 1) * sum(HEADER_NBYTES + codec.payload_nbytes(num_elements) for num_elements in buckets)
+        return [(sent, sent)] * size
+    second = second_codec or codec.for_means
+    totals = [(0, 0)] * size
+    for num_elements in buckets:
+        shards = [shard.num_elements for shard in cut_shards(num_elements, size, shard_alignment(codec, second))]
+        # There are thousands of ranks, and few sizes of shards.
+        nbytes = {
+            shard: (HEADER_NBYTES + codec.payload_nbytes(shard), HEADER_NBYTES + second.payload_nbytes(shard))
+            for shard in set(shards)
+        }
+        all_values, all_means = (sum(nbytes[shard][phase] for shard in shards) for phase in (0, 1))
+        for rank, (sent, received) in enumerate(totals):
+            values, means = nbytes[shards[rank]]
+            totals[rank] = (
+                sent + all_values - values + (size - 1) * means,
+                received + (size - 1) * values + all_means - means,
+            )
+    return totals
+
+
+def bytes_inside_node(bucket: int, num_elements: int, size: int, rank: int) -> int:
+    """Return the bytes that one of the ``size`` ranks of a node sends, and receives, inside it for a bucket.
+
+    The bucket is the work of rank ``bucket mod size``: each other one sends it its numbers as they are, and gets the
+    mean; headers of messages that are empty are counted too.
+
+    >>> [bytes_inside_node(0, 1000, size=3, rank=rank) for rank in range(3)]
+    [8256, 4256, 4256]
+    """
+    others = size - 1
+    copies = others if bucket % size == rank else min(1, others)
+    return 2 * others * HEADER_NBYTES + copies * NoCompression().payload_nbytes(num_elements)
 
 
 def check_method(

@@ -9,10 +9,9 @@ from typing import Any
 import tensorflow as tf
 
 from ..codecs.cast import NoCompression
-from ..exchange import wire
 from ..exchange.carriers.nodes import NodesCarrier
 from ..exchange.layout import Span, cut_shards, shard_alignment
-from ..exchange.plan import bytes_of_rank
+from ..exchange.plan import bytes_inside_node, bytes_of_rank
 from ..exchange.verdict import FLAGGED, Names, Problem
 from .carrier import HorovodCarrier
 from .graph import GraphChannel, Messages
@@ -66,11 +65,8 @@ class NodeChannel(GraphChannel):
 
     def node_bytes_per_round(self, fragment: int | None = None) -> tuple[int, int]:
         """Return the bytes sent and received inside the node."""
-        others, total = self._nodes.local.size - 1, 0
-        for bucket in self._buckets(fragment):
-            # Of the numbers themselves the owner gets those of each other rank, and gives each the mean.
-            copies = 1 if self._owned(bucket) is None else others
-            total += 2 * others * wire.HEADER_NBYTES + copies * 4 * self.plan.sizes[bucket]
+        local, sizes = self._nodes.local, self.plan.sizes
+        total = sum(bytes_inside_node(b, sizes[b], local.size, local.rank) for b in self._buckets(fragment))
         return total, total
 
     def exchange_bucket(

@@ -224,6 +224,13 @@ class TestChoice:
             assert choose_exchange(CODECS["signs"], None, 10**6, size) == "allgather"
         assert choose_exchange(CODECS["signs"], CODECS["fp16"], 10**6, 100) == "two_phase"
 
+    def test_thousands_of_ranks_are_counted_in_no_time(self, monkeypatch):
+        calls = []
+        payload_nbytes = codecs.Eden.payload_nbytes
+        monkeypatch.setattr(codecs.Eden, "payload_nbytes", lambda *args: calls.append(args) or payload_nbytes(*args))
+        assert choose_exchange(codecs.eden(bits=4), None, [2_000_000] * 12, 4096) == "two_phase"
+        assert len(calls) <= 12 * 8  # few sizes of shards, whatever the number of ranks
+
     def test_one_number_stands_for_one_bucket(self):
         assert choose_exchange(CODECS["eden4"], None, 10**6, 8) == choose_exchange(CODECS["eden4"], None, [10**6], 8)
 
