@@ -1,6 +1,7 @@
 # Thin on purpose: every target makes sure of the set-up (scripts/setup_env.py), then runs one command in its environment.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+SIMULATE_ARGS ?=
 
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
@@ -11,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/bytecode
 endif
 
-.PHONY: help setup demo demo-tf demo-family reproduce reproduce-recipe test test-long test-2 test-4 test-cluster
+.PHONY: help setup demo demo-tf demo-family simulate reproduce reproduce-recipe test test-long test-2 test-4 test-cluster
 .PHONY: image image-gpu cluster-demo bench gpu-check lint sanitize clean clean-all
 .DEFAULT_GOAL := help
 
@@ -29,6 +30,9 @@ demo-tf: setup ## the same with TensorFlow: Keras' model.fit
 
 demo-family: setup ## train with every method of docs/methods.md, and draw accuracy against bytes
 	@$(BIN)/python scripts/demo_family.py
+
+simulate: setup ## predict step time and bytes on 2 to 4,096 ranks (SIMULATE_ARGS="--rate 10gbit"), and draw them
+	@$(BIN)/python scripts/simulate.py $(SIMULATE_ARGS)
 
 reproduce: setup ## measure that convergence has the rate of the theory; takes some minutes
 	@$(BIN)/python scripts/reproduce.py
