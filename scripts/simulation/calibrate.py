@@ -197,6 +197,7 @@ def calibrate(
     hosts.check_available(hosts=max(job.ranks for job in jobs))
     machine = describe_machine()
     warn_if_busy(machine)
+    del machine["system"]  # what is committed names no kernel of somebody's
     rows: list[dict[str, Any]] = []
     speeds: dict[str, dict[str, float]] = {}
     for job in jobs:

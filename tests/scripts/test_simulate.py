@@ -169,7 +169,7 @@ def test_the_committed_calibration_counted_bytes_twice():
 
 def test_the_committed_calibration_names_no_machine():
     text = calibrate.COSTS.read_text(encoding="utf-8")
-    assert json.loads(text)["machine"].keys() == {"processor", "cores", "system", "python", "isa", "load_average"}
+    assert json.loads(text)["machine"].keys() == {"processor", "cores", "python", "isa", "load_average"}
     assert "/" not in text
 
 
