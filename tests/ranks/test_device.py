@@ -13,7 +13,9 @@ from pqasgd_horovod.errors import ArgumentError, PqasgdError
 from pqasgd_horovod.native.cuda import Device, Library
 from pqasgd_horovod.torch import devices
 from tests.native.cuda_on_cpu import build
-from tests.ranks.common import loss_of, make_model
+from tests.ranks.common import loss_of, make_model, two_ranks
+
+pytestmark = two_ranks
 
 
 @pytest.fixture(scope="module")
