@@ -32,7 +32,7 @@ LAUNCHERS = {
         ("nodes", 4, ["ranks_nodes_tensorflow"]),
         ("gloo", 2, ["ranks_tensorflow"]),
         # Graphs take long to trace. Here is what depends on the number of ranks, or on who carries bytes.
-        ("gloo", 4, [f"ranks_tensorflow/test_{part}.py" for part in ("replicas", "periodic", "functions")]),
+        ("gloo", 4, [f"ranks_tensorflow/test_{part}.py" for part in ("replicas", "periodic", "functions", "join")]),
         ("mpi", 2, ["ranks_tensorflow/test_replicas.py", "ranks_tensorflow/test_functions.py"]),
         pytest.param("gloo", 2, ["ranks_tensorflow"], marks=pytest.mark.long),
     ],

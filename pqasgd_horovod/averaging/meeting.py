@@ -124,7 +124,8 @@ def out_of_step_error(name: str, intents: Sequence[tuple[Purpose, int, int]]) ->
     return DesynchronizedError(
         f"{name}: the ranks are out of step: {listing}. Every rank has to take the same number of steps, with the same "
         "variables, and to call flush(), state_dict() in the middle of a period, load_state_dict() and "
-        "add_param_group() alike, and not to call them while others are in join(); restart from a checkpoint"
+        "add_param_group() alike, and not to call them while others are in join(), which ends the epochs of ranks with "
+        "different numbers of batches; restart from a checkpoint"
     )
 
 

@@ -30,7 +30,7 @@ from .carrier import HorovodCarrier, allgather, constant_names
 from .graph import GraphChannel, Problems
 from .library import ops
 from .low_rank import make_channel
-from .meeting import Meeting, MeetingPoint
+from .meeting import Meeting, MeetingPoint, Records
 from .residuals import Residuals, Velocity
 from .rows import GraphRows, Landed
 from .state import fitted
@@ -180,15 +180,7 @@ class GradientAverager(abc.ABC):
             raise
         if self._layout is None:
             with outside_of_graphs():
-                self._num_elements = sum(specs[i].numel for i in present)
-                dense = [i for i in present if not isinstance(gradients[i], tf.IndexedSlices)]
-                sparse = [
-                    SparseSpec(specs[i].name, specs[i].shape, specs[i].description)
-                    for i in present
-                    if isinstance(gradients[i], tf.IndexedSlices)
-                ]
-                self._build([specs[i] for i in dense], [variables[i] for i in dense], layout, sparse)
-            self._layout = layout
+                self._lay_out([specs[i] for i in present], [variables[i] for i in present], layout)
         result = list(gradients)
         given = [gradients[i] for i in present]
         if self._carrier is None:
@@ -199,6 +191,19 @@ class GradientAverager(abc.ABC):
         for i, mean in zip(present, means, strict=True):
             result[i] = mean
         return result
+
+    def _lay_out(self, specs: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
+        """Prepare to average gradients of these variables; collective."""
+        self._num_elements = sum(spec.numel for spec in specs)
+        is_sparse = [description.endswith(" sparse") for _, description in layout]
+        dense = [i for i, it_is in enumerate(is_sparse) if not it_is]
+        sparse = [
+            SparseSpec(spec.name, spec.shape, spec.description)
+            for spec, it_is in zip(specs, is_sparse, strict=True)
+            if it_is
+        ]
+        self._build([specs[i] for i in dense], [variables[i] for i in dense], layout, sparse)
+        self._layout = layout
 
     def _average_alone(self, gradients: list[Gradient]) -> list[Gradient]:
         """Return what the gradients of one rank alone become."""
@@ -231,15 +236,16 @@ class GradientAverager(abc.ABC):
     def _average(self, gradients: list[Gradient]) -> list[Gradient]:
         sparse = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
         dense = [gradient for gradient in gradients if not isinstance(gradient, tf.IndexedSlices)]
-        with after(self._meet(gradients)):
-            means, of_rows = map(iter, self._average_both(dense, sparse))
+        met = self._meet(gradients)
+        with after(met.words):
+            means, of_rows = map(iter, self._average_both(dense, sparse, met))
             result = [next(of_rows if isinstance(gradient, tf.IndexedSlices) else means) for gradient in gradients]
             self._count()
         self._turns.end(*tf.nest.flatten(result, expand_composites=True))
         return result
 
-    def _meet(self, gradients: Sequence[Gradient]) -> tf.Operation:
-        """Return what makes sure that every rank is about to average the same gradients."""
+    def _meet(self, gradients: Sequence[Gradient]) -> Records:
+        """Return what all ranks say, when every rank that has gradients is about to average the same ones."""
         with after(*first_computed(gradients), self._turns.begin()):
             steps = self._total_steps.value()
             return self._meeting.agree(Purpose.AVERAGE, steps, steps)
@@ -281,9 +287,9 @@ class GradientAverager(abc.ABC):
 
     @abc.abstractmethod
     def _average_both(
-        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices]
+        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices], met: Records
     ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
-        """Return the means of gradients like those of :meth:`_build`."""
+        """Return the means of gradients like those of :meth:`_build`; ``met`` is what all ranks have said."""
 
     @abc.abstractmethod
     def _dense_bytes_per_step(self) -> tuple[int, int]:
@@ -405,30 +411,42 @@ class CodedGradients(GradientAverager):
         ]
 
     def _average_both(
-        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices]
+        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices], met: Records
     ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
-        assert self._carrier is not None
+        return self._exchange(sparse, met, lambda *stage: self._average_stage(dense, *stage))
+
+    def _exchange(
+        self,
+        sparse: list[tf.IndexedSlices],
+        met: Records,
+        run_stage: Callable[[int, list[tf.Tensor], tf.Tensor], list[tf.Tensor]],
+    ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
+        """Exchange sparse gradients, and dense ones by ``run_stage(stage, flags of sparse ones, scale)``; return means.
+
+        That returns the means, and after them something that is there when the verdict is.
+        """
         if self.state.residuals is not None:
             when(self._claimed > 0, None, self._claim)
+        scale = tf.ones([]) if self._settings.op == horovod.Sum else met.scale
+        steps = self.state.steps.value()
         if len(self._stages) > 1:
             assert self._config.correction is not None
 
             def branch(stage: int) -> Callable[[], list[tf.Tensor]]:
-                return lambda: self._average_stage(stage, dense, [])
+                return lambda: run_stage(stage, [], scale)
 
-            stage = tf.cast(self._config.correction.stage(self.state.steps.value(), tf.minimum), tf.int32)
-            return list(tf.switch_case(stage, {index: branch(index) for index in range(len(self._stages))})), []
-        steps = self.state.steps.value()
-        landed = [
-            rows.exchange(gradient, steps, self._factor) for rows, gradient in zip(self._rows, sparse, strict=True)
-        ]
+            stage = tf.cast(self._config.correction.stage(steps, tf.minimum), tf.int32)
+            *means, _ = tf.switch_case(stage, {index: branch(index) for index in range(len(self._stages))})
+            return means, []
+        of_rows = self._factor * scale
+        landed = [rows.exchange(gradient, steps, of_rows) for rows, gradient in zip(self._rows, sparse, strict=True)]
         # One verdict about all: an error must not leave anything on its way.
-        means = self._average_stage(0, dense, [each.flags for each in landed])
-        return means[: len(dense)], self._take_rows(landed, means[len(dense) :])
+        *means, done = run_stage(0, [each.flags for each in landed], scale)
+        return means, self._take_rows(landed, done)
 
-    def _take_rows(self, landed: Sequence[Landed], done: Sequence[tf.Tensor]) -> list[tf.IndexedSlices]:
+    def _take_rows(self, landed: Sequence[Landed], done: tf.Tensor) -> list[tf.IndexedSlices]:
         """Return the means of sparse gradients, when ``done`` is there."""
-        with after(*done):
+        with after(done):
             for rows, each in zip(self._rows, landed, strict=True):
                 rows.keep(each)
                 self._counted_sent.assign_add(each.nbytes[0])
@@ -443,14 +461,16 @@ class CodedGradients(GradientAverager):
         assert self._carrier is not None
         return float(self._carrier.size) if self._settings.op == horovod.Sum else 1.0
 
-    def _average_stage(self, stage: int, gradients: list[tf.Tensor], of_rows: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Return the means, and after them something that is there when the verdict is; ``of_rows`` are more flags."""
+    def _average_stage(
+        self, gradients: list[tf.Tensor], stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor
+    ) -> list[tf.Tensor]:
         steps = self.state.steps.value()
         channels = self._stages[stage]
         given = [[gradients[i] for i in positions] for positions in self._positions]
         moved = self._advance(gradients, given)
         exchanged = [
-            channel.exchange(moved[i][1] if moved else given[i], steps, steps) for i, channel in enumerate(channels)
+            channel.exchange(moved[i][1] if moved else given[i], steps, steps, scale=scale)
+            for i, channel in enumerate(channels)
         ]
         verdict = self._problems.verdict([*of_rows, *(flag for flags in exchanged for flag in flags)])
         result: list[tf.Tensor] = list(gradients)
@@ -461,11 +481,49 @@ class CodedGradients(GradientAverager):
                     channel.keep_residuals(flags)
                 for position, mean in zip(self._positions[i], channel.means(given[i], self._factor), strict=True):
                     result[position] = mean
-            if len(self._stages) > 1:
-                sent, received = _sum_of_bytes(channels)
-                self._counted_sent.assign_add(sent)
-                self._counted_received.assign_add(received)
-            return [*result, tf.constant(True)] if of_rows else result
+            self._count_bytes_of(channels)
+            return [*result, tf.constant(True)]
+
+    def _count_bytes_of(self, channels: Sequence[GraphChannel]) -> None:
+        if len(self._stages) > 1:  # else they are the same in every step
+            sent, received = _sum_of_bytes(channels)
+            self._counted_sent.assign_add(sent)
+            self._counted_received.assign_add(received)
+
+    def _serve_stage(self, stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
+        """Do what :meth:`_average_stage` does with nothing to give, and without means."""
+        steps, channels = self.state.steps.value(), self._stages[stage]
+        exchanged = [channel.exchange_nothing(steps, steps, scale=scale) for channel in channels]
+        verdict = self._problems.verdict([*of_rows, *(flag for flags in exchanged for flag in flags)])
+        with after(verdict):
+            for channel, flags in zip(channels, exchanged, strict=True):
+                channel.keep_residuals(flags, absent=True)
+            self._count_bytes_of(channels)
+            return [tf.constant(True)]
+
+    def _serve(self, met: Records) -> None:
+        self._exchange([rows.nothing() for rows in self._rows], met, self._serve_stage)
+        self._count()
+
+    def check_for_join(self) -> None:
+        """Raise ArgumentError unless a rank without data can send nothing."""
+        self._config.check_for_join()
+
+    def join(self, variables: Sequence[Any]) -> tuple[int, bool]:
+        """Take part in the averages of ranks that have more data, until none has, with zeros in place of gradients.
+
+        As :meth:`pqasgd_horovod.averaging.gradients.GradientAverager.join`. ``variables`` are those that are trained:
+        where no average was made yet, each is taken to have a dense gradient, which the ranks compare.
+        """
+        if self._layout is None:
+            specs = describe_variables(variables)
+            self._lay_out(specs, variables, layout_of(specs, variables))
+        own_steps = int(self._total_steps)
+        while True:
+            agreement, met = self._meeting.meet(Purpose.JOINED, own_steps, own_steps)
+            if agreement.has_ended:
+                return agreement.last, any(intent.steps < agreement.steps for intent in agreement.intents)
+            self._traced(self._serve, met)
 
     def _advance(
         self, gradients: Sequence[tf.Tensor], given: Sequence[Sequence[tf.Tensor]]
@@ -573,7 +631,7 @@ class StockGradients(GradientAverager):
             self._agree(layout, groups=self._groups, gradient_predivide_factor=factor)
 
     def _average_both(
-        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices]
+        self, dense: list[tf.Tensor], sparse: list[tf.IndexedSlices], met: Records
     ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
         rows = [self._average_sparse(number, gradient) for number, gradient in enumerate(sparse)]
         return self._average_dense(dense) if dense else [], rows

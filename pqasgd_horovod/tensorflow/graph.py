@@ -26,8 +26,11 @@ from ..exchange.plan import bytes_of_rank
 from ..exchange.verdict import Kind, Names, Problem, explain, raise_verdict
 from .carrier import HorovodCarrier, allgather, alltoall
 from .library import ops, register_explainer
+from .traced import outside_of_graphs
 
 FLOAT_DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
+
+Scale = Any  # tf.Tensor or float: what a mean is multiplied by when it has landed; not 1 where ranks are absent
 
 
 class Problems:
@@ -149,10 +152,12 @@ class Messages:
         offset: int,
         bases: Sequence[tf.Tensor],
         note: Callable[[Problem], None],
+        scale: Scale = 1.0,
     ) -> tf.Tensor:
         """Write what the last phase has brought; return flags. ``note`` is told what is wrong, if anything is."""
         return ops.pqasgd_land(
             received=received,
+            scale=scale,
             bases=list(bases),
             arriving=arriving.handle,
             offset=offset,
@@ -218,9 +223,11 @@ class GraphChannel:
         # Only our own ops touch it, in place, so that no round needs memory of its own.
         self.arriving: tf.Variable
         self._residuals: list[tuple[tf.Variable, tf.Variable]]
+        self._of_absent: list[tuple[tf.Variable, tf.Variable]]  # made when this rank is absent for the first time
         if other is not None:
-            self.arriving, self._residuals = other.arriving, other._residuals
+            self.arriving, self._residuals, self._of_absent = other.arriving, other._residuals, other._of_absent
             return
+        self._of_absent = []
         self.arriving = tf.Variable(tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving")
         self._residuals = [
             (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
@@ -262,35 +269,80 @@ class GraphChannel:
         return limits
 
     def exchange(
-        self, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, fragment: int | None = None
+        self,
+        tensors: Sequence[tf.Tensor],
+        step: tf.Tensor,
+        round: tf.Tensor,
+        fragment: int | None = None,
+        scale: Scale = 1.0,
     ) -> list[tf.Tensor]:
         """Exchange ``tensors``, those of the plan, or a fragment; return the flags of each bucket, landed then."""
-        return [
-            self.exchange_bucket(bucket, [tensors[i] for i in self.plan.tensors_in(bucket)], step, round)
-            for bucket in self._buckets(fragment)
-        ]
+        parts = {bucket: [tensors[i] for i in self.plan.tensors_in(bucket)] for bucket in self._buckets(fragment)}
+        return [self.exchange_part(bucket, part, step, round, scale) for bucket, part in parts.items()]
 
     def exchange_vector(
-        self, vector: tf.Tensor, step: tf.Tensor, round: tf.Tensor, fragment: int | None = None
+        self, vector: tf.Tensor, step: tf.Tensor, round: tf.Tensor, fragment: int | None = None, scale: Scale = 1.0
     ) -> list[tf.Tensor]:
         """Do the same with all tensors end to end."""
-        return [self.exchange_bucket(bucket, [vector], step, round, first=0) for bucket in self._buckets(fragment)]
+        buckets = self._buckets(fragment)
+        return [self.exchange_part(bucket, [vector], step, round, scale, first=0) for bucket in buckets]
 
-    def exchange_bucket(
-        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, first: int | None = None
+    def exchange_nothing(
+        self, step: tf.Tensor, round: tf.Tensor, fragment: int | None = None, scale: Scale = 1.0
+    ) -> list[tf.Tensor]:
+        """Do the same with zeros, for a rank that is absent, which keeps what was not sent before."""
+        if not self._of_absent:
+            with outside_of_graphs():  # for what expects a residual; of zeros nothing is left
+                self._of_absent += [
+                    tuple(tf.Variable(tf.zeros_like(kept), trainable=False) for _ in range(2))
+                    for kept, _ in self._residuals[: self._num_own]
+                ]
+        residuals = [*self._of_absent, *self._residuals[self._num_own :]]
+        flags = []
+        for bucket in self._buckets(fragment):
+            zeros = tf.zeros([self.plan.sizes[bucket]])
+            source = {"tensors": [zeros], "anchors": [], "start": 0, "anchor_offset": self.plan.starts[bucket]}
+            flags.append(self.exchange_bucket(bucket, source, residuals, step, round, scale))
+        return flags
+
+    @property
+    def _num_own(self) -> int:
+        """How many of the residuals are about this rank's own numbers, and stay as they are where it is absent."""
+        return 1
+
+    def exchange_part(
+        self,
+        bucket: int,
+        tensors: Sequence[tf.Tensor],
+        step: tf.Tensor,
+        round: tf.Tensor,
+        scale: Scale = 1.0,
+        first: int | None = None,
     ) -> tf.Tensor:
         """Exchange one bucket, to which ``tensors`` belong, wholly or in part; return its flags.
 
         ``first`` is where they begin in the vector: None, where the bucket's first tensor does.
         """
+        return self.exchange_bucket(bucket, self._source(bucket, tensors, first), self._residuals, step, round, scale)
+
+    def exchange_bucket(
+        self,
+        bucket: int,
+        source: dict[str, Any],
+        residuals: Sequence[tuple[tf.Variable, tf.Variable]],
+        step: tf.Tensor,
+        round: tf.Tensor,
+        scale: Scale,
+    ) -> tf.Tensor:
+        """Exchange one bucket, whose numbers are in ``source``; return its flags."""
         plan = self.plan
         messages = Messages(
             f"{plan.name}.b{bucket}", plan.codec, self._second_codec, self._carrier, bucket, plan.sizes[bucket],
             self._digest, plan.seed, step, round, self._shards(bucket) if plan.method == "two_phase" else None,
         )  # fmt: skip
         start = plan.starts[bucket]
-        received = messages.exchange(self._source(bucket, tensors, first), self._residuals, start)
-        return messages.land(received, self.arriving, start, self._base(), self._problems.note)
+        received = messages.exchange(source, residuals, start)
+        return messages.land(received, self.arriving, start, self._base(), self._problems.note, scale)
 
     def _source(self, bucket: int, tensors: Sequence[tf.Tensor], first: int | None) -> dict[str, Any]:
         """Return the inputs and attributes that say where the numbers of a bucket are."""
@@ -316,11 +368,15 @@ class GraphChannel:
             spans=[min(limit, num_elements) for limit in spans],
         )
 
-    def keep_residuals(self, flags: Sequence[tf.Tensor], fragment: int | None = None) -> None:
-        """Keep what was not sent of the buckets that have a mean; ``flags`` are those of :meth:`exchange`."""
+    def keep_residuals(self, flags: Sequence[tf.Tensor], fragment: int | None = None, *, absent: bool = False) -> None:
+        """Keep what was not sent of the buckets that have a mean; ``flags`` are those of :meth:`exchange`.
+
+        Of an ``absent`` rank, those of :meth:`exchange_nothing`.
+        """
         if not flags:
             return
-        for (kept, following), limits in zip(self._residuals, self._kept_limits(fragment), strict=False):
+        pairs = list(zip(self._residuals, self._kept_limits(fragment), strict=False))
+        for (kept, following), limits in pairs[self._num_own if absent else 0 :]:
             ops.pqasgd_keep(kept=kept.handle, next=following.handle, flags=flags, limits=limits)
 
     def _kept_limits(self, fragment: int | None) -> tuple[list[int], ...]:

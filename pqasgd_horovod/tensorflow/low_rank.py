@@ -12,7 +12,7 @@ from .. import native
 from ..averaging.channel import ChannelPlan
 from ..averaging.vector import FlatLayout
 from .carrier import HorovodCarrier
-from .graph import GraphChannel, Problems, signed
+from .graph import GraphChannel, Problems, Scale, signed
 from .library import ops
 from .nodes import NodeChannel
 from .variables import VariableSpec
@@ -60,10 +60,16 @@ class LowRankChannel(GraphChannel):
         return self.limits(fragment), self._right.limits(None)
 
     def exchange_bucket(
-        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, first: int | None = None
+        self,
+        bucket: int,
+        source: dict[str, Any],
+        residuals: Sequence[tuple[tf.Variable, tf.Variable]],
+        step: tf.Tensor,
+        round: tf.Tensor,
+        scale: Scale,
     ) -> tf.Tensor:
-        """Exchange both factors of one bucket, to which ``tensors`` belong; return its flags."""
-        (residual, next_residual), (starts, next_starts) = self._residuals
+        """Exchange both factors of one bucket, whose numbers are in ``source``; return its flags."""
+        (residual, next_residual), (starts, next_starts) = residuals
         attributes: dict[str, Any] = {
             "matrices": list(itertools.chain(*self._matrices[bucket])),
             "approximation_rank": self._approximation_rank,
@@ -74,16 +80,17 @@ class LowRankChannel(GraphChannel):
         own_left = ops.pqasgd_project(
             starts=starts.handle,
             residuals=[residual.handle, next_residual.handle],
-            **self._source(bucket, tensors, first),
+            **source,
             **attributes,
         )
-        left_flags = self._left.exchange_bucket(bucket, [own_left], step, round)
+        left_flags = self._left.exchange_part(bucket, [own_left], step, round)
         own_right = ops.pqasgd_backproject(
             flags=left_flags, left=self._left.arriving.handle, next_residual=next_residual.handle, **attributes
         )
-        right_flags = self._right.exchange_bucket(bucket, [own_right], step, round)
+        right_flags = self._right.exchange_part(bucket, [own_right], step, round)
         return ops.pqasgd_reconstruct(
             step=step,
+            scale=scale,
             left_flags=left_flags,
             right_flags=right_flags,
             own_right=own_right,

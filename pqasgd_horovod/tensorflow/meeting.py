@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from ..averaging.meeting import Purpose, out_of_step_error
+from ..averaging.meeting import Agreement, Intent, Purpose, out_of_step_error
 from ..averaging.pace import check_learning_rates
 from ..exchange.carriers import Bytes
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS
 from .carrier import HorovodCarrier, allgather
 from .library import ops, register_explainer
+from .traced import after
 
 
 class MeetingPoint:
@@ -48,6 +49,24 @@ class MeetingPoint:
         return allgather(record, self._name, self._carrier.process_set)
 
 
+class Records(NamedTuple):
+    """What all ranks have said in a meeting: :class:`pqasgd_horovod.averaging.meeting.Agreement` in a graph."""
+
+    words: tf.Tensor  # int64: purpose, steps, rounds and detail of each rank
+
+    @property
+    def details(self) -> tf.Tensor:
+        """The details of all ranks."""
+        return self.words[:, 3]
+
+    @property
+    def scale(self) -> tf.Tensor:
+        """What a mean, in which ranks without data are zeros, is multiplied by; 1 where there are none."""
+        counts = tf.not_equal(self.words[:, 0], int(Purpose.JOINED))
+        num_counted = tf.reduce_sum(tf.cast(counts, tf.float64))
+        return tf.cast(tf.cast(tf.size(counts), tf.float64) / num_counted, tf.float32)
+
+
 class Meeting:
     """The meeting point of one optimizer."""
 
@@ -55,20 +74,16 @@ class Meeting:
         self._name = f"{name}.meeting"
         self._point = MeetingPoint(carrier, self._name, self._explain)
 
-    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> tf.Operation:
-        """Return the op that raises DesynchronizedError on every rank unless all are about to do the same."""
-        return self.agree_on_details(purpose, steps, rounds, detail)[0]
+    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> Records:
+        """Return what all ranks say, when they go together; DesynchronizedError is raised on every rank if they do not.
 
-    def agree_on_details(
-        self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any
-    ) -> tuple[tf.Operation, tf.Tensor]:
-        """Return the op of :meth:`agree`, and the details of all ranks.
-
-        A detail is an int64, which :meth:`pqasgd_horovod.averaging.pace.Pace.detail` explains.
+        All do the same, or those that have more data do. A detail is an int64, which
+        :meth:`pqasgd_horovod.averaging.pace.Pace.detail` explains.
         """
         record = [tf.constant(int(purpose), tf.int64), steps, rounds, tf.cast(detail, tf.int64)]
         agreed, gathered = self._point.agree_on(tf.stack(record))
-        return agreed, tf.reshape(gathered, [-1, 4])[:, 3]
+        with after(agreed):
+            return Records(tf.reshape(gathered, [-1, 4]))
 
     def tell(
         self,
@@ -84,15 +99,25 @@ class Meeting:
         words = np.frombuffer(text + bytes(-len(text) % 8), np.int64)
         self._point.tell([int(purpose), steps, rounds, detail, *words.tolist()], timeout)
 
-    def tell_details(self, purpose: Purpose, steps: int, rounds: int, detail: int) -> list[int]:
-        """Do what :meth:`tell` does, for as long as it takes, and return the details of all ranks."""
-        received = self._point.tell([int(purpose), steps, rounds, detail], None)
-        details: list[int] = received.view(np.int64).reshape(-1, 4)[:, 3].tolist()
-        return details
+    def meet(self, purpose: Purpose, steps: int, rounds: int, detail: int = 0) -> tuple[Agreement, Records]:
+        """Do what :meth:`tell` does, for as long as it takes, and return what all ranks say, for Python and a graph."""
+        received = self._point.tell([int(purpose), steps, rounds, detail], None).view(np.int64).reshape(-1, 4)
+        return _agreement_of(received), Records(tf.constant(received))
 
     def _explain(self, data: Bytes) -> None:
-        records = data.view(np.int64).reshape(-1, 4).tolist()
-        intents = [(Purpose(purpose), steps, rounds) for purpose, steps, rounds, _ in records]
-        if len(set(intents)) > 1:
-            raise out_of_step_error(self._name, intents)
-        check_learning_rates([detail & 2**64 - 1 for *_, detail in records])
+        met = _agreement_of(data.view(np.int64).reshape(-1, 4))
+        training = {intent[:3] for intent in met.intents if not intent.has_ended}
+        some_average = any(purpose is Purpose.AVERAGE for purpose, *_ in training)
+        some_have_ended = any(intent.has_ended for intent in met.intents)
+        if len(training) > 1 or (training and some_have_ended and not some_average):
+            raise out_of_step_error(self._name, [intent[:3] for intent in met.intents])
+        check_learning_rates(met.details_of_training)
+
+
+def _agreement_of(records: np.ndarray) -> Agreement:
+    return Agreement(
+        [
+            Intent(Purpose(purpose), steps, rounds, detail & 2**64 - 1)
+            for purpose, steps, rounds, detail in records.tolist()
+        ]
+    )

@@ -14,7 +14,7 @@ from ..exchange.layout import Span, cut_shards, shard_alignment
 from ..exchange.plan import bytes_inside_node, bytes_of_rank
 from ..exchange.verdict import FLAGGED, Names, Problem
 from .carrier import HorovodCarrier
-from .graph import GraphChannel, Messages
+from .graph import GraphChannel, Messages, Scale
 from .library import ops
 
 logger = logging.getLogger("pqasgd_horovod")
@@ -69,10 +69,20 @@ class NodeChannel(GraphChannel):
         total = sum(bytes_inside_node(b, sizes[b], local.size, local.rank) for b in self._buckets(fragment))
         return total, total
 
+    @property
+    def _num_own(self) -> int:
+        return 0  # they are the node's, and go on
+
     def exchange_bucket(
-        self, bucket: int, tensors: Sequence[tf.Tensor], step: tf.Tensor, round: tf.Tensor, first: int | None = None
+        self,
+        bucket: int,
+        source: dict[str, Any],
+        residuals: Sequence[tuple[tf.Variable, tf.Variable]],
+        step: tf.Tensor,
+        round: tf.Tensor,
+        scale: Scale,
     ) -> tf.Tensor:
-        """Exchange one bucket, to which ``tensors`` belong; return its flags."""
+        """Exchange one bucket, whose numbers are in ``source``; return its flags."""
         plan, nodes, start = self.plan, self._nodes, self.plan.starts[bucket]
         common: dict[str, Any] = {
             "num_elements": plan.sizes[bucket],
@@ -92,7 +102,7 @@ class NodeChannel(GraphChannel):
             shards=cut,
             **common,
         )
-        message, flags, mean = inside.mean(self._source(bucket, tensors, first), [], start)
+        message, flags, mean = inside.mean(source, [], start)
         owned = self._owned(bucket)
         if owned is not None and across.size > 1:
             between = Messages(
@@ -104,12 +114,12 @@ class NodeChannel(GraphChannel):
                 **common,
             )  # fmt: skip
             # What was not sent before joins the node's mean, not this rank's numbers.
-            source = {"tensors": [mean], "anchors": [], "start": 0, "anchor_offset": start}
-            received = between.exchange(source, self._residuals, start, [flags])
+            of_node = {"tensors": [mean], "anchors": [], "start": 0, "anchor_offset": start}
+            received = between.exchange(of_node, residuals, start, [flags])
             verdict = between.land(received, self.arriving, start, [], _log)
             message = ops.pqasgd_relay(flags=verdict, arriving=self.arriving.handle, offset=start, **inside.attributes)
         received = inside.send_to_all(message, "p2")
-        return inside.land(received, self.arriving, start, self._base(), self._note)
+        return inside.land(received, self.arriving, start, self._base(), self._note, scale)
 
     def _note(self, problem: Problem) -> None:
         """Take note of what all nodes know; inside a node ranks know more, but not the same."""

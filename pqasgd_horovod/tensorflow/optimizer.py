@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
@@ -32,6 +32,7 @@ from ..exchange.base import NonFinitePolicy
 from ..exchange.carriers.nodes import NodesCarrier
 from .carrier import HorovodCarrier, allgather
 from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
+from .functions import broadcast_variables
 from .gradients import (
     CodedGradients,
     GradientAverager,
@@ -263,17 +264,98 @@ class DistributedMethods(_Inner):
         if isinstance(averager, PeriodicAverager):
             averager.flush(timeout)
 
-    def join(self) -> NoReturn:
-        """Raise ArgumentError, on every rank that calls it: in TensorFlow all ranks take the same number of steps.
+    def join(self) -> int:
+        """Say that this rank has no more data, for now, and wait until no rank has; return the rank that joined last.
 
-        A rank without data would have to run the graph of the others' exchanges with zeros, which these graphs, traced
-        for a step, do not have; ``pqasgd_horovod.torch`` has it.
+        Call it on every rank, eagerly, at the end of each epoch; in ``model.fit`` ``JoinCallback`` does. Where ranks
+        have different numbers of batches, those that have more go on. Each mean is then that of the ranks that have
+        more data, and of what the others have done since the average before; a rank that has joined sends zeros. When
+        all have joined what is left is averaged, as by :meth:`flush`, and all ranks have the same parameters; training
+        can go on. Of several ranks that joined between two averages the one with the most steps is returned, of those
+        the lowest.
+
+        With ``period=1`` parameters, iterations and the optimizer's moments become those of the rank that joined last;
+        moving statistics stay local. With a longer period moments stay local, and a learning rate schedule of Keras
+        goes on from the iterations of all steps. Gradients that are accumulated
+        (``backward_passes_per_step``) wait for this rank's next batches. What error feedback has not sent of a rank
+        that has joined, and its velocity, stay with it until it has data again. Where a schedule or an outer optimizer
+        depends on the learning rate those of the other ranks count.
+
+        Raises ArgumentError, before anything is sent, where Horovod itself averages (``none`` or ``fp16`` with
+        ``period=1``), with ``signsgd(scaled=False)``, and with local variables and ``period=1``; on all ranks if the
+        optimizer is not built and not compiled with a model that is. Raises DesynchronizedError on every rank if one
+        calls flush() while others have joined.
+
+        >>> import keras, tensorflow as tf, pqasgd_horovod.tensorflow as hvd
+        >>> hvd.init()
+        >>> x = tf.Variable([1.0, 2.0])
+        >>> optimizer = hvd.DistributedOptimizer(
+        ...     keras.optimizers.SGD(0.1), averaging=hvd.PeriodicAveraging(period=8, buffers="local")
+        ... )
+        >>> for _ in range(3 + hvd.rank()):  # uneven data
+        ...     optimizer.apply([tf.ones(2)], [x])
+        >>> optimizer.join() == hvd.size() - 1
+        True
         """
-        raise ArgumentError(
-            "join() was called; in TensorFlow every rank has to take as many steps, so cut them to the fewest batches "
-            "that a rank has: fit(..., steps_per_epoch=n), or dataset.take(n), with the same n everywhere, or repeat() "
-            "the datasets that are shorter"
-        )
+        self._check_for_join()
+        averager, membership = self._pqasgd_averager.value, self._pqasgd_membership.value
+        self._build_without_step()
+        if isinstance(averager, PeriodicAverager):
+            before = averager.num_steps
+            last = averager.join()
+            self._catch_up(averager.num_steps - before)
+        elif membership.carrier is not None:
+            last, uneven = averager.join(list(self._trainable_variables))
+            if uneven:
+                self._take_over(membership.carrier, last)
+        return horovod.rank() if membership.carrier is None else int(membership.carrier.process_set.ranks[last])
+
+    def _check_for_join(self) -> None:
+        """Raise ArgumentError if :meth:`join` is not possible, on every rank."""
+        averager, settings = self._pqasgd_averager.value, self._pqasgd_settings.value
+        if isinstance(averager, CodedGradients):
+            averager.check_for_join()
+            local = [name_of(variable) for variable in self._pqasgd_local.value]
+            if local:
+                raise ArgumentError(
+                    f"join() was called with period=1 and the local variables {local}: Keras does not tell which "
+                    "moments are theirs, and all others become those of the rank that joined last. Take a longer "
+                    "period, or give every rank as many batches"
+                )
+        elif isinstance(averager, StockGradients) and self._pqasgd_membership.value.carrier is not None:
+            raise ArgumentError(
+                f"join() was called with op={settings['op']} and period=1, where Horovod averages. Its own join(), in "
+                "0.28.1, fails in some processes that have used other collectives before (its background loop ends "
+                "with unordered_map::at), and divides by all ranks: use a codec, such as Compression.bf16, or a period"
+            )
+
+    def _build_without_step(self) -> None:
+        """Build, for a rank that has no batch at all; the others build in their first step."""
+        if self.built:
+            return
+        membership = self._pqasgd_membership.value
+        with refused_together(membership.carrier, f"{membership.name}.layout"):
+            model = self._find_model()
+            if model is None or not model.built:
+                raise ArgumentError(
+                    "join() was called and the optimizer is not built, as this rank has not made a step: call "
+                    "optimizer.build(model.trainable_variables) first"
+                )
+        with keras.name_scope(self.name, caller=self):
+            self.build(model.trainable_variables)
+
+    def _catch_up(self, missed: int) -> None:
+        """Let a learning rate schedule go on from the steps of all ranks."""
+        updater = self.inner_optimizer if _scales_loss(self) else self
+        if isinstance(updater._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            updater.iterations.assign_add(missed * self._pqasgd_settings.value["backward_passes_per_step"])
+
+    def _take_over(self, carrier: HorovodCarrier, last: int) -> None:
+        """Take over parameters and the optimizer's state, without hyper-parameters, of one rank; collective."""
+        updater = self.inner_optimizer if _scales_loss(self) else self
+        state = [v for v in self.variables if v is not updater._learning_rate]
+        root_rank = int(carrier.process_set.ranks[last])
+        broadcast_variables([*self._trainable_variables, *state], root_rank, carrier.process_set)
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of this process, as in PyTorch.

@@ -10,8 +10,9 @@ import tensorflow as tf
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.channel import ChannelPlan, group_tensors, plan_channel, warn_of_size
-from ..averaging.meeting import Purpose
+from ..averaging.meeting import Agreement, Purpose
 from ..averaging.outer import OuterOptimizer
+from ..averaging.pace import unpack_details
 from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
 from ..averaging.vector import FlatLayout
@@ -25,7 +26,7 @@ from .delayed import DelayedExchange
 from .graph import GraphChannel, Problems
 from .library import ops
 from .low_rank import make_channel
-from .meeting import Meeting, MeetingPoint
+from .meeting import Meeting, MeetingPoint, Records
 from .outer import OuterStepper
 from .residuals import Residuals
 from .traced import Traced, after, as_written, counter, outside_of_graphs, when
@@ -304,8 +305,9 @@ class PeriodicAverager:
 
     def _count_step(self, learning_rate: tf.Tensor) -> None:
         assert self.state is not None
-        # Rounded, as the ranks tell it each other: see averaging/pace.py.
-        self._learning_rate.assign(tf.cast(tf.cast(learning_rate, tf.float32), tf.float64))
+        if self.averaging.uses_learning_rate:  # else it is not compared, so that nothing may depend on it
+            # Rounded, as the ranks tell it each other: see averaging/pace.py.
+            self._learning_rate.assign(tf.cast(tf.cast(learning_rate, tf.float32), tf.float64))
         self.state.steps.assign_add(1)
         self._total_steps.assign_add(1)
         self.state.steps_since_average.assign_add(1)
@@ -321,11 +323,23 @@ class PeriodicAverager:
         assert self.state is not None
         if self._carrier is not None:
             steps, rounds = self.state.steps.value(), self.state.rounds.value()
-            agreed, details = self._meeting.agree_on_details(Purpose.AVERAGE, steps, rounds, self._detail())
-            with after(agreed):
-                self._select(self._turn(), lambda fragment: self._average(details, fragment))
+            met = self._meeting.agree(Purpose.AVERAGE, steps, rounds, self._detail())
+            with after(met.words):
+                self._average_turn(met)
         else:
             self._average(None)
+
+    def _average_turn(self, met: Records, absent: bool = False) -> None:
+        """Average what is due: all, or the fragment whose turn it is."""
+        self._select(self._turn(), lambda fragment: self._average(met, fragment, absent))
+
+    def _serve_turn(self, met: Records) -> None:
+        """Do so with nothing to give."""
+        self._average_turn(met, absent=True)
+
+    def _serve(self, met: Records) -> None:
+        """Average all with nothing to give."""
+        self._average(met, absent=True)
 
     def _turn(self) -> tf.Tensor:
         """Return the fragment whose turn it is; -1: all coordinates are averaged together."""
@@ -387,15 +401,16 @@ class PeriodicAverager:
         assert self.state is not None
         steps, rounds = self.state.pending[1], self.state.rounds.value()
         rate = tf.cast(self.state.pending_learning_rate.value(), tf.float32)
-        agreed, details = self._meeting.agree_on_details(Purpose.AVERAGE, steps, rounds, self._detail(rate))
-        with after(agreed):
+        met = self._meeting.agree(Purpose.AVERAGE, steps, rounds, self._detail(rate))
+        with after(met.words):
+            scale = met.scale
             flags = [
-                channel.exchange_vector(snapshot.value(), steps, rounds, fragment)
+                channel.exchange_vector(snapshot.value(), steps, rounds, fragment, scale)
                 for channel, snapshot in zip(self._channels, self.state.snapshots, strict=True)
             ]
         all_flags = [flag for of_channel in flags for flag in of_channel]
         with after(*([self._problems.verdict(all_flags)] if all_flags else [])):
-            self._details.assign(details)
+            self._details.assign(met.details)
             for kept, of_channel in zip(self._flags, flags, strict=True):
                 if of_channel:
                     kept[: len(of_channel)].assign(tf.stack([tf.reshape(flag, []) for flag in of_channel]))
@@ -478,32 +493,37 @@ class PeriodicAverager:
         self.state.learning_rate.assign(now)
         drift = tf.constant(-1.0, tf.float64)
         if details is not None and self.averaging.schedule.uses_drift:
-            drift = tf.reduce_mean(tf.cast(tf.bitcast(details, tf.float32)[:, 1], tf.float64))
+            distances = tf.cast(tf.bitcast(details, tf.float32)[:, 1], tf.float64)
+            known = tf.boolean_mask(distances, ~(distances < 0))  # not at first, and not on a rank that was absent
+            drift = tf.where(tf.size(known) > 0, tf.reduce_mean(known), drift)
         memory = tf.unstack(self.state.memory.value())
         seen = Observed(steps, tf.cast(has_dropped, tf.bool), now, drift, self.state.period.value(), memory)
         period, remembered = self.averaging.schedule.advance(seen, xp=tf)
         self.state.period.assign(tf.cast(period, tf.int64))
         self.state.memory.assign(tf.stack(list(remembered)))
 
-    def _average(self, details: tf.Tensor | None, fragment: int | None = None) -> None:
-        """Average all, or a fragment; ``details`` is what the ranks have told each other."""
+    def _average(self, met: Records | None, fragment: int | None = None, absent: bool = False) -> None:
+        """Average all, or a fragment; ``met`` is what all ranks have said, this one that it is ``absent``."""
         assert self.state is not None
         began = ops.pqasgd_clock()
         with after(began):
             step, round_ = self.state.steps.value(), self.state.rounds.value()
+            scale = 1.0 if met is None else met.scale
             flags = [
-                channel.exchange([variable.value() for variable in members], step, round_, fragment)
+                channel.exchange_nothing(step, round_, fragment, scale)
+                if absent
+                else channel.exchange([variable.value() for variable in members], step, round_, fragment, scale)
                 for channel, members in zip(self._channels, self._members, strict=True)
             ]
         coefficients = self._coefficients(self._learning_rate.value())
         all_flags = [flag for of_channel in flags for flag in of_channel]
         with after(*([self._problems.verdict(all_flags)] if all_flags else [])):
             if self._channels and self.averaging.schedule.uses_drift:
-                self._measure_distance(fragment)
+                self._measure_distance(fragment, absent)
             if self._stepper is not None:
                 self._stepper.step()
             for channel, members, of_channel in zip(self._channels, self._members, flags, strict=True):
-                channel.keep_residuals(of_channel, fragment)
+                channel.keep_residuals(of_channel, fragment, absent=absent)
                 channel.commit(members, coefficients, fragment)
                 self._count_bytes(channel, fragment)
             self._clear_buffers()
@@ -514,6 +534,7 @@ class PeriodicAverager:
             self.state.steps_since_round.assign(0)
             if fragment is None:
                 self.state.steps_since_average.assign(0)
+            details = None if met is None else met.details
             self._advance(details, self.state.steps.value(), self._learning_rate.value())
         self._verify()
         with after(done):
@@ -533,8 +554,11 @@ class PeriodicAverager:
             anchors = [anchor.value() for anchor, _ in self._anchors()]
             self._consistency.agree(ops.pqasgd_digest(tensors=anchors))
 
-    def _measure_distance(self, fragment: int | None) -> None:
+    def _measure_distance(self, fragment: int | None, absent: bool) -> None:
         assert self.state is not None
+        if absent:
+            self.state.distance.assign(-1.0)
+            return
         total = tf.add_n(
             [
                 channel.distance([variable.value() for variable in members], size, fragment)
@@ -556,7 +580,7 @@ class PeriodicAverager:
         if self._carrier is None:
             self._traced(self._average, None)
             return
-        is_pending = bool(self.state.snapshots) and int(self.state.pending[0]) >= 0
+        is_pending = self._is_pending
         if is_pending:
             self._delayed.join(timeout)
             if self._delayed.error is not None:
@@ -564,13 +588,67 @@ class PeriodicAverager:
                 is_pending = False  # it was the error of an earlier one
         if timeout is not None:
             self._wait_for_all(timeout)
-        steps, rounds, detail = int(self.state.steps), int(self.state.rounds), int(self._detail())
-        details = self._meeting.tell_details(Purpose.AVERAGE, steps, rounds, detail)
+        _, met = self._meet(Purpose.FLUSH, int(self.state.steps))
         if is_pending:
             self._traced(self._land)
             if int(self.state.steps_since_average) == 0:
                 return
-        self._traced(self._average, tf.constant(details, tf.int64))
+        self._traced(self._average, met)
+
+    @property
+    def _is_pending(self) -> bool:
+        assert self.state is not None
+        return bool(self.state.snapshots) and int(self.state.pending[0]) >= 0
+
+    def _meet(self, purpose: Purpose, steps: int) -> tuple[Agreement, Records]:
+        assert self.state is not None
+        return self._meeting.meet(purpose, steps, int(self.state.rounds), int(self._detail()))
+
+    def join(self) -> int:
+        """Take part in the averages of ranks that have more data, until none has; return the rank that joined last.
+
+        As :meth:`pqasgd_horovod.averaging.periodic.PeriodicAverager.join`; :meth:`build` first.
+        """
+        assert self.state is not None
+        state = self.state
+        if self._carrier is None:
+            self.flush()
+            return 0
+        self.before_step()  # where no step was made
+        if self._is_pending:
+            self._delayed.join()
+            self._traced(self._land)
+        own_steps = int(state.steps)
+        # In how many averages something of this rank is left: one for each part, but for that of the last step.
+        rounds_left = self.averaging.selection.num_fragments - (int(state.steps_since_round) == 0)
+        rounds_left *= int(state.steps_since_average) > 0
+        while True:
+            agreement, met = self._meet(Purpose.LAST if rounds_left else Purpose.JOINED, own_steps)
+            self._catch_up(agreement)
+            if agreement.has_ended:
+                if agreement.num_counted:
+                    self._traced(self._average if rounds_left else self._serve, met)
+                state.steps_since_average.assign(0)
+                return agreement.last
+            if self.averaging.is_sparse:
+                self._traced(self._average_turn if rounds_left else self._serve_turn, met)
+            else:
+                self._traced(self._average if rounds_left else self._serve, met)
+            rounds_left = max(0, rounds_left - 1)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps were counted."""
+        assert self.state is not None
+        return int(self.state.steps)
+
+    def _catch_up(self, met: Agreement) -> None:
+        """Count the steps that others have made meanwhile, with their learning rate."""
+        assert self.state is not None
+        missed = met.steps - int(self.state.steps)
+        for variable in (self.state.steps, self.state.steps_since_average, self._total_steps):
+            variable.assign_add(missed)
+        self._learning_rate.assign(unpack_details(met.details_of_training)[0][0])
 
     def _wait_for_all(self, timeout: float) -> None:
         """Wait under a name of its own: whoever gives up and trains on meets the others under the usual one."""

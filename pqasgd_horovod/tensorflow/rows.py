@@ -13,7 +13,7 @@ from ..exchange.carriers import Bytes
 from ..exchange.rows import payload_nbytes
 from ..exchange.verdict import explain
 from .carrier import HorovodCarrier, allgather
-from .graph import Problems, own_header, signed
+from .graph import Problems, Scale, own_header, signed
 from .library import ops, register_explainer
 
 
@@ -49,8 +49,8 @@ class GraphRows:
             "seed": signed(config.seed_of_tables),
         }
 
-    def exchange(self, gradient: tf.IndexedSlices, step: tf.Tensor, factor: float) -> Landed:
-        """Exchange a gradient; the mean is multiplied by ``factor``."""
+    def exchange(self, gradient: tf.IndexedSlices, step: tf.Tensor, scale: Scale) -> Landed:
+        """Exchange a gradient; the mean is multiplied by ``scale``."""
         rows, values = _rising(gradient, self._spec.table.row_size)
         kept = tf.zeros([0]) if self._residual is None else tf.gather(self._residual.value(), rows)
         message, left = ops.pqasgd_pack_rows(
@@ -58,13 +58,23 @@ class GraphRows:
         )
         received = allgather(message, self._name, self._carrier.process_set)
         numbers, means, flags = ops.pqasgd_land_rows(
-            step=step, round=step, received=received, explainer=register_explainer(self._explain), **self._attributes
+            step=step,
+            round=step,
+            received=received,
+            scale=scale,
+            explainer=register_explainer(self._explain),
+            **self._attributes,
         )
-        means = tf.cast(means * factor if factor != 1 else means, gradient.values.dtype)
+        means = tf.cast(means, gradient.values.dtype)
         means = tf.reshape(means, [-1, *self._spec.shape[1:]])
         mean = tf.IndexedSlices(means, tf.cast(numbers, gradient.indices.dtype), gradient.dense_shape)
         own, all_of_it = tf.size(message, tf.int64), tf.size(received, tf.int64)
         return Landed(mean, flags, rows, left, ((self._carrier.size - 1) * own, all_of_it - own))
+
+    def nothing(self) -> tf.IndexedSlices:
+        """Return no rows, for a rank that is absent."""
+        shape = self._spec.shape
+        return tf.IndexedSlices(tf.zeros([0, *shape[1:]]), tf.zeros([0], tf.int64), tf.constant(shape, tf.int64))
 
     def keep(self, landed: Landed) -> None:
         """Keep what was not sent, if there is a mean; after the verdict."""

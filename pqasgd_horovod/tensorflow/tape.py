@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import horovod.tensorflow as horovod
 import keras
@@ -27,7 +27,7 @@ from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
 from .gradients import GradientAverager, GradientSettings, check_groups, check_some, layout_of
-from .meeting import Meeting
+from .meeting import Meeting, Records
 from .optimizer import check_op, make_averager, scaled
 from .traced import Turns, after, as_written, outside_of_graphs
 from .variables import NO_ERROR, describe_variables, name_of, unwrap
@@ -148,12 +148,12 @@ class _TapeMeeting(Meeting):
         self._index = len(tapes.lists)
         self._description = description
 
-    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> tf.Operation:
-        """Return the op that raises DesynchronizedError on every rank unless all are about to average this list."""
+    def agree(self, purpose: Purpose, steps: tf.Tensor, rounds: tf.Tensor, detail: Any = 0) -> Records:
+        """Return what all ranks say, who are about to average this list; else DesynchronizedError is raised on all."""
         with after(self._tapes.turns.begin()):
-            agreed = super().agree(purpose, steps, rounds, self._index)
-        self._tapes.turns.end(agreed)
-        return agreed
+            records = super().agree(purpose, steps, rounds, self._index)
+        self._tapes.turns.end(records.words)
+        return records
 
     def tell(self, purpose: Purpose, steps: int, rounds: int, detail: int = 0, **options: Any) -> None:
         """Say outside of any graph what this list is, and raise likewise."""
@@ -243,6 +243,14 @@ class _DistributedTape:
             with outside_of_graphs():
                 _tapes[identity] = _Tapes(process_set)
         return _tapes[identity]
+
+    def join(self) -> NoReturn:
+        """Raise ArgumentError: who joins takes over parameters and moments at the end, of which a tape has none."""
+        raise ArgumentError(
+            "join() was called on a tape, which does not know what is done with its gradients: take a plain "
+            "tf.GradientTape, and wrap the optimizer in hvd.DistributedOptimizer, whose join() is for ranks with "
+            "different numbers of batches; or give every rank as many: dataset.take(n) with the same n everywhere"
+        )
 
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of all tapes with the same settings, as an optimizer's."""

@@ -40,8 +40,11 @@ OPTIONS = {"compression": EDEN2, "hierarchy": "node"}
 FED_BACK = {**OPTIONS, "feedback": hvd.Feedback(), "small_tensor_threshold": 0, "bucket_cap_mb": 2048 * 4 / 2**20}
 
 
-def in_the_core(averaging, **options):
-    """The same training by the framework-free averagers, with all ranks in this process; the parameters of each."""
+def in_the_core(averaging, uneven=None, **options):
+    """The same training by the framework-free averagers, with all ranks in this process; the parameters of each.
+
+    Of ``uneven`` numbers of steps, what the one with the most has when all have joined.
+    """
     period = averaging.period
     options = {key: value for key, value in options.items() if key != "compression"}
 
@@ -59,7 +62,7 @@ def in_the_core(averaging, **options):
         else:
             averager = GradientAverager(nodes, config, name="core")
         averager.prepare(views)
-        for step in range(STEPS):
+        for step in range(STEPS if uneven is None else uneven[carrier.rank]):
             for array, gradient in zip(gradients, gradients_of(step, carrier.rank), strict=True):
                 array[:] = gradient.reshape(-1)
             if period == 1:
@@ -68,6 +71,8 @@ def in_the_core(averaging, **options):
                 array -= np.float32(RATE) * gradient
             if period > 1:
                 averager.count_step(RATE)
+        if uneven is not None:
+            averager.join()
         return [array.reshape(shape) for array, shape in zip(arrays, SHAPES, strict=True)]
 
     return run_ranks(hvd.size(), program)
@@ -93,6 +98,18 @@ def test_the_graph_does_what_the_core_does(period, delay, exchange):
         rounds * elements // 4 < of_node < rounds * elements
     )  # a byte for each number is more than two phases of 2 bits
     assert all(each["bytes_sent_inside_node"] > rounds * elements for each in everywhere)
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_ranks_with_fewer_batches_join(period):
+    """The residual of a node goes on when the rank that owns it has joined."""
+    uneven, averaging = (3, STEPS, 1, 2), hvd.PeriodicAveraging(period, buffers="local")
+    variables = make_variables()
+    optimizer = wrap(keras.optimizers.SGD(RATE), averaging=averaging, exchange="two_phase", **FED_BACK)
+    apply(optimizer, variables, range(uneven[hvd.rank()]))
+    assert optimizer.join() == 1
+    assert_replicas_equal(variables)
+    assert_equal(values(variables), in_the_core(averaging, uneven, method="two_phase", **FED_BACK)[1])
 
 
 def test_nan_on_one_rank_is_one_error_on_all():

@@ -135,10 +135,10 @@ def test_wrong_arguments(make, text):
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": EDEN2}, {"compression": EDEN2, "period": 8}])
-def test_joining_is_refused_with_what_to_do(options):
-    optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1), **options)
-    with pytest.raises(ArgumentError, match=r"as many steps.*steps_per_epoch=n"):
-        optimizer.join()
+def test_who_is_alone_joins_itself(options):
+    model = fit(hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1), **options))
+    assert model.optimizer.join() == 0
+    assert model.optimizer.communication_stats()["bytes_sent"] == 0
 
 
 def test_sets_of_ranks_that_horovod_does_not_know():

@@ -1,4 +1,4 @@
-"""Callbacks of ``horovod.tensorflow.keras``, made to work under Keras 3, and two more."""
+"""Callbacks of ``horovod.tensorflow.keras``, made to work under Keras 3, and three more."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import ArgumentError
 from ..functions import broadcast_variables
+from ..optimizer import DistributedMethods
 from ..variables import unwrap
 
 
@@ -51,7 +52,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
-    """Replace metrics by their means over the ranks, at the end of each epoch.
+    """Replace metrics by their means over the ranks, at the end of each epoch, when all ranks have ended it.
 
     Put it before callbacks that use metrics. A metric that some ranks do not have is averaged over those that do.
 
@@ -67,6 +68,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         """Average ``logs`` in place."""
         if logs is None:
             return
+        _join_if_due(self.model)  # or the ranks that have more batches would wait for this one
         own = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
         everybody = horovod.allgather_object(own, name="pqasgd.metrics", process_set=self._process_set)
         for name in own:
@@ -230,13 +232,9 @@ class FlushCallback(keras.callbacks.Callback):
     """
 
     def _flush(self) -> None:
-        flush = getattr(self.model.optimizer, "flush", None)
-        if flush is None:
-            raise ArgumentError(
-                f"the model's optimizer is a {type(self.model.optimizer).__name__}; FlushCallback needs a "
-                "DistributedOptimizer of pqasgd_horovod.tensorflow.keras"
-            )
-        flush()
+        optimizer = _distributed(self)
+        _join_if_due(self.model)
+        optimizer.flush()
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Flush before validation."""
@@ -251,6 +249,54 @@ class FlushCallback(keras.callbacks.Callback):
         self._flush()
 
 
+class JoinCallback(keras.callbacks.Callback):
+    """Call ``optimizer.join()`` at the end of each epoch, for ranks with different numbers of batches: on every rank.
+
+    A rank whose epoch has ended takes part in the averages of the others, with weight zero, until theirs have; then all
+    replicas are the same, and are validated and saved. Put it before callbacks that save, or do something with other
+    ranks; ``FlushCallback`` is not needed beside it. The number of epochs has to be the same on every rank.
+
+    Raises ArgumentError at the beginning of training where ``join()`` is not possible.
+
+    >>> import pqasgd_horovod.tensorflow.keras as hvd
+    >>> callback = hvd.callbacks.JoinCallback()
+    """
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Refuse what cannot be joined."""
+        _distributed(self)._check_for_join()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Take note that there are batches to come."""
+        self.model.optimizer._pqasgd_join_is_due = True
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Join before validation, which comes before the end of the epoch."""
+        _join_if_due(self.model)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Join before callbacks that save."""
+        _join_if_due(self.model)
+
+
+def _distributed(callback: keras.callbacks.Callback) -> Any:
+    """Return the optimizer of the callback's model; raise ArgumentError unless it is one of ours."""
+    optimizer = callback.model.optimizer
+    if not isinstance(optimizer, DistributedMethods):
+        raise ArgumentError(
+            f"the model's optimizer is a {type(optimizer).__name__}; {type(callback).__name__} needs a "
+            "DistributedOptimizer of pqasgd_horovod.tensorflow.keras"
+        )
+    return optimizer
+
+
+def _join_if_due(model: Any) -> None:
+    """Join, once, if there is a :class:`JoinCallback` and this rank has ended an epoch; collective."""
+    if getattr(model.optimizer, "_pqasgd_join_is_due", False):
+        model.optimizer._pqasgd_join_is_due = False
+        model.optimizer.join()
+
+
 class CommunicationLogger(keras.callbacks.Callback):
     """Log what was communicated at the end of each epoch: ``bytes_sent``, ``rounds`` and ``compression_ratio``.
 
@@ -263,5 +309,6 @@ class CommunicationLogger(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the totals so far."""
         if logs is not None:
+            _join_if_due(self.model)
             statistics = self.model.optimizer.communication_stats()
             logs.update({name: statistics[name] for name in ("bytes_sent", "rounds", "compression_ratio")})

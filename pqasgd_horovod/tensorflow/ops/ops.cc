@@ -237,6 +237,14 @@ class BucketOp : public MessageOp {
   std::vector<int64_t> shards_;
 };
 
+// mean = base + scale * mean, rounded twice, as exchange/base.py does it; no base: scale * mean. The scale is not 1 where ranks
+// are absent.
+void scale_mean(float scale, const float* base, int64_t count, float* mean) {
+  for (int64_t i = 0; i < count; ++i) mean[i] *= scale;
+  if (base)
+    for (int64_t i = 0; i < count; ++i) mean[i] += base[i];
+}
+
 #define PQ_BUCKET_ATTRS                                                                                        \
   Attr("codec: list(int)").Attr("second_codec: list(int)").Attr("bucket: int").Attr("num_elements: int").Attr( \
       "rank: int").Attr("size: int").Attr("digest: int").Attr("seed: int").Attr("shards: list(int)")
@@ -375,11 +383,12 @@ class MeanOp : public BucketOp {
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdMean").Device(DEVICE_CPU), MeanOp);
 
-// Writes base + mean, or the mean, to a part of `arriving`, which nothing but these ops ever reads or writes.
+// Writes base + scale * mean, or scale * mean, to a part of `arriving`, which nothing but these ops ever reads or writes.
 REGISTER_OP("PqasgdLand")
     .Input("step: int64")
     .Input("round: int64")
     .Input("received: uint8")
+    .Input("scale: float")
     .Input("bases: base_dtypes")
     .Input("arriving: resource")
     .Output("flags: int32")
@@ -407,6 +416,8 @@ class LandOp : public BucketOp {
     OP_REQUIRES_OK(context, context->input_list("bases", &bases));
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, context->num_inputs() - 1), &arriving));
     OP_REQUIRES_OK(context, context->allocate_output("flags", {}, &flags));
+    float scale = 1;
+    OP_REQUIRES_OK(context, scalar_from(context, "scale", &scale));
     const int64_t end = offset_ + bucket.num_elements;
     const uint8_t* bytes = received->flat<uint8>().data();
     int32_t status = 0;
@@ -419,8 +430,10 @@ class LandOp : public BucketOp {
                   InvalidArgument("arriving and base must have at least ", end, " float32 elements"));
       float* mean = destination->flat<float>().data() + offset_;
       const float* base = bases.size() ? bases[0].flat<float>().data() + offset_ : nullptr;
-      status = two_phase() ? pq_two_phase_land(&second_codec_, &bucket, shards_.data(), bytes, received->NumElements(), base, mean)
-                           : pq_allgather_land(&codec_, &bucket, bytes, received->NumElements(), base, mean);
+      const float* added = scale == 1 ? base : nullptr;
+      status = two_phase() ? pq_two_phase_land(&second_codec_, &bucket, shards_.data(), bytes, received->NumElements(), added, mean)
+                           : pq_allgather_land(&codec_, &bucket, bytes, received->NumElements(), added, mean);
+      if (status == 0 && scale != 1) scale_mean(scale, base, bucket.num_elements, mean);
     }
     OP_REQUIRES_OK(context, check(status, "decode"));
     if (status) OP_REQUIRES_OK(context, explain(explainer_, status, bytes, received->NumElements()));
@@ -588,6 +601,7 @@ REGISTER_KERNEL_BUILDER(Name("PqasgdBackproject").Device(DEVICE_CPU), Backprojec
 
 REGISTER_OP("PqasgdReconstruct")
     .Input("step: int64")
+    .Input("scale: float")
     .Input("left_flags: int32")
     .Input("right_flags: int32")
     .Input("own_right: float")
@@ -617,7 +631,9 @@ class ReconstructOp : public LowRankOp {
     Tensor* flags = nullptr;
     int64_t step = 0;
     int32_t of_left = 0, of_right = 0;
+    float scale = 1;
     OP_REQUIRES_OK(context, scalar_from(context, "step", &step));
+    OP_REQUIRES_OK(context, scalar_from(context, "scale", &scale));
     OP_REQUIRES_OK(context, scalar_from(context, "left_flags", &of_left));
     OP_REQUIRES_OK(context, scalar_from(context, "right_flags", &of_right));
     OP_REQUIRES_OK(context, context->input("own_right", &own_right));
@@ -638,8 +654,9 @@ class ReconstructOp : public LowRankOp {
     }
     const float* base = bases.size() ? bases[0].flat<float>().data() + offset_ : nullptr;
     OP_REQUIRES_OK(context, check(pq_low_rank_reconstruct(matrices_.data(), count_, rank_, left.data(), own_right->flat<float>().data(),
-                                                          right.data(), base, arriving.data(), rest.data()),
+                                                          right.data(), scale == 1 ? base : nullptr, arriving.data(), rest.data()),
                                   "reconstruct"));
+    if (scale != 1) scale_mean(scale, base, elements_, arriving.data());
     std::copy(right.data(), right.data() + right_elements_, next.data());
     OP_REQUIRES_OK(context, check(pq_orthogonalize(cols_.data(), count_, rank_, next.data()), "orthogonalize"));
     OP_REQUIRES_OK(context, check(pq_low_rank_redraw(matrices_.data(), count_, rank_, (uint64_t)seed_, (uint64_t)step, (uint32_t)first_,
@@ -719,6 +736,7 @@ REGISTER_OP("PqasgdLandRows")
     .Input("step: int64")
     .Input("round: int64")
     .Input("received: uint8")
+    .Input("scale: float")
     .Output("rows: int64")
     .Output("values: float")
     .Output("flags: int32")
@@ -742,7 +760,9 @@ class LandRowsOp : public RowsOp {
     pq_bucket bucket;
     const Tensor* received;
     Tensor *rows = nullptr, *values = nullptr, *flags = nullptr;
+    float scale = 1;
     OP_REQUIRES_OK(context, begin(context, &bucket));
+    OP_REQUIRES_OK(context, scalar_from(context, "scale", &scale));
     OP_REQUIRES_OK(context, context->input("received", &received));
     OP_REQUIRES_OK(context, context->allocate_output("flags", {}, &flags));
     const uint8_t* bytes = received->flat<uint8>().data();
@@ -761,6 +781,7 @@ class LandRowsOp : public RowsOp {
       std::copy(all.begin(), all.begin() + count, rows->flat<int64_t>().data());
       status = pq_rows_land(&codec_, &bucket, &table_, bytes, nbytes, count, all.data(), values->flat<float>().data());
       OP_REQUIRES_OK(context, check(status, "rows"));
+      if (status == 0 && scale != 1) scale_mean(scale, nullptr, values->NumElements(), values->flat<float>().data());
     }
     if (status) OP_REQUIRES_OK(context, explain(explainer_, status, bytes, nbytes));
     flags->scalar<int32>()() = status;
