@@ -29,6 +29,8 @@ from tests.ranks_tensorflow.common import (
     wrap,
 )
 
+LONG = pytest.mark.long  # graphs are traced anew for each
+
 
 def sgd(**options):
     return keras.optimizers.SGD(0.1, momentum=0.9, **options)
@@ -42,16 +44,16 @@ def schedule():
     ("inner", "options", "arguments", "rounds"),
     [
         (sgd, {"period": 4}, {"steps_per_execution": 3}, 3),
-        (sgd, {"period": 4, "exchange": "two_phase"}, {"run_eagerly": True}, 3),
+        pytest.param(sgd, {"period": 4, "exchange": "two_phase"}, {"run_eagerly": True}, 3, marks=LONG),
         (sgd, {}, {"run_eagerly": True}, 9),
-        (sgd, {}, {"steps_per_execution": 3}, 9),
-        (lambda: sgd(gradient_accumulation_steps=2), {"period": 2}, {}, 5),
+        pytest.param(sgd, {}, {"steps_per_execution": 3}, 9, marks=LONG),
+        pytest.param(lambda: sgd(gradient_accumulation_steps=2), {"period": 2}, {}, 5, marks=LONG),
         (lambda: sgd(gradient_accumulation_steps=2), {}, {}, 9),
         (sgd, {"backward_passes_per_step": 2, "average_aggregated_gradients": True}, {}, 4),
-        (sgd, {"backward_passes_per_step": 2, "period": 2}, {}, 2),
+        pytest.param(sgd, {"backward_passes_per_step": 2, "period": 2}, {}, 2, marks=LONG),
         (lambda: sgd(clipnorm=0.1, weight_decay=0.01), {"period": 3}, {}, 3),
-        (lambda: sgd(clipvalue=0.01), {}, {}, 9),
-        (lambda: keras.optimizers.AdamW(0.01, global_clipnorm=0.1), {"period": 3}, {}, 3),
+        pytest.param(lambda: sgd(clipvalue=0.01), {}, {}, 9, marks=LONG),
+        pytest.param(lambda: keras.optimizers.AdamW(0.01, global_clipnorm=0.1), {"period": 3}, {}, 3, marks=LONG),
         (schedule, {"period": 3}, {}, 3),
     ],
     ids=[
@@ -105,8 +107,15 @@ def test_accumulated_gradients_are_those_added_up_by_hand(passes, average):
     assert_replicas_equal(variables)
 
 
-@pytest.mark.parametrize("options", [{}, {"period": 4}], ids=["coded", "period4"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss-scale"])
+@pytest.mark.parametrize(
+    ("scaled", "options"),
+    [
+        pytest.param(False, {}, id="coded"),
+        pytest.param(False, {"period": 4}, id="period4", marks=LONG),
+        pytest.param(True, {}, id="loss-scale-coded", marks=LONG),
+        pytest.param(True, {"period": 4}, id="loss-scale-period4"),
+    ],
+)
 def test_moving_averages_of_weights_end_alike(options, scaled):
     inner = sgd(use_ema=True, ema_momentum=0.5)
     inner = keras.optimizers.LossScaleOptimizer(inner) if scaled else inner

@@ -38,6 +38,9 @@ from tests.ranks_tensorflow.common import (
 FED_BACK = {"compression": EDEN2, "feedback": hvd.Feedback(), "exchange": "two_phase", "small_tensor_threshold": 0}
 
 
+LONG = pytest.mark.long  # graphs are traced anew for each
+
+
 def sgd():
     return keras.optimizers.SGD(0.1, momentum=0.9)
 
@@ -45,13 +48,15 @@ def sgd():
 @pytest.mark.parametrize(
     ("inner", "options", "saved_after"),
     [
-        (sgd, {"period": 4, "compression": EDEN2}, 4),
+        pytest.param(sgd, {"period": 4, "compression": EDEN2}, 4, marks=LONG),
         (sgd, {"period": 4, "compression": EDEN2}, 6),
-        (keras.optimizers.Adam, {"period": 4, "compression": EDEN2, "exchange": "two_phase"}, 5),
+        pytest.param(
+            keras.optimizers.Adam, {"period": 4, "compression": EDEN2, "exchange": "two_phase"}, 5, marks=LONG
+        ),
         (sgd, {"period": 1, "compression": hvd.Compression.maxscale(bits=2)}, 3),
         (lambda: keras.optimizers.LossScaleOptimizer(sgd()), {"period": 4, "compression": EDEN2}, 6),
-        (sgd, {"backward_passes_per_step": 2, "compression": EDEN2}, 3),
-        (sgd, {"period": 1, **FED_BACK}, 3),
+        pytest.param(sgd, {"backward_passes_per_step": 2, "compression": EDEN2}, 3, marks=LONG),
+        pytest.param(sgd, {"period": 1, **FED_BACK}, 3, marks=LONG),
         (sgd, {"period": 4, **FED_BACK}, 6),
     ],
     ids=[
