@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-TIMEOUT_SECONDS = 900  # TensorFlow traces graphs anew for each fit: 2 quiet cores need 400
+TIMEOUT_SECONDS = 1500  # TensorFlow traces graphs anew for each fit: 2 cores need 400, and other work on them more
 LAUNCHERS = {
     "gloo": [str(BIN / "horovodrun"), "--gloo"],
     # Two names of this machine are two hosts.
