@@ -21,20 +21,31 @@ LAUNCHERS = {
 }
 
 
+def files(folder: str, *parts: str) -> list[str]:
+    """Some tests of a folder."""
+    return [f"tests/{folder}/test_{part}.py" for part in parts]
+
+
+# What depends on the number of ranks, and what on who carries bytes. Under all launchers all of it takes too long.
+BY_SIZE = ("feedback", "functions", "join", "methods", "mismatch", "periodic", "quantized", "sign", "sparse_codecs")
+BY_CARRIER = ("functions", "join", "mismatch", "periodic", "quantized", "stock")
+
+
 @pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 @pytest.mark.parametrize(
     ("launcher", "size", "paths"),
     [
-        ("gloo", 2, ["ranks"]),
-        ("gloo", 4, ["ranks"]),
-        ("mpi", 2, ["ranks"]),
-        ("nodes", 4, ["ranks_nodes"]),
-        ("nodes", 4, ["ranks_nodes_tensorflow"]),
-        ("gloo", 2, ["ranks_tensorflow"]),
-        # Graphs take long to trace. Here is what depends on the number of ranks, or on who carries bytes.
-        ("gloo", 4, [f"ranks_tensorflow/test_{part}.py" for part in ("replicas", "periodic", "functions", "join")]),
-        ("mpi", 2, ["ranks_tensorflow/test_replicas.py", "ranks_tensorflow/test_functions.py"]),
-        pytest.param("gloo", 2, ["ranks_tensorflow"], marks=pytest.mark.long),
+        ("gloo", 2, ["tests/ranks"]),
+        ("gloo", 4, files("ranks", *BY_SIZE)),
+        ("mpi", 2, files("ranks", *BY_CARRIER)),
+        ("nodes", 4, ["tests/ranks_nodes"]),
+        ("nodes", 4, ["tests/ranks_nodes_tensorflow"]),
+        ("gloo", 2, ["tests/ranks_tensorflow"]),
+        ("gloo", 4, files("ranks_tensorflow", "replicas", "periodic", "functions", "join")),
+        ("mpi", 2, files("ranks_tensorflow", "replicas", "functions")),
+        pytest.param("gloo", 4, ["tests/ranks"], marks=pytest.mark.long),
+        pytest.param("mpi", 2, ["tests/ranks"], marks=pytest.mark.long),
+        pytest.param("gloo", 2, ["tests/ranks_tensorflow", "-m", "long"], marks=pytest.mark.long),
     ],
     ids=[
         "gloo-2",
@@ -45,13 +56,13 @@ LAUNCHERS = {
         "tensorflow-gloo-2",
         "tensorflow-gloo-4",
         "tensorflow-mpi-2",
+        "gloo-4-all",
+        "mpi-2-all",
         "tensorflow-gloo-2-long",
     ],
 )
-def test_all_ranks_pass(launcher, size, paths, request):
-    tests = [sys.executable, "-m", "pytest", *(f"tests/{path}" for path in paths), "-x", "-q", "-p", "no:cacheprovider"]
-    if request.node.get_closest_marker("long"):
-        tests += ["-m", "long"]
+def test_all_ranks_pass(launcher, size, paths):
+    tests = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
     # What this process set up for its own one rank is not for theirs.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
     process = subprocess.Popen(
