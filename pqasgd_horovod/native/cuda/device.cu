@@ -79,16 +79,6 @@ class Call {
   std::lock_guard<std::mutex> lock_;
 };
 
-bool good_source(const pq_source* s, int64_t start, int64_t count) {
-  if (!s || start < 0 || count < 0 || s->num_segments < 0 || !s->offsets || (s->num_segments && !s->segments) || s->offsets[0] != 0)
-    return false;
-  for (int64_t i = 0; i < s->num_segments; ++i)
-    if (s->segments[i].numel < 0 || s->offsets[i + 1] - s->offsets[i] != s->segments[i].numel ||
-        (s->segments[i].numel && !s->segments[i].data) || s->segments[i].dtype < PQ_F32 || s->segments[i].dtype > PQ_BF16_BITS)
-      return false;
-  return start <= s->offsets[s->num_segments] && count <= s->offsets[s->num_segments] - start;
-}
-
 // A source whose tables the device has, too.
 struct Uploaded {
   pq_source source;

@@ -94,18 +94,6 @@ void spread(int64_t n, int64_t elements_each, F f) {
 
 // ---- what the caller may pass ----
 
-bool good_source(const pq_source* s, int64_t start, int64_t count) {
-  if (!s || start < 0 || count < 0 || s->num_segments < 0 || !s->offsets || (s->num_segments && !s->segments)) return false;
-  if (s->offsets[0] != 0 || (s->anchor && s->anchor_dtype != PQ_F32 && s->anchor_dtype != PQ_F64)) return false;
-  for (int64_t i = 0; i < s->num_segments; ++i) {
-    const pq_segment& segment = s->segments[i];
-    if (segment.numel < 0 || s->offsets[i + 1] - s->offsets[i] != segment.numel || (segment.numel && !segment.data) ||
-        segment.dtype < PQ_F32 || segment.dtype > PQ_BF16_BITS)
-      return false;
-  }
-  return start <= s->offsets[s->num_segments] && count <= s->offsets[s->num_segments] - start;
-}
-
 // Whether there are such matrices; and how many elements they have.
 bool good_matrices(const pq_matrix* matrices, int64_t num_matrices, int32_t rank, int64_t* elements) {
   *elements = 0;

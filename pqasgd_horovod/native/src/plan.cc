@@ -118,4 +118,16 @@ int64_t payload_nbytes(const pq_codec* codec, int64_t count) {
   return make_plan(codec, count, &plans) ? plans.plan.payload_nbytes : int64_t{PQ_BAD_ARGUMENT};
 }
 
+bool good_source(const pq_source* s, int64_t start, int64_t count) {
+  if (!s || start < 0 || count < 0 || s->num_segments < 0 || !s->offsets || (s->num_segments && !s->segments)) return false;
+  if (s->offsets[0] != 0 || (s->anchor && s->anchor_dtype != PQ_F32 && s->anchor_dtype != PQ_F64)) return false;
+  for (int64_t i = 0; i < s->num_segments; ++i) {
+    const pq_segment& segment = s->segments[i];
+    if (segment.numel < 0 || s->offsets[i + 1] - s->offsets[i] != segment.numel || (segment.numel && !segment.data) ||
+        segment.dtype < PQ_F32 || segment.dtype > PQ_BF16_BITS)
+      return false;
+  }
+  return start <= s->offsets[s->num_segments] && count <= s->offsets[s->num_segments] - start;
+}
+
 }  // namespace pqasgd

@@ -50,6 +50,9 @@ struct Plans {
 // False for a codec or a count that are not allowed.
 bool make_plan(const pq_codec* codec, int64_t count, Plans* plans);
 
+// Whether a source in host memory has these elements.
+bool good_source(const pq_source* s, int64_t start, int64_t count);
+
 // Or PQ_BAD_ARGUMENT.
 int64_t payload_nbytes(const pq_codec* codec, int64_t count);
 
