@@ -12,6 +12,7 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # ranks share the cores
 import keras
 
 import pqasgd_horovod.tensorflow as hvd
+from tests import heap
 
 hvd.init()
 
@@ -21,4 +22,5 @@ def same_start():
     """Begin each test together, with the same random numbers, and the same names of layers, on every rank."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
+    heap.set_aside()
     hvd.allgather_object(None, name="test.start")
