@@ -10,7 +10,8 @@ import pqasgd_horovod.torch as hvd
 from .common import assert_replicas_equal, several_ranks
 
 METHODS = read_methods()
-TEST_LOSS = 0.5  # 2.3 at the start, 0.13 with full communication; few and long periods are the slowest
+NUM_STEPS = 200
+TEST_LOSS = 0.5  # 2.3 at the start, 0.15 with full communication; few and long periods are the slowest
 
 
 def test_the_table_was_read():
@@ -21,7 +22,7 @@ def test_the_table_was_read():
 @several_ranks
 @pytest.mark.parametrize("method", METHODS, ids=[method.name for method in METHODS])
 def test_it_learns(method):
-    trained = train(hvd, method, width=64)
+    trained = train(hvd, method, width=64, num_steps=NUM_STEPS)
     assert_replicas_equal(trained.model)
     print(f"{method.name}: {trained.loss:.3f}, ratio {trained.stats['compression_ratio']:.1f}")
     assert trained.loss < TEST_LOSS

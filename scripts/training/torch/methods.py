@@ -54,7 +54,7 @@ def read_methods() -> list[Method]:
     return [row for row in rows if not row.call.startswith("hvd.")]  # which is the header
 
 
-def train(hvd: Any, method: Method, width: int, seed: int = 0) -> Trained:
+def train(hvd: Any, method: Method, width: int, seed: int = 0, num_steps: int = NUM_STEPS) -> Trained:
     """Train a perceptron with a hidden layer on two thirds of scikit-learn's digits, in equal parts for all ranks."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
@@ -70,7 +70,7 @@ def train(hvd: Any, method: Method, width: int, seed: int = 0) -> Trained:
     held_out = torch.arange(len(labels)) % 3 == 0
     own = torch.nonzero(~held_out)[:, 0][hvd.rank() :: hvd.size()]
     generator = torch.Generator().manual_seed(seed * hvd.size() + hvd.rank())
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         chosen = own[torch.randint(0, len(own), (BATCH_SIZE,), generator=generator)]
         optimizer.zero_grad()
         cross_entropy(model(images[chosen]), labels[chosen]).backward()
