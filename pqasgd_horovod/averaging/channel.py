@@ -84,7 +84,12 @@ class ChannelPlan:
         return [sum(factors[i][side] for i in bucket) for bucket in buckets for side in (0, 1)]
 
     def make_exchange(
-        self, carrier: Carrier, config: ExchangeConfig, digest: int, device: Device | None = None
+        self,
+        carrier: Carrier,
+        config: ExchangeConfig,
+        digest: int,
+        device: Device | None = None,
+        device_messages: bool = False,
     ) -> Exchange:
         """Return what brings the means, of numbers of ``device`` if there is one."""
         options: dict[str, Any] = {
@@ -110,6 +115,7 @@ class ChannelPlan:
             second_codec=self.second_codec,
             feedback=self.feeds_back_means,
             device=device,
+            device_messages=device_messages,
             **options,
         )
 
@@ -187,6 +193,7 @@ class Channel:
         carrier: Carrier,
         config: ExchangeConfig,
         digest: int,
+        device_messages: bool = False,
     ) -> None:
         self.vector = vector
         device = vector.device
@@ -209,7 +216,7 @@ class Channel:
             None if plan.correction is None else Velocities(vector.num_elements, plan.correction, plan.masks, device)
         )
         """With momentum correction; their ``clipping`` is set by whoever knows all channels."""
-        self.exchange = plan.make_exchange(carrier, config, digest, device)
+        self.exchange = plan.make_exchange(carrier, config, digest, device, device_messages)
 
     @property
     def num_buckets(self) -> int:

@@ -14,6 +14,7 @@ from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier
 from ..exchange.carriers.alone import AloneCarrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
+from ..exchange.placement import place_messages
 from ..exchange.plan import num_parts
 from ..exchange.rows import Rows
 from ..exchange.wire import format_by_rank
@@ -115,6 +116,7 @@ class GradientAverager:
             **config.describe_codecs([*tensors, *sparse]),
         }
         digest = verify_same(self._carrier, description, f"{self._name}.layout")
+        device_messages = place_messages(self._carrier, common_device(tensors), self._name)
         vectors = [(way, FlatVector(members)) for way, members in config.by_way(tensors)]
         plans = [
             plan_channel(vector, config, way, name=self._name, index=index, size=num_parts(self._carrier))
@@ -123,7 +125,15 @@ class GradientAverager:
         warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
         self._channels.replace(
             [
-                Channel(vector, plan, None, carrier=self._carrier, config=config, digest=digest)
+                Channel(
+                    vector,
+                    plan,
+                    None,
+                    carrier=self._carrier,
+                    config=config,
+                    digest=digest,
+                    device_messages=device_messages,
+                )
                 for plan, (_, vector) in zip(plans, vectors, strict=True)
             ]
         )

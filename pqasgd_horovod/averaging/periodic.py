@@ -12,6 +12,7 @@ from ..codecs.base import FLOAT32
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
+from ..exchange.placement import place_messages
 from ..exchange.plan import num_parts
 from .background import Background
 from .channel import Channel, ChannelSet, digest_arrays, digest_tensors, group_tensors, plan_channel, warn_of_size
@@ -143,6 +144,7 @@ class PeriodicAverager:
             digests.update(digest_tensors(vector, anchor))
             layout.append((vector, anchor, way))
         digest = self._agree(parameters, buffers, counted, digests, digest_arrays(arrays["factor"]), has_met)
+        device_messages = place_messages(self._carrier, common_device([*parameters, *buffers]), self._name)
         plans = [
             plan_channel(
                 vector,
@@ -158,7 +160,15 @@ class PeriodicAverager:
         warn_of_size(plans, self._carrier, self._averaging)
         self._channels.replace(
             [
-                Channel(vector, plan, anchor, carrier=self._carrier, config=self._config, digest=digest)
+                Channel(
+                    vector,
+                    plan,
+                    anchor,
+                    carrier=self._carrier,
+                    config=self._config,
+                    digest=digest,
+                    device_messages=device_messages,
+                )
                 for plan, (vector, anchor, _) in zip(plans, layout, strict=True)
             ]
         )

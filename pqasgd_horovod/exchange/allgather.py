@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .. import native
 from ..codecs.base import Codec
 from . import wire
 from .base import Flight, MessageExchange
@@ -41,8 +40,7 @@ class AllgatherExchange(MessageExchange):
         self._native = self._native_buckets(codec)
         self._last_payload_nbytes = [[codec.payload_nbytes(num_elements)] * self.size for num_elements in self.buckets]
         self._messages = [
-            native.message_memory(wire.HEADER_NBYTES + nbytes[self._rank], self._device)
-            for nbytes in self._last_payload_nbytes
+            self._message_memory(wire.HEADER_NBYTES + nbytes[self._rank]) for nbytes in self._last_payload_nbytes
         ]
         self._names = [f"{name}.b{bucket}.p1" for bucket in range(len(self.buckets))]
 

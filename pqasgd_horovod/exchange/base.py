@@ -12,7 +12,7 @@ import abc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from .. import native
 from ..codecs.base import Codec
 from ..errors import ArgumentError, CollectiveTimeoutError, PqasgdError
 from . import wire
-from .carriers import Bytes, Carrier, Handle, wait_until
+from .carriers import Bytes, Carrier, DeviceCarrier, Handle, Messages, wait_until
 from .layout import Span
 from .verdict import Kind, Names, Problem, explain, raise_verdict
 
@@ -50,7 +50,7 @@ class Flight:
     phase: int = VALUES_PHASE
     flags: int = 0
     handle: Handle | None = None
-    received: Bytes | None = None
+    received: Messages | None = None
     error: PqasgdError | None = None  # what this rank found in phase one
     residual: tuple[int, int] | None = None  # pointers, where it is not in the source
 
@@ -60,8 +60,8 @@ class Exchange(abc.ABC):
 
     Made by :func:`~pqasgd_horovod.exchange.make_exchange`. Names and sizes of all messages are constant over the run,
     send buffers are allocated once. The mean is bit-identical on every rank: every rank decodes the same bytes in the
-    same order. With a ``device`` sources, bases and means are memory that it reaches; messages and their bytes are
-    those of any other rank.
+    same order. With a ``device`` sources, bases and means are memory that it reaches; with ``device_messages`` too
+    messages are its own memory, on every rank of a :class:`~.carriers.DeviceCarrier`. Their bytes are the same.
 
     ``bytes_sent`` and ``bytes_received`` count payloads and headers between this rank and others since construction.
     """
@@ -79,6 +79,7 @@ class Exchange(abc.ABC):
         digest: int,
         nonfinite: NonFinitePolicy = "raise",
         device: Device | None = None,
+        device_messages: bool = False,
     ) -> None:
         if any(num_elements < 1 for num_elements in buckets):
             raise ArgumentError(f"buckets has to hold sizes of at least 1 element, got {list(buckets)}")
@@ -88,6 +89,7 @@ class Exchange(abc.ABC):
         self.buckets = tuple(buckets)
         self.name = name
         self._device = device
+        self._device_messages = device_messages
         self.bytes_sent = 0
         self.bytes_received = 0
         self._carrier = carrier
@@ -119,7 +121,7 @@ class Exchange(abc.ABC):
         """Encode the bucket and launch its first phase."""
 
     @abc.abstractmethod
-    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+    def _arrived(self, flight: Flight, received: Messages) -> Handle | None:
         """Take what a phase brought; return the handle of the next phase, or None after the last one."""
 
     @abc.abstractmethod
@@ -341,7 +343,7 @@ class MessageExchange(Exchange):
             for bucket, num_elements in enumerate(self.buckets)
         ]
 
-    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+    def _arrived(self, flight: Flight, received: Messages) -> Handle | None:
         flight.received = received
         self.bytes_received += received.size - wire.HEADER_NBYTES - self._last_payload_nbytes[flight.bucket][self._rank]
         return None
@@ -368,8 +370,15 @@ class MessageExchange(Exchange):
             phase=flight.phase,
         )
 
-    def _send_to_all(self, name: str, message: Bytes) -> Handle:
-        handle = self._carrier.allgather(name, message)
+    def _message_memory(self, nbytes: int) -> Messages:
+        return native.message_memory(nbytes, self._device, self._device_messages)
+
+    @property
+    def _messenger(self) -> DeviceCarrier:
+        return cast("DeviceCarrier", self._carrier)  # if there are messages on devices
+
+    def _send_to_all(self, name: str, message: Messages) -> Handle:
+        handle = self._messenger.allgather(name, message)
         self.bytes_sent += (self.size - 1) * message.size
         return handle
 

@@ -8,7 +8,7 @@ from .. import native
 from ..codecs.cast import NoCompression
 from ..keys import Keys
 from .base import Exchange, Flight, Float32
-from .carriers import Bytes, Handle
+from .carriers import Handle, Messages
 from .verdict import Kind, Problem
 
 _EXACT = NoCompression().native_spec
@@ -26,7 +26,7 @@ class LocalExchange(Exchange):
     def _launch(self, flight: Flight) -> Handle | None:
         return None
 
-    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+    def _arrived(self, flight: Flight, received: Messages) -> Handle | None:
         raise AssertionError("nothing is sent, so nothing arrives")
 
     def _land(self, flight: Flight, mean: Float32) -> Problem | None:

@@ -19,7 +19,7 @@ import numpy as np
 from .. import codecs, native
 from ..errors import ArgumentError
 from .base import MEANS_PHASE, VALUES_PHASE, Exchange, Flight, Float32, Landed, NonFinitePolicy
-from .carriers import Bytes, Carrier, Handle
+from .carriers import Carrier, Handle, Messages
 from .plan import make_exchange
 from .verdict import Problem
 
@@ -138,7 +138,7 @@ class LowRankExchange(Exchange):
         self.bytes_sent = self._left.exchange.bytes_sent + self._right.exchange.bytes_sent
         self.bytes_received = self._left.exchange.bytes_received + self._right.exchange.bytes_received
 
-    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+    def _arrived(self, flight: Flight, received: Messages) -> Handle | None:
         bucket = flight.bucket
         factor = self._left if flight.phase == VALUES_PHASE else self._right
         problem = self._found[bucket] = factor.take(bucket)

@@ -19,7 +19,7 @@ from .. import native
 from ..codecs.cast import NoCompression
 from . import wire
 from .base import MEANS_PHASE, Exchange, Flight, Float32, Landed
-from .carriers import Bytes, Handle
+from .carriers import Handle, Messages
 from .carriers.nodes import NodesCarrier
 from .layout import Span
 from .two_phase import TwoPhaseExchange
@@ -94,21 +94,23 @@ class NodeExchange(TwoPhaseExchange):
         flight.source = plain
         return super()._launch(flight)
 
-    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+    def _arrived(self, flight: Flight, received: Messages) -> Handle | None:
         owned = self._owned(flight.bucket)
         if flight.phase == MEANS_PHASE or owned is None or self._across is None:
             return super()._arrived(flight, received)
         bucket = self._buckets[flight.bucket]
         if flight.phase == _ACROSS_PHASE:
-            mean = bucket.mean_message[wire.HEADER_NBYTES :].view(np.float32)
+            message = bucket.mean_message
+            assert isinstance(message, np.ndarray)
+            mean = message[wire.HEADER_NBYTES :].view(np.float32)
             self._across._take(owned, mean)
             known = [problem for problem in self._across._problems if problem.bucket == flight.bucket]
             averaged = owned in self._across.averaged
             flight.flags = 0 if averaged else _FLAGS[known[0].kind if known else Kind.NON_FINITE]
             flight.phase = MEANS_PHASE
             header = self._own_header(flight)._replace(payload_nbytes=4 * bucket.mean.size)
-            wire.pack_into(bucket.mean_message, header)
-            return self._send_to_all(bucket.names[1], bucket.mean_message)
+            wire.pack_into(message, header)
+            return self._send_to_all(bucket.names[1], message)
         self._make_mean(flight, received)
         # Other nodes hear from the owner what the others flag, too.
         flight.phase = _ACROSS_PHASE

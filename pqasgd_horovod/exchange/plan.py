@@ -162,6 +162,7 @@ def make_exchange(
     nonfinite: NonFinitePolicy = "raise",
     feedback: bool = False,
     device: Device | None = None,
+    device_messages: bool = False,
 ) -> Exchange:
     """Return the exchange of ``buckets`` (numbers of elements) among the ranks of ``carrier``.
 
@@ -171,8 +172,9 @@ def make_exchange(
     bytes). ``second_codec`` codes phase two of ``"two_phase"``; more bits there mean less noise (:mod:`.two_phase`).
     ``nonfinite`` says what NaN and Inf do: ``"raise"`` on every rank, or ``"propagate"``: that bucket's mean is NaN
     on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses, if there is one; what the
-    first loses is the business of the source. With a ``device`` numbers, but not messages, are in its memory. With a
-    :class:`~.carriers.nodes.NodesCarrier` all this is between nodes.
+    first loses is the business of the source. With a ``device`` numbers are in memory that it reaches, and with
+    ``device_messages``, which :func:`~.placement.place_messages` decides, messages are in its own. With a
+    :class:`~.carriers.nodes.NodesCarrier` all this is between nodes, and messages are in host memory.
 
     >>> import numpy as np
     >>> from pqasgd_horovod import codecs, native
@@ -203,6 +205,7 @@ def make_exchange(
         return NodeExchange(carrier, buckets, between, **{**common, "name": f"{name}.node"})
     if carrier.size == 1:
         return LocalExchange(codec, carrier, buckets, **common)
+    common["device_messages"] = device_messages
     if method == "auto":
         method = choose_exchange(codec, second_codec, buckets, carrier.size)
     if method == "allgather":

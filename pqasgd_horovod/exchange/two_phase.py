@@ -29,7 +29,7 @@ from ..codecs.base import Codec
 from ..errors import DesynchronizedError, WireFormatError
 from . import wire
 from .base import MEANS_PHASE, Flight, Float32, MessageExchange
-from .carriers import Bytes, Carrier, Handle
+from .carriers import Carrier, Handle, Messages
 from .layout import Span, cut_shards, shard_alignment
 from .verdict import read_headers
 
@@ -41,9 +41,9 @@ class _Bucket:
     names: tuple[str, str]
     shards: list[Span]
     splits: list[int]  # message bytes to each rank in phase one
-    values_messages: Bytes  # all messages of phase one, in rank order
+    values_messages: Messages  # all messages of phase one, in rank order
     mean: Float32  # of the own shard
-    mean_message: Bytes
+    mean_message: Messages
     residuals: tuple[Float32, Float32] | None  # of the own shard's mean: that of the last round, that of this one
 
 
@@ -96,11 +96,9 @@ class TwoPhaseExchange(MessageExchange):
             names=(f"{name}.p1", f"{name}.p2"),
             shards=shards,
             splits=splits,
-            values_messages=native.message_memory(sum(splits), self._device),
+            values_messages=self._message_memory(sum(splits)),
             mean=native.zeros(own, device=self._device),
-            mean_message=native.message_memory(
-                wire.HEADER_NBYTES + self.second_codec.payload_nbytes(own), self._device
-            ),
+            mean_message=self._message_memory(wire.HEADER_NBYTES + self.second_codec.payload_nbytes(own)),
             residuals=(native.zeros(own, device=self._device), native.zeros(own, device=self._device))
             if self._feedback
             else None,
@@ -127,11 +125,11 @@ class TwoPhaseExchange(MessageExchange):
         flight.flags = self._native[flight.bucket].pack(
             flight.source, flight.start, flight.step, flight.round, bucket.values_messages, flight.flags
         )
-        handle = self._carrier.alltoall(bucket.names[0], bucket.values_messages, bucket.splits)
+        handle = self._messenger.alltoall(bucket.names[0], bucket.values_messages, bucket.splits)
         self.bytes_sent += bucket.values_messages.size
         return handle
 
-    def _arrived(self, flight: Flight, received: Bytes) -> Handle | None:
+    def _arrived(self, flight: Flight, received: Messages) -> Handle | None:
         if flight.phase == MEANS_PHASE:
             return super()._arrived(flight, received)
         self._make_mean(flight, received)
@@ -140,7 +138,7 @@ class TwoPhaseExchange(MessageExchange):
         bucket = self._buckets[flight.bucket]
         return self._send_to_all(bucket.names[1], bucket.mean_message)
 
-    def _make_mean(self, flight: Flight, received: Bytes) -> None:
+    def _make_mean(self, flight: Flight, received: Messages) -> None:
         """Make the mean of the own shard, and its message, of what phase one brought."""
         self.bytes_received += received.size
         bucket = self._buckets[flight.bucket]

@@ -10,10 +10,12 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+import numpy as np
+
 from .. import native
 from ..errors import DesynchronizedError, NonFiniteError, PqasgdError, WireFormatError
 from . import wire
-from .carriers import Bytes
+from .carriers import Messages
 
 
 class Kind(enum.IntEnum):
@@ -73,7 +75,7 @@ def flagged_problem(
 
 def read_headers(
     flags: int,
-    received: Bytes,
+    received: Messages,
     own: wire.Header,
     senders: Sequence[int],
     payload_nbytes: Sequence[int] | Callable[[int], int],
@@ -92,7 +94,7 @@ def read_headers(
 
     Raises DesynchronizedError or WireFormatError.
     """
-    messages = wire.split_messages(received, senders)
+    messages = wire.split_messages(received if isinstance(received, np.ndarray) else received.to_host(), senders)
     if names is not None:
         messages = [message._replace(header=names.apply(message.header)) for message in messages]
         own, senders = names.apply(own), [names.ranks[sender] for sender in senders]
@@ -114,7 +116,7 @@ def read_headers(
 
 def explain(
     flags: int,
-    received: Bytes,
+    received: Messages,
     own: wire.Header,
     senders: Sequence[int],
     payload_nbytes: Sequence[int] | Callable[[int], int],

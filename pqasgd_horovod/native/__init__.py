@@ -19,7 +19,7 @@ from ..errors import ArgumentError, NativeLibraryError, WireFormatError
 from ..keys import Keys
 
 if TYPE_CHECKING:
-    from .cuda import Device
+    from .cuda import Device, DeviceBytes
 
 KIND_NONE, KIND_FP16, KIND_BF16, KIND_MAXSCALE, KIND_QSGD, KIND_TERNGRAD, KIND_EDEN = range(7)
 KIND_SIGNSGD, KIND_NATURAL, KIND_TOPK, KIND_RANDOMK, KIND_THRESHOLD, KIND_ONEBIT = range(7, 13)
@@ -176,9 +176,16 @@ def zeros(size: int, dtype: DTypeLike = np.float32, device: Device | None = None
     return np.zeros(size, dtype) if device is None else device.zeros(size, dtype)
 
 
-def message_memory(nbytes: int, device: Device | None = None) -> NDArray[np.uint8]:
-    """Return host memory, zeros, for messages that are made of numbers of ``device``, if there is one."""
-    return np.zeros(nbytes, np.uint8) if device is None else device.message_memory(nbytes)
+def message_memory(
+    nbytes: int, device: Device | None = None, on_device: bool = False
+) -> NDArray[np.uint8] | DeviceBytes:
+    """Return memory, zeros, for messages that are made of numbers of ``device``, if there is one.
+
+    It is memory of the host, or ``on_device``.
+    """
+    if device is None:
+        return np.zeros(nbytes, np.uint8)
+    return device.device_messages_memory(nbytes) if on_device else device.host_messages_memory(nbytes)
 
 
 def isa() -> str:
@@ -329,7 +336,9 @@ def _floats(name: str, array: NDArray[Any]) -> int:
     return array.ctypes.data
 
 
-def _bytes(name: str, array: NDArray[Any], writeable: bool = False) -> int:
+def _bytes(name: str, array: NDArray[Any] | DeviceBytes, writeable: bool = False) -> int:
+    if not isinstance(array, np.ndarray):
+        return array.pointer
     if array.dtype != np.uint8 or not array.flags.c_contiguous or (writeable and not array.flags.writeable):
         raise ArgumentError(f"{name} has dtype {array.dtype}; allowed is a contiguous uint8 array")
     return array.ctypes.data
@@ -521,7 +530,7 @@ class Bucket:
     ``shards`` are the limits of the ranks' shards in a two-phase exchange, ``size + 1`` numbers from 0 to
     ``num_elements``. What the methods return is 0, or flags of what is wrong with the bucket in this round:
     ``exchange/wire.py`` explains them. Arguments that are wrong themselves raise ArgumentError. With a ``device``
-    sources, means, bases and residuals are memory that it reaches, and messages are not.
+    sources, means, bases and residuals are memory that it reaches, and messages are the host's or its own.
     """
 
     def __init__(
@@ -550,7 +559,13 @@ class Bucket:
         return both if self._shards is None else (*both, self._shards)
 
     def pack(
-        self, source: Source, start: int, step: int, round: int, messages: NDArray[np.uint8], flags: int = 0
+        self,
+        source: Source,
+        start: int,
+        step: int,
+        round: int,
+        messages: NDArray[np.uint8] | DeviceBytes,
+        flags: int = 0,
     ) -> int:
         """Encode ``source[start : start + num_elements]`` into the messages of the first phase.
 
@@ -572,13 +587,13 @@ class Bucket:
     def make_mean(
         self,
         flags: int,
-        received: NDArray[np.uint8],
+        received: NDArray[np.uint8] | DeviceBytes,
         source: Source,
         start: int,
         step: int,
         round: int,
         mean: NDArray[np.float32],
-        message: NDArray[np.uint8],
+        message: NDArray[np.uint8] | DeviceBytes,
         residual: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     ) -> int:
         """Second phase: write the mean of the own shard to ``mean``, and encoded to ``message``; return all flags.
@@ -608,7 +623,7 @@ class Bucket:
 
     def land(
         self,
-        received: NDArray[np.uint8],
+        received: NDArray[np.uint8] | DeviceBytes,
         step: int,
         round: int,
         base: NDArray[np.float32] | None,

@@ -22,9 +22,10 @@ from ..errors import DeviceError, NativeLibraryError
 from ..keys import Keys
 from . import DTYPE_F32, CodecSpec, _Codec, _Keys, _Segment, _Source, check_status
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _DEVICE_ERROR = -16
-_ON_DEVICE, _ON_HOST, _MESSAGES = range(3)
+_ON_DEVICE, _ON_HOST, _MESSAGES, _DEVICE_MESSAGES = range(4)
+_IDENTITY_NBYTES = 16
 _LIBRARY = Path(__file__).with_name("libpqasgd_cuda.so")
 
 
@@ -103,6 +104,8 @@ class Library:
         of_devices: dict[str, list[Any]] = {
             "alloc": [i64, i32, pointer],
             "free": [pointer, i32],
+            "identity": [pointer],
+            "copy": [pointer, pointer, pointer, i64],
             "encode": [pointer, pointer, pointer, i64, i64, _Keys, pointer, i64],
             "allgather_pack": [*[pointer] * 4, i64, pointer, i64],
             "allgather_land": [*[pointer] * 4, i64, pointer, pointer],
@@ -291,6 +294,25 @@ class Library:
         self._check(self._library.pq_cuda_outer(decay, a, b, count, momentum, delta, stream), "outer")
 
 
+class DeviceBytes:
+    """Bytes in the memory of a GPU, out of the host's reach; ``owner`` keeps them alive."""
+
+    def __init__(self, pointer: int, size: int, device: Device, owner: object = None) -> None:
+        self.pointer, self.size, self.device = pointer, size, device
+        self._owner = owner
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """What other libraries know these bytes by, as a flat uint8 array."""
+        return {"shape": (self.size,), "typestr": "|u1", "data": (self.pointer, False), "version": 3}
+
+    def to_host(self) -> NDArray[np.uint8]:
+        """Return a copy in host memory."""
+        copy = np.empty(self.size, np.uint8)
+        self.device.run("copy", copy.ctypes.data, self.pointer, self.size)
+        return copy
+
+
 class Device:
     """A GPU whose numbers are averaged: its kernels, and memory that it and the host reach.
 
@@ -302,6 +324,7 @@ class Device:
         stream: returns the CUDA stream, as an integer, that the work is put on: that of the one who made the numbers.
         numbers_on_host: keep arrays in host memory, for models that fill the GPU.
         library: the kernels; the package's own if None.
+        host_messages: why messages have to be in host memory, if they have to: what it is that carries them.
 
     Raises NativeLibraryError if there are no kernels, DeviceError if they do not run on this device.
     """
@@ -312,9 +335,11 @@ class Device:
         stream: Callable[[], int] = lambda: 0,
         numbers_on_host: bool = False,
         library: Library | None = None,
+        host_messages: str = "",
     ) -> None:
         self._library = library or load()
         self.index = index
+        self.host_messages = host_messages
         self._stream = stream
         self._kind = _ON_HOST if numbers_on_host else _ON_DEVICE
         self._scratch: NDArray[np.float32] | None = None
@@ -326,7 +351,14 @@ class Device:
         """Do with numbers of this device what a function of the core does, and wait until it is done."""
         return self._library.run(name, self.index, self._stream(), *arguments)
 
-    def _allocate(self, nbytes: int, kind: int) -> NDArray[np.uint8]:
+    @property
+    def identity(self) -> bytes:
+        """16 bytes that no other GPU has, on this machine or another; not all are 0."""
+        identity = ctypes.create_string_buffer(_IDENTITY_NBYTES)
+        self._library.run("identity", self.index, identity)
+        return identity.raw
+
+    def _allocate(self, nbytes: int, kind: int) -> int:
         pointer = ctypes.c_void_p()
         try:
             status = self._library.run("alloc", self.index, nbytes, kind, ctypes.byref(pointer))
@@ -337,8 +369,12 @@ class Device:
             ) from None
         check_status(status, "memory")
         assert pointer.value is not None
-        memory = (ctypes.c_uint8 * nbytes).from_address(pointer.value)
-        weakref.finalize(memory, self._release, pointer.value, kind).atexit = False
+        return pointer.value
+
+    def _array(self, nbytes: int, kind: int) -> NDArray[np.uint8]:
+        pointer = self._allocate(nbytes, kind)
+        memory = (ctypes.c_uint8 * nbytes).from_address(pointer)
+        weakref.finalize(memory, self._release, pointer, kind).atexit = False
         return np.ctypeslib.as_array(memory)
 
     def _release(self, pointer: int, kind: int) -> None:
@@ -346,11 +382,17 @@ class Device:
 
     def zeros(self, size: int, dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """Return an array of zeros for numbers, in memory that the host and this device reach."""
-        return self._allocate(size * np.dtype(dtype).itemsize, self._kind).view(dtype)
+        return self._array(size * np.dtype(dtype).itemsize, self._kind).view(dtype)
 
-    def message_memory(self, nbytes: int) -> NDArray[np.uint8]:
+    def host_messages_memory(self, nbytes: int) -> NDArray[np.uint8]:
         """Return host memory, zeros, that is copied to and from this device at full speed."""
-        return self._allocate(nbytes, _MESSAGES)
+        return self._array(nbytes, _MESSAGES)
+
+    def device_messages_memory(self, nbytes: int) -> DeviceBytes:
+        """Return memory of this device, zeros."""
+        memory = DeviceBytes(self._allocate(nbytes, _DEVICE_MESSAGES), nbytes, self)
+        weakref.finalize(memory, self._release, memory.pointer, _DEVICE_MESSAGES).atexit = False
+        return memory
 
     def scratch(self, size: int) -> NDArray[np.float32]:
         """Return an array of float32 numbers for a while; the next call may return the same."""

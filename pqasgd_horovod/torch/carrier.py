@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, cast
 
 import horovod.torch as horovod
+import numpy as np
 import torch
 
 from ..errors import ArgumentError, CollectiveTimeoutError
-from ..exchange.carriers import Bytes, wait_until
+from ..exchange.carriers import Memory, Messages, wait_until
+from . import devices
 
 
-class HorovodHandle:
+class HorovodHandle(Generic[Memory]):
     """One collective in flight; it can be waited for again after a timeout."""
 
-    def __init__(self, handle: int, name: str) -> None:
+    def __init__(self, handle: int, name: str, sent: Memory) -> None:
         self._handle = handle
         self._name = name
-        self._result: Bytes | None = None
+        self._sent = sent
+        self._result: Memory | None = None
 
     def done(self) -> bool:
         """Return whether :meth:`wait` would return at once."""
         return self._result is not None or bool(horovod.poll(self._handle))
 
-    def wait(self, timeout: float | None = None) -> Bytes:
+    def wait(self, timeout: float | None = None) -> Memory:
         """Block until the collective is complete and return the received bytes, in rank order.
 
         Raises CollectiveTimeoutError after ``timeout`` seconds (None: never); the collective then stays in flight.
@@ -39,15 +42,18 @@ class HorovodHandle:
             received: Any = horovod.synchronize(self._handle)
             # An alltoall also returns how much came from whom; the sizes are known here.
             output = received[0] if isinstance(received, tuple) else received
-            self._result = output.numpy()
+            sent: Messages = self._sent
+            result = output.numpy() if isinstance(sent, np.ndarray) else devices.from_tensor(output, sent.device)
+            self._result = cast("Memory", result)
         return self._result
 
 
 class HorovodCarrier:
     """Carry uint8 arrays with ``horovod.torch`` allgather and alltoall, without copying what is sent.
 
-    Calls are matched between ranks by name. ``rank`` and ``size`` are those of the process set; Horovod must be
-    initialised and this process must belong to the set. A sent array must not change until its handle is done.
+    Where Horovod has NCCL it carries memory of GPUs, too, if all ranks send such memory under a name. Calls are matched
+    between ranks by name. ``rank`` and ``size`` are those of the process set; Horovod must be initialised and this
+    process must belong to the set. What is sent must not change until its handle is done.
     """
 
     def __init__(self, process_set: Any = horovod.global_process_set) -> None:
@@ -59,19 +65,20 @@ class HorovodCarrier:
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
 
-    def allgather(self, name: str, payload: Bytes) -> HorovodHandle:
+    def allgather(self, name: str, payload: Memory) -> HorovodHandle[Memory]:
         """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""
-        return HorovodHandle(
-            horovod.allgather_async(_as_tensor(payload), name=name, process_set=self._process_set), name
-        )
+        handle = horovod.allgather_async(_as_tensor(payload), name=name, process_set=self._process_set)
+        return HorovodHandle(handle, name, payload)
 
-    def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> HorovodHandle:
+    def alltoall(self, name: str, payload: Memory, splits: Sequence[int]) -> HorovodHandle[Memory]:
         """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""
         pieces = torch.tensor(splits, dtype=torch.int32)
         handle = horovod.alltoall_async(_as_tensor(payload), splits=pieces, name=name, process_set=self._process_set)
-        return HorovodHandle(handle, name)
+        return HorovodHandle(handle, name, payload)
 
 
-def _as_tensor(payload: Bytes) -> torch.Tensor:
+def _as_tensor(payload: Messages) -> torch.Tensor:
+    if not isinstance(payload, np.ndarray):
+        return devices.to_tensor(payload)
     # torch has no read-only tensors and warns about a view of a read-only array: such arrays are small, copy them.
     return torch.from_numpy(payload if payload.flags.writeable else payload.copy())

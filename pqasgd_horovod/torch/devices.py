@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 
+import horovod.torch as horovod
 import torch
 
 from ..errors import ArgumentError
 from ..native import cuda
+
+_NCCL_WITH_ALLTOALL = 2700
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -38,11 +42,41 @@ def _device(index: int, numbers_on_host: bool) -> cuda.Device:
     library = cuda.load()
     with torch.cuda.device(index):
         library.check_device(f"cuda:{index}, {torch.cuda.get_device_name(index)}")
-    logger.info(
-        "tensors on cuda:%d are coded there; messages travel through pinned host memory, also where Horovod has NCCL",
+    logger.info("tensors on cuda:%d are coded there", index)
+    return cuda.Device(
         index,
+        lambda: torch.cuda.current_stream(index).cuda_stream,
+        numbers_on_host,
+        library,
+        host_messages=why_host_messages(),
     )
-    return cuda.Device(index, lambda: torch.cuda.current_stream(index).cuda_stream, numbers_on_host, library)
+
+
+def why_host_messages() -> str:
+    """Return why Horovod cannot, or must not, carry memory of GPUs; empty if it can.
+
+    PQASGD_GPU_MESSAGES=host forbids it; raises ArgumentError for another value.
+    """
+    wanted = os.environ.get("PQASGD_GPU_MESSAGES", "")
+    if wanted not in ("", "host"):
+        raise ArgumentError(f"PQASGD_GPU_MESSAGES is {wanted!r}; it must be 'host', or not be set")
+    if wanted:
+        return "PQASGD_GPU_MESSAGES is 'host'"
+    if horovod.nccl_built() < _NCCL_WITH_ALLTOALL:
+        return "Horovod was built without HOROVOD_GPU_OPERATIONS=NCCL, or with NCCL before 2.7"
+    return ""
+
+
+def to_tensor(memory: cuda.DeviceBytes) -> torch.Tensor:
+    """Return these bytes of a GPU as a tensor, which keeps them alive."""
+    return torch.as_tensor(memory, device=f"cuda:{memory.device.index}")
+
+
+def from_tensor(tensor: torch.Tensor, device: cuda.Device) -> cuda.DeviceBytes:
+    """Return the bytes of a tensor that Horovod has written, for work on the current stream."""
+    # With HOROVOD_ENABLE_ASYNC_COMPLETION they come later, and Horovod lets the default stream wait for them.
+    torch.cuda.current_stream(device.index).wait_stream(torch.cuda.default_stream(device.index))
+    return cuda.DeviceBytes(tensor.data_ptr(), tensor.numel(), device, tensor)
 
 
 def check_common_device(tensors: dict[str, torch.Tensor]) -> None:

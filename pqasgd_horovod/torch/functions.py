@@ -13,7 +13,7 @@ import torch
 from .. import native
 from ..averaging import ExchangeConfig, state
 from ..errors import ArgumentError
-from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_same
+from ..exchange import cut_buckets, describe_exchange, make_exchange, place_messages, verify_same
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import shard_alignment
 from . import devices
@@ -95,7 +95,10 @@ def compressed_allreduce(
     }
     digest = verify_same(carrier, description, name)
     device = devices.device_of(result)
-    averaging = make_exchange(codec, carrier, sizes, name=name, digest=digest, device=device, **options)
+    averaging = make_exchange(
+        codec, carrier, sizes, name=name, digest=digest, device=device,
+        device_messages=place_messages(carrier, device, name), **options,
+    )  # fmt: skip
     segments = [(result.data_ptr(), DTYPES[result.dtype], result.numel())]
     memory = native.Source(segments, owner=result, device=device)
     starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()

@@ -28,7 +28,7 @@ from pqasgd_horovod.errors import ArgumentError, DeviceError, NonFiniteError
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 
 from ..exchange.test_node import nodes_of
-from ..native.cuda_on_cpu import load, make_device
+from ..native.cuda_on_cpu import DeviceCarrier, load, make_device
 
 SHAPES = {"w": (9000, "float32"), "b": (7, "float32"), "d": (1500, "float64"), "h": (1200, "float16")}
 RANKS = 3
@@ -177,6 +177,31 @@ def test_join_serves_zeros():
     assert on_ranks(RANKS, program, [make_device() for _ in range(RANKS)]) == cpus
 
 
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        (train, {"averaging": PeriodicAveraging(period=2, outer=Nesterov()), "feedback": Feedback()}),
+        (train, {"averaging": SparseAveraging(period=4), "codec": codecs.randomk(0.1), "method": "two_phase"}),
+        (step_gradients, {"codec": codecs.topk(0.05), "feedback": MomentumCorrection(momentum=0.9)}),
+        (step_gradients, {"codec": codecs.signsgd(majority_vote=True), "poison": (1, 1)}),
+    ],
+    ids=["feedback", "sparse", "dgc", "vote"],
+)
+def test_messages_on_devices_change_nothing(program, options):
+    sent = []
+
+    def on_devices(carrier, devices, **options):
+        carrier = DeviceCarrier(carrier)
+        found = program(carrier, devices, **options)
+        sent.append(len(carrier.names))
+        return found
+
+    cpus = on_ranks(RANKS, program, [None] * RANKS, **options)
+    assert on_ranks(RANKS, on_devices, [make_device(index=index) for index in range(RANKS)], **options) == cpus
+    assert len(sent) == RANKS
+    assert min(sent) > 0
+
+
 def test_mixed_tensors_are_refused():
     views = [*make_views(make_device(), 1)[:1], *make_views(None, 1)[1:]]
 
@@ -215,7 +240,7 @@ def test_memory_is_given_back():
     library = load()._library
     gc.collect()
     before = library.pq_cuda_on_cpu_allocated()
-    arrays = [make_device().zeros(100, np.float64), make_device(True).zeros(3), make_device().message_memory(7)]
+    arrays = [make_device().zeros(100, np.float64), make_device(True).zeros(3), make_device().host_messages_memory(7)]
     assert library.pq_cuda_on_cpu_allocated() == before + 3
     view = arrays[0][10:20]
     arrays.clear()

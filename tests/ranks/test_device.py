@@ -1,18 +1,20 @@
-"""Models on a GPU under Horovod: the bits of a CPU, on whichever ranks there are GPUs.
+"""Models on a GPU under Horovod: the bits of a CPU, on whichever ranks there are GPUs, and whatever carries messages.
 
-The GPU is a CPU that runs the kernels thread by thread (tests/native/cuda_on_cpu); ``make gpu-check`` asks a real one.
+NCCL is Horovod's CPU operations on copies. The GPU is a CPU that runs the kernels thread by thread
+(tests/native/cuda_on_cpu); ``make gpu-check`` asks a real one.
 """
 
 from __future__ import annotations
 
+import horovod.torch as horovod
 import pytest
 import torch
 
 import pqasgd_horovod.torch as hvd
-from pqasgd_horovod.errors import ArgumentError, PqasgdError
+from pqasgd_horovod.errors import ArgumentError, NonFiniteError, PqasgdError
 from pqasgd_horovod.native.cuda import Device, Library
 from pqasgd_horovod.torch import devices
-from tests.native.cuda_on_cpu import build
+from tests.native.cuda_on_cpu import build, upload
 from tests.ranks.common import loss_of, make_model, two_ranks
 
 pytestmark = two_ranks
@@ -27,12 +29,29 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture
 def pretend(monkeypatch, kernels):
-    """Return a function after which CPU tensors count as on a GPU, on the ranks that are given."""
-    places = {place: Device(0, numbers_on_host=place == "cpu", library=kernels) for place in (None, "cpu")}
+    """Return a function after which CPU tensors count as on a GPU, on the ranks that are given, with NCCL or without.
 
-    def begin(ranks):
+    What it returns counts the messages that this rank has sent from its GPU.
+    """
+
+    def begin(ranks, nccl=0):
+        sent = []
         has_gpu = hvd.rank() in ranks
+        monkeypatch.setattr(horovod, "nccl_built", lambda: nccl)
+        why = devices.why_host_messages()
+        places = {
+            place: Device(0, numbers_on_host=place == "cpu", library=kernels, host_messages=why)
+            for place in (None, "cpu")
+        }
+
+        def to_tensor(memory):
+            sent.append(memory.size)
+            return torch.from_numpy(memory.to_host())
+
         monkeypatch.setattr(devices, "device_of", lambda _, place=None: places[place] if has_gpu else None)
+        monkeypatch.setattr(devices, "to_tensor", to_tensor)
+        monkeypatch.setattr(devices, "from_tensor", lambda tensor, device: upload(device, tensor.numpy()))
+        return sent
 
     return begin
 
@@ -57,17 +76,67 @@ def train(period, place=None, **options):
     return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.communication_stats()
 
 
-@pytest.mark.parametrize("place", [None, "cpu"])
-@pytest.mark.parametrize("period", [1, 2])
-def test_models_have_the_bits_of_cpus(period, place, pretend):
+@pytest.mark.parametrize(
+    ("period", "place", "method"),
+    [(1, None, "two_phase"), (1, "cpu", "auto"), (2, None, "auto"), (2, "cpu", "two_phase")],
+)
+def test_models_have_the_bits_of_cpus(period, place, method, pretend):
+    options = {"exchange": method, "feedback": hvd.Feedback()}
     pretend([])
-    expected, statistics = train(period, feedback=hvd.Feedback())
-    for ranks in (range(hvd.size()), [0]):
-        pretend(ranks)
-        found, counted = train(period, place, feedback=hvd.Feedback())
+    expected, statistics = train(period, **options)
+    every = range(hvd.size())
+    for ranks, nccl in ((every, 0), (every, 22000), ([0], 22000)):
+        sent = pretend(ranks, nccl)
+        found, counted = train(period, place, **options)
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
         assert counted["bytes_sent"] == statistics["bytes_sent"]
+        assert bool(sent) == (nccl > 0 and len(ranks) == hvd.size())
+
+
+def test_a_delayed_average_has_the_bits_of_cpus(pretend):
+    pretend([])
+    averaging = hvd.PeriodicAveraging(period=2, delay=1)
+    expected, _ = train(2, averaging=averaging)
+    sent = pretend(range(hvd.size()), 22000)
+    found, _ = train(2, averaging=averaging)
+    assert sent
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_nan_is_the_same_error(pretend):
+    def error(name):
+        values = torch.ones(3000)
+        if hvd.rank() == 1:
+            values[7] = float("nan")
+        with pytest.raises(NonFiniteError) as caught:
+            hvd.compressed_allreduce(values, name=name, exchange="two_phase")
+        return str(caught.value).replace(name, "")
+
+    pretend([])
+    expected = error("cpu")
+    sent = pretend(range(hvd.size()), 22000)
+    assert error("gpu") == expected
+    assert sent
+
+
+@pytest.mark.parametrize(
+    ("nccl", "wanted", "why"),
+    [(0, "", "built without HOROVOD_GPU"), (2604, "", "NCCL before 2.7"), (22000, "host", "is 'host'"), (2708, "", "")],
+)
+def test_why_messages_are_in_host_memory(nccl, wanted, why, monkeypatch):
+    monkeypatch.setattr(horovod, "nccl_built", lambda: nccl)
+    monkeypatch.setenv("PQASGD_GPU_MESSAGES", wanted)
+    found = devices.why_host_messages()
+    assert why in found
+    assert bool(found) == bool(why)
+
+
+def test_messages_elsewhere_are_refused(monkeypatch):
+    monkeypatch.setenv("PQASGD_GPU_MESSAGES", "gpu")
+    with pytest.raises(ArgumentError, match="PQASGD_GPU_MESSAGES is 'gpu'; it must be 'host', or not be set"):
+        devices.why_host_messages()
 
 
 def test_compressed_allreduce_has_the_bits_of_cpus(pretend):

@@ -8,6 +8,8 @@ promise:
 - Launching never blocks, and the payload is not copied: it stays untouched until the collective is done.
 - The result is a flat uint8 array, what the ranks sent in rank order; sizes may differ from rank to rank, 0 included.
 - Waiting ends, with the bytes or with an error.
+
+A :class:`DeviceCarrier` carries memory of GPUs, too, from one to the other; :mod:`..placement` says when.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from ...native.cuda import DeviceBytes
+
 Bytes = NDArray[np.uint8]
+Messages = Union[Bytes, "DeviceBytes"]
+Memory = TypeVar("Memory", bound=Messages)
+Received = TypeVar("Received", covariant=True)
 
 _EAGER_POLLS = 20
 _LONGEST_PAUSE_SECONDS = 1e-4
@@ -30,14 +38,14 @@ _LONGEST_PATIENT_PAUSE_SECONDS = 1e-3
 _thread = threading.local()
 
 
-class Handle(Protocol):
+class Handle(Protocol[Received]):
     """A collective in flight."""
 
     def done(self) -> bool:
         """Return whether :meth:`wait` would return, or raise, at once; makes progress, never blocks."""
         ...
 
-    def wait(self, timeout: float | None = None) -> Bytes:
+    def wait(self, timeout: float | None = None) -> Received:
         """Return what was received; raise CollectiveTimeoutError after ``timeout`` seconds.
 
         A collective that timed out is still in flight: it can be waited for again.
@@ -58,12 +66,24 @@ class Carrier(Protocol):
         """Number of ranks."""
         ...
 
-    def allgather(self, name: str, payload: Bytes) -> Handle:
+    def allgather(self, name: str, payload: Bytes) -> Handle[Bytes]:
         """Send ``payload`` to every rank; everybody receives all payloads, their own included, in rank order."""
         ...
 
-    def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> Handle:
+    def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> Handle[Bytes]:
         """Send the r-th of ``size`` consecutive pieces of ``payload``, ``splits[r]`` bytes long, to rank r."""
+        ...
+
+
+class DeviceCarrier(Carrier, Protocol):
+    """A carrier of memory of GPUs, too, of all ranks in a collective or of none; what is received is there as well."""
+
+    def allgather(self, name: str, payload: Memory) -> Handle[Memory]:
+        """Send ``payload`` to every rank."""
+        ...
+
+    def alltoall(self, name: str, payload: Memory, splits: Sequence[int]) -> Handle[Memory]:
+        """Send the r-th of ``size`` consecutive pieces of ``payload`` to rank r."""
         ...
 
 

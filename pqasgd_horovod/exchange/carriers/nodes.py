@@ -32,11 +32,11 @@ class NodesCarrier:
         self.local, self.across = local, across
         self.local_ranks, self.across_ranks = tuple(local_ranks), tuple(across_ranks)
 
-    def allgather(self, name: str, payload: Bytes) -> Handle:
+    def allgather(self, name: str, payload: Bytes) -> Handle[Bytes]:
         """Send ``payload`` to every rank."""
         return self.world.allgather(name, payload)
 
-    def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> Handle:
+    def alltoall(self, name: str, payload: Bytes, splits: Sequence[int]) -> Handle[Bytes]:
         """Send the r-th of ``size`` consecutive pieces of ``payload`` to rank r."""
         return self.world.alltoall(name, payload, splits)
 

@@ -1,4 +1,4 @@
-// Numbers on a device, messages in host memory: the second part of include/pqasgd_cuda.h, on top of the first.
+// Numbers on a device, messages there or in host memory: the second part of include/pqasgd_cuda.h, on top of the first.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -41,7 +41,7 @@ class Buffer {
 
 struct Scratch {
   std::mutex in_use;
-  Buffer payloads, workspace, table, numbers, status;
+  Buffer payloads, headers, workspace, table, status;
 };
 
 Scratch& scratch_of(int32_t device) {
@@ -98,6 +98,12 @@ int32_t upload(const Call& call, const pq_source* source, int64_t start, int64_t
   return PQ_OK;
 }
 
+// Whether it is memory that the host does not reach.
+bool is_of_device(const void* memory) {
+  cudaPointerAttributes found;
+  return !failed(cudaPointerGetAttributes(&found, memory)) && found.type == cudaMemoryTypeDevice;
+}
+
 // What kernels found, when all of them are done.
 class Findings {
  public:
@@ -145,19 +151,12 @@ class Device {
       const int32_t status = upload(call_, own, own_start, count, &uploaded);
       if (status != PQ_OK) return status;
     }
-    uint8_t* const memory = call_.scratch().payloads.get(aligned(nbytes) * num_payloads);
     void* const workspace = workspace_of(codec, count);
     const Findings findings(call_);
-    if ((!memory && nbytes && num_payloads) || !workspace || !findings.good()) return PQ_DEVICE_ERROR;
-    std::vector<const uint8_t*> copies((size_t)num_payloads);
-    for (int32_t r = 0; r < num_payloads; ++r) {
-      if (!payloads[r]) continue;
-      uint8_t* const to = memory + aligned(nbytes) * r;
-      if (!call_.copy(to, payloads[r], nbytes)) return PQ_DEVICE_ERROR;
-      copies[(size_t)r] = to;
-    }
+    std::vector<const uint8_t*> near(payloads, payloads + num_payloads);
+    if (!workspace || !findings.good() || !bring(near, nbytes)) return PQ_DEVICE_ERROR;
     const int32_t status =
-        pq_cuda_reduce(&codec, num_payloads, copies.data(), nbytes, keys, weight, own ? &uploaded.source : nullptr, uploaded.length,
+        pq_cuda_reduce(&codec, num_payloads, near.data(), nbytes, keys, weight, own ? &uploaded.source : nullptr, uploaded.length,
                        own_start, count, base, mean, workspace, findings.word(), call_.stream());
     return status == PQ_OK ? findings.read() : status;
   }
@@ -182,27 +181,66 @@ class Device {
     std::fill(mean, mean + n, std::numeric_limits<float>::quiet_NaN());
   }
 
+  // On the device it is there when the stream has come to it.
+  bool write_header(const Header& header, uint8_t* to) const {
+    if (is_of_device(to)) return call_.copy(to, &header, sizeof header);
+    std::memcpy(to, &header, sizeof header);
+    return true;
+  }
+
+  // Of a device they are packed before they cross the bus: that takes as long for many as for one.
+  bool read_headers(const uint8_t* received, const std::vector<int64_t>& places, Header* to) const {
+    if (places.empty()) return true;
+    if (!is_of_device(received)) {
+      for (int64_t at : places) std::memcpy(to++, received + at, sizeof(Header));
+      return true;
+    }
+    const int64_t nbytes = (int64_t)(places.size() * sizeof(Header));
+    uint8_t* const packed = call_.scratch().headers.get(nbytes);
+    if (!packed) return false;
+    for (size_t i = 0; i < places.size(); ++i)
+      if (!call_.copy(packed + i * sizeof(Header), received + places[i], sizeof(Header))) return false;
+    return call_.copy(to, packed, nbytes) && call_.wait();
+  }
+
  private:
   // Never NULL but for want of memory.
   void* workspace_of(const pq_codec& codec, int64_t count) const {
     return call_.scratch().workspace.get(std::max<int64_t>(kAlignment, pq_cuda_workspace_nbytes(&codec, count)));
   }
 
+  // Puts copies of payloads that are in host memory in their places.
+  bool bring(std::vector<const uint8_t*>& payloads, int64_t nbytes) const {
+    uint8_t* to = nullptr;
+    for (const uint8_t*& payload : payloads) {
+      if (!payload || !nbytes || is_of_device(payload)) continue;
+      if (!to) to = call_.scratch().payloads.get(aligned(nbytes) * (int64_t)payloads.size());
+      if (!to || !call_.copy(to, payload, nbytes)) return false;
+      payload = to;
+      to += aligned(nbytes);
+    }
+    return true;
+  }
+
   // By way of the device: residuals are made of what was written, and across the bus that would be read byte by byte.
   int32_t encode_uploaded(const pq_codec& codec, const Uploaded& uploaded, int64_t start, int64_t count, pq_keys keys, uint8_t* payload,
                           int64_t nbytes) const {
-    uint8_t* const memory = call_.scratch().payloads.get(std::max<int64_t>(kAlignment, nbytes));
+    const bool is_there = is_of_device(payload);
+    uint8_t* const memory = is_there ? payload : call_.scratch().payloads.get(std::max<int64_t>(kAlignment, nbytes));
     void* const workspace = workspace_of(codec, count);
     const Findings findings(call_);
     if (!memory || !workspace || !findings.good()) return PQ_DEVICE_ERROR;
     const int32_t status = pq_cuda_encode(&codec, &uploaded.source, uploaded.length, start, count, keys, memory, nbytes, workspace,
                                           findings.word(), call_.stream());
     if (status != PQ_OK) return status;
-    return call_.copy(payload, memory, nbytes) ? findings.read() : int32_t{PQ_DEVICE_ERROR};
+    return is_there || call_.copy(payload, memory, nbytes) ? findings.read() : int32_t{PQ_DEVICE_ERROR};
   }
 
   const Call& call_;
 };
+
+// The status of what was put on the stream, when it is done.
+int32_t done(const Call& call, int32_t status) { return call.wait() || status < 0 ? status : int32_t{PQ_DEVICE_ERROR}; }
 
 // Lets memory that both reach be at home on the device.
 bool settle(int32_t device, void* memory, size_t nbytes) {
@@ -227,8 +265,15 @@ extern "C" {
 int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** memory) {
   const Call call(device, nullptr);
   if (!call.good()) return PQ_DEVICE_ERROR;
-  if (nbytes < 0 || !memory || kind < PQ_ON_DEVICE || kind > PQ_MESSAGES) return PQ_BAD_ARGUMENT;
+  if (nbytes < 0 || !memory || kind < PQ_ON_DEVICE || kind > PQ_DEVICE_MESSAGES) return PQ_BAD_ARGUMENT;
   const size_t size = (size_t)std::max<int64_t>(nbytes, 1);
+  if (kind == PQ_DEVICE_MESSAGES) {
+    if (failed(cudaMalloc(memory, size))) return PQ_DEVICE_ERROR;
+    if (!failed(cudaMemsetAsync(*memory, 0, size, call.stream())) && call.wait()) return PQ_OK;
+    cudaFree(*memory);
+    *memory = nullptr;
+    return PQ_DEVICE_ERROR;
+  }
   if (kind != PQ_ON_DEVICE) {
     if (failed(cudaHostAlloc(memory, size, cudaHostAllocPortable))) return PQ_DEVICE_ERROR;
     std::memset(*memory, 0, size);
@@ -246,8 +291,25 @@ int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** mem
 
 int32_t pq_device_free(int32_t device, void* memory, int32_t kind) {
   const Call call(device, nullptr);
-  if (!call.good() || failed(kind == PQ_ON_DEVICE ? cudaFree(memory) : cudaFreeHost(memory))) return PQ_DEVICE_ERROR;
+  const bool is_of_host = kind == PQ_ON_HOST || kind == PQ_MESSAGES;
+  if (!call.good() || failed(is_of_host ? cudaFreeHost(memory) : cudaFree(memory))) return PQ_DEVICE_ERROR;
   return PQ_OK;
+}
+
+int32_t pq_device_identity(int32_t device, uint8_t* identity) {
+  const Call call(device, nullptr);
+  if (!identity) return PQ_BAD_ARGUMENT;
+  cudaDeviceProp properties;
+  if (!call.good() || failed(cudaGetDeviceProperties(&properties, device))) return PQ_DEVICE_ERROR;
+  static_assert(sizeof properties.uuid == 16, "as pqasgd_cuda.h says");
+  std::memcpy(identity, &properties.uuid, sizeof properties.uuid);
+  return PQ_OK;
+}
+
+int32_t pq_device_copy(int32_t device, pq_stream stream, void* to, const void* from, int64_t nbytes) {
+  const Call call(device, stream);
+  if (nbytes < 0 || (nbytes && (!to || !from))) return PQ_BAD_ARGUMENT;
+  return call.good() && (!nbytes || call.copy(to, from, nbytes)) && call.wait() ? int32_t{PQ_OK} : int32_t{PQ_DEVICE_ERROR};
 }
 
 int32_t pq_device_encode(int32_t device, pq_stream stream, const pq_codec* codec, const pq_source* source, int64_t start, int64_t count,
@@ -264,7 +326,7 @@ int32_t pq_device_allgather_pack(int32_t device, pq_stream stream, const pq_code
                                  const pq_source* source, int64_t start, uint8_t* message, int64_t message_nbytes) {
   const Call call(device, stream);
   if (!call.good()) return PQ_DEVICE_ERROR;
-  return allgather_pack(Device(call), codec, bucket, source, start, message, message_nbytes);
+  return done(call, allgather_pack(Device(call), codec, bucket, source, start, message, message_nbytes));
 }
 
 int32_t pq_device_allgather_land(int32_t device, pq_stream stream, const pq_codec* codec, const pq_bucket* bucket,
@@ -279,7 +341,7 @@ int32_t pq_device_two_phase_pack(int32_t device, pq_stream stream, const pq_code
                                  int64_t messages_nbytes) {
   const Call call(device, stream);
   if (!call.good()) return PQ_DEVICE_ERROR;
-  return two_phase_pack(Device(call), codec, bucket, shards, source, start, messages, messages_nbytes);
+  return done(call, two_phase_pack(Device(call), codec, bucket, shards, source, start, messages, messages_nbytes));
 }
 
 int32_t pq_device_two_phase_mean(int32_t device, pq_stream stream, const pq_codec* codec, const pq_codec* second_codec,
@@ -288,8 +350,8 @@ int32_t pq_device_two_phase_mean(int32_t device, pq_stream stream, const pq_code
                                  float* next_residual, float* mean, uint8_t* message, int64_t message_nbytes) {
   const Call call(device, stream);
   if (!call.good()) return PQ_DEVICE_ERROR;
-  return two_phase_mean(Device(call), codec, second_codec, bucket, shards, flags, received, received_nbytes, source, start, residual,
-                        next_residual, mean, message, message_nbytes);
+  return done(call, two_phase_mean(Device(call), codec, second_codec, bucket, shards, flags, received, received_nbytes, source, start,
+                                   residual, next_residual, mean, message, message_nbytes));
 }
 
 int32_t pq_device_two_phase_land(int32_t device, pq_stream stream, const pq_codec* second_codec, const pq_bucket* bucket,

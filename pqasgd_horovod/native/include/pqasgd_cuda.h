@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define PQ_CUDA_ABI_VERSION 1
+#define PQ_CUDA_ABI_VERSION 2
 typedef void* pq_stream; /* a cudaStream_t */
 
 PQ_EXPORT int32_t pq_cuda_abi_version(void);
@@ -62,14 +62,21 @@ PQ_EXPORT int32_t pq_cuda_outer(float decay, float a, float b, int64_t count, fl
  * largest call needs and then stays. They can be called from several threads: one call of a device at a time.
  *
  * Means, bases, momenta and residuals that are given by themselves, and destinations of pq_device_gather, are memory of
- * pq_device_alloc. */
+ * pq_device_alloc. Messages, and what was received, are host memory or the device's own: their addresses tell. */
 enum pq_memory {
   PQ_ON_DEVICE = 0, /* numbers, which the host reaches too: they move to whoever uses them, and are at home on the device */
   PQ_ON_HOST = 1,   /* numbers that stay in host memory, pinned, where the device reaches them across its bus */
-  PQ_MESSAGES = 2   /* bytes in host memory that the device copies to and from at full speed */
+  PQ_MESSAGES = 2,  /* bytes in host memory that the device copies to and from at full speed */
+  PQ_DEVICE_MESSAGES = 3 /* bytes in the device's own memory, which the host does not reach */
 };
 PQ_EXPORT int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** memory); /* zeros */
 PQ_EXPORT int32_t pq_device_free(int32_t device, void* memory, int32_t kind);
+
+/* 16 bytes that no other device has, on this machine or another. */
+PQ_EXPORT int32_t pq_device_identity(int32_t device, uint8_t* identity);
+
+/* Whatever memory it is. */
+PQ_EXPORT int32_t pq_device_copy(int32_t device, pq_stream stream, void* to, const void* from, int64_t nbytes);
 
 PQ_EXPORT int32_t pq_device_encode(int32_t device, pq_stream stream, const pq_codec* codec, const pq_source* source, int64_t start,
                                    int64_t count, pq_keys keys, uint8_t* payload, int64_t payload_nbytes);

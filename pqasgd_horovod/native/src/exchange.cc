@@ -38,6 +38,14 @@ struct Host {
            std::all_of(scratch, scratch + count, [](float x) { return std::isfinite(x); });
   }
   void fill_nan(float* mean, int64_t n) const { pqasgd::fill_nan(mean, n); }
+  bool write_header(const Header& header, uint8_t* to) const {
+    std::memcpy(to, &header, sizeof header);
+    return true;
+  }
+  bool read_headers(const uint8_t* received, const std::vector<int64_t>& places, Header* to) const {
+    for (int64_t at : places) std::memcpy(to++, received + at, sizeof(Header));
+    return true;
+  }
 };
 
 // ---- rows of a table ----
@@ -82,12 +90,13 @@ struct OpenedRows {
 
 OpenedRows open_rows(const pq_codec* codec, const pq_bucket& b, const pq_table& table, const uint8_t* received, int64_t nbytes) {
   OpenedRows result;
-  result.opened = open(b, kValues, all_ranks(b, false), received, nbytes, [&](size_t, const Header& h, bool* differs, bool* misfits) {
+  const auto judge = [&](size_t, const Header& h, bool* differs, bool* misfits) {
     const int64_t count = (int64_t)(h.num_elements / (uint64_t)table.row_size);
     *differs |= h.num_elements % (uint64_t)table.row_size != 0 || count > table.num_rows;
     *misfits |= *differs || h.payload_nbytes != (uint64_t)pq_rows_nbytes(codec, &table, count);
     result.counts.push_back(count);
-  });
+  };
+  result.opened = open(Host{}, b, kValues, all_ranks(b, false), {}, received, nbytes, judge);
   return result;
 }
 
@@ -143,7 +152,7 @@ int32_t pq_rows_pack(const pq_codec* codec, const pq_bucket* bucket, const pq_ta
       pq_encode(codec, source, 0, b.num_elements, keys_of(b, b.rank, b.bucket, kValues), out + of_rows, nbytes - of_rows);
   if (status < 0) return status;
   const int32_t flags = b.flags | (status == PQ_NONFINITE ? PQ_SENDER_NONFINITE : 0);
-  write_header(b, flags, kValues, nbytes, message);
+  write_header(Host{}, b, flags, kValues, nbytes, message);
   return flags;
 }
 
@@ -233,7 +242,7 @@ int32_t pq_two_phase_relay(const pq_bucket* bucket, int32_t flags, const float* 
   if (message_nbytes != PQ_HEADER_NBYTES + nbytes) return PQ_BAD_LENGTH;
   const int32_t worst = flags & PQ_DESYNCHRONIZED ? PQ_DESYNCHRONIZED : flags & PQ_MALFORMED ? PQ_MALFORMED : PQ_SENDER_NONFINITE;
   std::memcpy(message + PQ_HEADER_NBYTES, mean, (size_t)nbytes);
-  write_header(*bucket, flags ? worst : 0, kMeans, nbytes, message);
+  write_header(Host{}, *bucket, flags ? worst : 0, kMeans, nbytes, message);
   return PQ_OK;
 }
 

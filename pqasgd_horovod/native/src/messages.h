@@ -1,8 +1,8 @@
 // One bucket of an exchange, from numbers to messages and back: headers, keys, order of summation, and what is wrong if something is.
 // exchange/wire.py documents the header; exchange/allgather.py and two_phase.py what is computed.
 //
-// Messages lie in host memory. Where numbers lie is the business of a Numbers, which codes them, adds them and looks at them: Host in
-// exchange.cc, or Device in cuda/device.cu.
+// Where numbers and messages lie is the business of a Numbers, which codes the numbers, adds them and looks at them, and writes and
+// reads headers: Host in exchange.cc, or Device in cuda/device.cu.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -47,7 +47,9 @@ struct Header {
 };
 static_assert(sizeof(Header) == PQ_HEADER_NBYTES, "the header is packed without gaps");
 
-inline void write_header(const pq_bucket& b, int32_t flags, uint32_t phase, int64_t payload_nbytes, uint8_t* out) {
+// False if the memory of messages refuses.
+template <class Numbers>
+bool write_header(const Numbers& numbers, const pq_bucket& b, int32_t flags, uint32_t phase, int64_t payload_nbytes, uint8_t* out) {
   Header h{{kMagic[0], kMagic[1], kMagic[2], kMagic[3]},
            (uint16_t)flags,
            kVersion,
@@ -60,29 +62,61 @@ inline void write_header(const pq_bucket& b, int32_t flags, uint32_t phase, int6
            (uint64_t)b.num_elements,
            phase,
            0};
-  std::memcpy(out, &h, sizeof h);
-  h.checksum = crc32(out, offsetof(Header, checksum));
-  std::memcpy(out, &h, sizeof h);
+  h.checksum = crc32((const uint8_t*)&h, offsetof(Header, checksum));
+  return numbers.write_header(h, out);
 }
 
-// What has arrived in one phase, cut apart; `flags` is what is wrong with it, and what the senders say is wrong.
+// The headers of what has arrived. Those that are where they should be are read all at once: messages may be far away.
+template <class Numbers>
+class Headers {
+ public:
+  Headers(const Numbers& numbers, const uint8_t* received, int64_t nbytes, const std::vector<int64_t>& payload_nbytes)
+      : numbers_(numbers), received_(received) {
+    int64_t at = 0;
+    for (int64_t payload : payload_nbytes) {
+      if (nbytes - at < (int64_t)sizeof(Header)) break;
+      places_.push_back(at);
+      at += (int64_t)sizeof(Header) + payload;
+    }
+    headers_.resize(places_.size());
+    good_ = numbers_.read_headers(received_, places_, headers_.data());
+  }
+
+  // The one of sender i, which begins at `at`; false if the memory of messages refuses.
+  bool get(size_t i, int64_t at, Header* header) const {
+    if (i >= places_.size() || places_[i] != at) return numbers_.read_headers(received_, {at}, header);
+    *header = headers_[i];
+    return good_;
+  }
+
+ private:
+  const Numbers& numbers_;
+  const uint8_t* received_;
+  std::vector<int64_t> places_;
+  std::vector<Header> headers_;
+  bool good_;
+};
+
+// What has arrived in one phase, cut apart; `flags` is what is wrong with it, and what the senders say is wrong, or PQ_DEVICE_ERROR.
 struct Opened {
   int32_t flags = 0;
   std::vector<const uint8_t*> payloads;  // by sender
 };
 
 // `judge` is given each sender's position and header; it sets whether they differ from what they should be, and misfit.
-template <class Judge>
-inline Opened open(const pq_bucket& b, uint32_t phase, const std::vector<int32_t>& senders, const uint8_t* received, int64_t nbytes,
-            Judge judge) {
+// `payload_nbytes` is where headers are looked for first; it may be empty.
+template <class Numbers, class Judge>
+Opened open(const Numbers& numbers, const pq_bucket& b, uint32_t phase, const std::vector<int32_t>& senders,
+            const std::vector<int64_t>& payload_nbytes, const uint8_t* received, int64_t nbytes, Judge judge) {
+  const Headers<Numbers> headers(numbers, received, nbytes, payload_nbytes);
   Opened result;
   bool differs = false, misfits = false;
   int64_t at = 0;
   for (size_t i = 0; i < senders.size(); ++i) {
     Header h;
     if (nbytes - at < (int64_t)sizeof h) return {PQ_MALFORMED, {}};
-    std::memcpy(&h, received + at, sizeof h);
-    const uint32_t checksum = crc32(received + at, offsetof(Header, checksum));
+    if (!headers.get(i, at, &h)) return {PQ_DEVICE_ERROR, {}};
+    const uint32_t checksum = crc32((const uint8_t*)&h, offsetof(Header, checksum));
     at += sizeof h;
     if (std::memcmp(h.magic, kMagic, sizeof kMagic) || h.version != kVersion || h.checksum != checksum || h.flags & ~kAllFlags ||
         h.rank != (uint32_t)senders[i] || h.payload_nbytes > (uint64_t)(nbytes - at))
@@ -99,12 +133,14 @@ inline Opened open(const pq_bucket& b, uint32_t phase, const std::vector<int32_t
   return result;
 }
 
-inline Opened open(const pq_bucket& b, uint32_t phase, const std::vector<int32_t>& senders, const std::vector<int64_t>& payload_nbytes,
-            const uint8_t* received, int64_t nbytes) {
-  return open(b, phase, senders, received, nbytes, [&](size_t i, const Header& h, bool* differs, bool* misfits) {
+template <class Numbers>
+Opened open(const Numbers& numbers, const pq_bucket& b, uint32_t phase, const std::vector<int32_t>& senders,
+            const std::vector<int64_t>& payload_nbytes, const uint8_t* received, int64_t nbytes) {
+  const auto judge = [&](size_t i, const Header& h, bool* differs, bool* misfits) {
     *differs |= h.num_elements != (uint64_t)b.num_elements;
     *misfits |= h.payload_nbytes != (uint64_t)payload_nbytes[i];
-  });
+  };
+  return open(numbers, b, phase, senders, payload_nbytes, received, nbytes, judge);
 }
 
 // A payload that no encoder writes; the status of the codec is kept for the one who explains.
@@ -152,8 +188,7 @@ int32_t allgather_pack(const Numbers& numbers, const pq_codec* codec, const pq_b
                                    message + PQ_HEADER_NBYTES, nbytes);
   if (status < 0) return status;
   const int32_t flags = b.flags | (status == PQ_NONFINITE ? PQ_SENDER_NONFINITE : 0);
-  write_header(b, flags, kValues, nbytes, message);
-  return flags;
+  return write_header(numbers, b, flags, kValues, nbytes, message) ? flags : int32_t{PQ_DEVICE_ERROR};
 }
 
 template <class Numbers>
@@ -164,7 +199,8 @@ int32_t allgather_land(const Numbers& numbers, const pq_codec* codec, const pq_b
   const int64_t nbytes = payload_nbytes(codec, b.num_elements);
   if (nbytes < 0 || (b.num_elements && !mean)) return PQ_BAD_ARGUMENT;
   const std::vector<int32_t> senders = all_ranks(b, false);
-  const Opened opened = open(b, kValues, senders, std::vector<int64_t>((size_t)b.size, nbytes), received, received_nbytes);
+  const Opened opened = open(numbers, b, kValues, senders, std::vector<int64_t>((size_t)b.size, nbytes), received, received_nbytes);
+  if (is_callers(opened.flags)) return opened.flags;
   int32_t verdict = opened.flags;
   if (!verdict) {
     std::vector<pq_keys> keys;
@@ -207,7 +243,7 @@ int32_t two_phase_pack(const Numbers& numbers, const pq_codec* codec, const pq_b
     numbers.keep_own_rest(*codec, source, start + shards[b.rank], shards[b.rank + 1] - shards[b.rank],
                   keys_of(b, b.rank, shard_tensor(b, b.rank), kValues));
   for (size_t i = 0; i < owners.size(); ++i)  // only now is it known what the headers have to say
-    write_header(b, flags, kValues, at[i + 1] - at[i] - PQ_HEADER_NBYTES, messages + at[i]);
+    if (!write_header(numbers, b, flags, kValues, at[i + 1] - at[i] - PQ_HEADER_NBYTES, messages + at[i])) return PQ_DEVICE_ERROR;
   return flags;
 }
 
@@ -224,7 +260,8 @@ int32_t two_phase_mean(const Numbers& numbers, const pq_codec* codec, const pq_c
   if (message_nbytes != PQ_HEADER_NBYTES + mean_nbytes) return PQ_BAD_LENGTH;
 
   const std::vector<int32_t> senders = all_ranks(b, true);
-  const Opened opened = open(b, kValues, senders, std::vector<int64_t>(senders.size(), nbytes), received, received_nbytes);
+  const Opened opened = open(numbers, b, kValues, senders, std::vector<int64_t>(senders.size(), nbytes), received, received_nbytes);
+  if (is_callers(opened.flags)) return opened.flags;
   // Nobody has encoded the owner's own part, so nobody has seen whether it is finite.
   auto own_is_finite = [&] { return numbers.all_finite(source, first, count, mean); };
   // A fault of the messages themselves comes without their payloads; what their senders flag comes with them.
@@ -254,7 +291,7 @@ int32_t two_phase_mean(const Numbers& numbers, const pq_codec* codec, const pq_c
     }
   }
   // Whatever has happened, phase two takes place: the others wait for it, and learn from its header.
-  write_header(b, flags & kAllFlags, kMeans, mean_nbytes, message);
+  if (!write_header(numbers, b, flags & kAllFlags, kMeans, mean_nbytes, message)) return PQ_DEVICE_ERROR;
   return flags | opened.flags;
 }
 
@@ -270,7 +307,8 @@ int32_t two_phase_land(const Numbers& numbers, const pq_codec* second_codec, con
     if (nbytes.back() < 0) return PQ_BAD_ARGUMENT;
   }
   if (b.num_elements && !mean) return PQ_BAD_ARGUMENT;
-  const Opened opened = open(b, kMeans, all_ranks(b, false), nbytes, received, received_nbytes);
+  const Opened opened = open(numbers, b, kMeans, all_ranks(b, false), nbytes, received, received_nbytes);
+  if (is_callers(opened.flags)) return opened.flags;
   int32_t verdict = opened.flags;
   for (int32_t owner = 0; owner < b.size && !verdict; ++owner) {
     const int64_t at = shards[owner], count = shards[owner + 1] - at;

@@ -1,6 +1,7 @@
 """The kernels for GPUs, compiled for the CPU: the same source, byte by byte what a GPU would make, without one.
 
-``cuda_on_cpu.h`` says how. Device memory is host memory here, so that NumPy arrays serve as it.
+``cuda_on_cpu.h`` says how. NumPy arrays serve as device memory here; what is allocated as that is out of reach of all
+but kernels and copies: who touches it ends with a segmentation fault.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from pqasgd_horovod import codecs, native
 from pqasgd_horovod.keys import Keys
-from pqasgd_horovod.native.cuda import Device, DeviceSource, Library
+from pqasgd_horovod.native.cuda import Device, DeviceBytes, DeviceSource, Library
 
 NATIVE = Path(native.__file__).parent
 ORDERS = (0, 1, 7)
@@ -57,9 +58,48 @@ def load() -> Library:
     return Library(build(Path(folder)))
 
 
-def make_device(numbers_on_host: bool = False) -> Device:
+def make_device(numbers_on_host: bool = False, index: int = 0, host_messages: str = "") -> Device:
     """Return a GPU that is none."""
-    return Device(0, numbers_on_host=numbers_on_host, library=load())
+    return Device(index, numbers_on_host=numbers_on_host, library=load(), host_messages=host_messages)
+
+
+def upload(device: Device, values: np.ndarray) -> DeviceBytes:
+    """Return a copy of bytes, in memory of the device."""
+    memory = device.device_messages_memory(values.size)
+    device.run("copy", memory.pointer, np.ascontiguousarray(values).ctypes.data, values.size)
+    return memory
+
+
+class DeviceHandle:
+    """A collective of memory of devices, which another one of host memory does."""
+
+    def __init__(self, handle, device: Device) -> None:
+        self._handle, self._device = handle, device
+        self.done = handle.done
+
+    def wait(self, timeout: float | None = None) -> DeviceBytes:
+        return upload(self._device, self._handle.wait(timeout))
+
+
+class DeviceCarrier:
+    """A carrier that carries memory of devices too, and as NCCL does from each rank or from none."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.rank, self.size = inner, inner.rank, inner.size
+        self.names: list[str] = []
+        """Of what was sent from devices."""
+
+    def allgather(self, name: str, payload: np.ndarray | DeviceBytes):
+        if isinstance(payload, np.ndarray):
+            return self.inner.allgather(name, payload)
+        self.names.append(name)
+        return DeviceHandle(self.inner.allgather(f"{name} of devices", payload.to_host()), payload.device)
+
+    def alltoall(self, name: str, payload: np.ndarray | DeviceBytes, splits: Sequence[int]):
+        if isinstance(payload, np.ndarray):
+            return self.inner.alltoall(name, payload, splits)
+        self.names.append(name)
+        return DeviceHandle(self.inner.alltoall(f"{name} of devices", payload.to_host(), splits), payload.device)
 
 
 def make_source(

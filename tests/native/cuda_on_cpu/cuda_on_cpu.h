@@ -5,7 +5,9 @@
 // some that have left, or at different places, ends the program with a message.
 #pragma once
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -13,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -29,6 +32,60 @@ namespace cuda_on_cpu {
 
 struct Index {
   unsigned x = 0;
+};
+
+// Memory of the device: out of the host's reach but for kernels and copies, as long as there is a Reach.
+class DeviceMemory {
+ public:
+  void* allocate(size_t nbytes) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    void* const memory = mmap(nullptr, nbytes, protection(), MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    pieces_[(uintptr_t)memory] = nbytes;
+    return memory;
+  }
+  bool release(void* memory) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    const auto piece = pieces_.find((uintptr_t)memory);
+    if (piece == pieces_.end()) return false;
+    munmap(memory, piece->second);
+    pieces_.erase(piece);
+    return true;
+  }
+  bool holds(const void* memory) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    const auto next = pieces_.upper_bound((uintptr_t)memory);
+    if (next == pieces_.begin()) return false;
+    const auto& [begin, nbytes] = *std::prev(next);
+    return (uintptr_t)memory < begin + nbytes;
+  }
+  void reach() {
+    mutex_.lock();
+    if (++reached_ == 1) protect();
+  }
+  void leave() {
+    if (--reached_ == 0) protect();
+    mutex_.unlock();
+  }
+
+ private:
+  int protection() const { return reached_ ? PROT_READ | PROT_WRITE : PROT_NONE; }
+  void protect() {
+    for (const auto& [begin, nbytes] : pieces_) mprotect((void*)begin, nbytes, protection());
+  }
+
+  std::recursive_mutex mutex_;
+  std::map<uintptr_t, size_t> pieces_;
+  int reached_ = 0;
+};
+
+inline DeviceMemory device_memory;
+
+struct Reach {
+  Reach() { device_memory.reach(); }
+  ~Reach() { device_memory.leave(); }
+  Reach(const Reach&) = delete;
+  Reach& operator=(const Reach&) = delete;
 };
 
 inline Index thread_index, group_index, group_size, num_groups;
@@ -52,6 +109,7 @@ class Group {
   // Runs all groups of a launch, one after the other.
   void launch(unsigned groups, unsigned threads, size_t shared_nbytes, const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    const Reach reach;
     if (threads % 32 != 0 || threads > 1024 || shared_nbytes > 49152) fail("a launch that no GPU takes");
     kernel_ = &kernel;
     group_size.x = threads;
@@ -211,31 +269,40 @@ T atomicAdd(T* to, U x) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-// The runtime: device memory is host memory, and whatever is put on a stream is done at once. `memory_left` can be made little.
+// The runtime: whatever is put on a stream is done at once. `memory_left` can be made little.
 typedef void* cudaStream_t;
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInvalidDevice };
 enum cudaMemcpyKind { cudaMemcpyDefault };
 enum cudaDeviceAttr { cudaDevAttrConcurrentManagedAccess };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 enum cudaMemoryAdvise { cudaMemAdviseSetPreferredLocation, cudaMemAdviseSetAccessedBy };
 constexpr unsigned cudaMemAttachGlobal = 1, cudaHostAllocPortable = 1;
 struct cudaFuncAttributes {};
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+};
+struct cudaDeviceProp {
+  struct {
+    char bytes[16];
+  } uuid;
+};
 
 namespace cuda_on_cpu {
 inline int64_t memory_left = INT64_MAX;
 inline int64_t allocated = 0;  // how many pieces of memory there are
 inline int current_device = 0;
-constexpr int kDevices = 2;
+constexpr int kDevices = 4;
 
-inline cudaError_t allocate(void** memory, size_t nbytes) {
+inline cudaError_t allocate(void** memory, size_t nbytes, bool is_of_device) {
   if ((int64_t)nbytes > memory_left) return cudaErrorMemoryAllocation;
   memory_left -= (int64_t)nbytes;
   ++allocated;
-  *memory = std::aligned_alloc(256, (nbytes + 255) / 256 * 256);
-  return cudaSuccess;
+  *memory = is_of_device ? device_memory.allocate(nbytes) : std::aligned_alloc(256, (nbytes + 255) / 256 * 256);
+  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 inline cudaError_t release(void* memory) {
   allocated -= memory != nullptr;
-  std::free(memory);
+  if (!device_memory.release(memory)) std::free(memory);
   return cudaSuccess;
 }
 }  // namespace cuda_on_cpu
@@ -257,17 +324,28 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 1;
   return cudaSuccess;
 }
-inline cudaError_t cudaMalloc(void** memory, size_t nbytes) { return cuda_on_cpu::allocate(memory, nbytes); }
-inline cudaError_t cudaMallocManaged(void** memory, size_t nbytes, unsigned) { return cuda_on_cpu::allocate(memory, nbytes); }
-inline cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) { return cuda_on_cpu::allocate(memory, nbytes); }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  const int64_t words[2] = {getpid(), device};
+  std::memcpy(properties->uuid.bytes, words, sizeof words);
+  return cudaSuccess;
+}
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* memory) {
+  found->type = cuda_on_cpu::device_memory.holds(memory) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** memory, size_t nbytes) { return cuda_on_cpu::allocate(memory, nbytes, true); }
+inline cudaError_t cudaMallocManaged(void** memory, size_t nbytes, unsigned) { return cuda_on_cpu::allocate(memory, nbytes, false); }
+inline cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) { return cuda_on_cpu::allocate(memory, nbytes, false); }
 inline cudaError_t cudaFree(void* memory) { return cuda_on_cpu::release(memory); }
 inline cudaError_t cudaFreeHost(void* memory) { return cuda_on_cpu::release(memory); }
 inline cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, int) { return cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind, cudaStream_t) {
+  const cuda_on_cpu::Reach reach;
   std::memcpy(to, from, nbytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t) {
+  const cuda_on_cpu::Reach reach;
   std::memset(memory, value, nbytes);
   return cudaSuccess;
 }
