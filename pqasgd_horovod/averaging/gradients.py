@@ -13,8 +13,8 @@ import numpy as np
 from ..errors import DesynchronizedError
 from ..exchange.carriers import Carrier
 from ..exchange.carriers.alone import AloneCarrier
-from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
-from ..exchange.placement import place_messages
+from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS
+from ..exchange.placement import verify_and_place
 from ..exchange.plan import num_parts
 from ..exchange.rows import Rows
 from ..exchange.wire import format_by_rank
@@ -115,8 +115,9 @@ class GradientAverager:
             "factors": digest_arrays(arrays["factor"]),
             **config.describe_codecs([*tensors, *sparse]),
         }
-        digest = verify_same(self._carrier, description, f"{self._name}.layout")
-        device_messages = place_messages(self._carrier, common_device(tensors), self._name)
+        digest, device_messages = verify_and_place(
+            self._carrier, description, common_device(tensors), f"{self._name}.layout"
+        )
         vectors = [(way, FlatVector(members)) for way, members in config.by_way(tensors)]
         plans = [
             plan_channel(vector, config, way, name=self._name, index=index, size=num_parts(self._carrier))

@@ -30,6 +30,6 @@ def common_moments(carrier: Carrier, own: Sequence[TensorView], name: str) -> li
     Optimizers make them at a parameter's first gradient, which need not come in the same step on every rank.
     """
     described = {view.name: view.description for view in own}
-    _, documents = compare(carrier, {"moments": described}, name)
+    documents = compare(carrier, {"moments": described}, name).documents
     everywhere = set(described.items()).intersection(*(document["moments"].items() for document in documents))
     return sorted((view for view in own if (view.name, view.description) in everywhere), key=lambda view: view.name)

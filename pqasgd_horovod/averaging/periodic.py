@@ -12,7 +12,7 @@ from ..codecs.base import FLOAT32
 from ..errors import ArgumentError, CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
-from ..exchange.placement import place_messages
+from ..exchange.placement import verify_and_place
 from ..exchange.plan import num_parts
 from .background import Background
 from .channel import Channel, ChannelSet, digest_arrays, digest_tensors, group_tensors, plan_channel, warn_of_size
@@ -143,8 +143,9 @@ class PeriodicAverager:
                     anchor[vector.span(i)] = anchors[tensor.name]
             digests.update(digest_tensors(vector, anchor))
             layout.append((vector, anchor, way))
-        digest = self._agree(parameters, buffers, counted, digests, digest_arrays(arrays["factor"]), has_met)
-        device_messages = place_messages(self._carrier, common_device([*parameters, *buffers]), self._name)
+        digest, device_messages = self._agree(
+            parameters, buffers, counted, digests, digest_arrays(arrays["factor"]), has_met
+        )
         plans = [
             plan_channel(
                 vector,
@@ -215,7 +216,7 @@ class PeriodicAverager:
         digests: Mapping[str, str],
         factors: Mapping[str, str],
         has_met: bool,
-    ) -> int:
+    ) -> tuple[int, bool]:
         assert self._carrier is not None
         description = {
             "averaging": self._averaging.config(),
@@ -231,7 +232,8 @@ class PeriodicAverager:
             assert self._meeting is not None
             self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)
             self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
-        digest = verify_same(self._carrier, description, f"{self._name}.layout")
+        device = common_device([*parameters, *buffers])
+        agreed = verify_and_place(self._carrier, description, device, f"{self._name}.layout")
         counters = {
             "steps": self.steps,
             "rounds": self.rounds,
@@ -247,7 +249,7 @@ class PeriodicAverager:
                 "hvd.broadcast_parameters(model.state_dict(), root_rank=0) and, if one rank loaded a checkpoint, "
                 f"hvd.broadcast_optimizer_state(optimizer, root_rank=0). Counters and digests of the values: {error}"
             ) from None
-        return digest
+        return agreed
 
     def count_step(self, learning_rate: float = 0.0) -> None:
         """Count a local step, taken or skipped, and average if the schedule says so; collective then.

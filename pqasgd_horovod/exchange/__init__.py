@@ -10,7 +10,7 @@ from .carriers import Carrier, Handle
 from .handshake import verify_same
 from .layout import DEFAULT_BUCKET_CAP_BYTES, cut_buckets
 from .low_rank import LowRankExchange
-from .placement import place_messages
+from .placement import verify_and_place
 from .plan import choose_exchange, describe_exchange, make_exchange
 
 __all__ = [
@@ -23,6 +23,6 @@ __all__ = [
     "cut_buckets",
     "describe_exchange",
     "make_exchange",
-    "place_messages",
+    "verify_and_place",
     "verify_same",
 ]

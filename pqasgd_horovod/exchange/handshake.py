@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,33 +43,59 @@ def verify_same(
       ...
     pqasgd_horovod.errors.MismatchError: the ranks have to agree on codec.bits: it is 2 on rank 0; 4 on rank 1
     """
-    digest, documents = compare(carrier, description, name, timeout)
-    if documents:
-        raise MismatchError(describe_difference(documents))
-    return digest
+    return verify_and_hear(carrier, description, b"", name, timeout)[0]
+
+
+def verify_and_hear(
+    carrier: Carrier,
+    description: Mapping[str, Any],
+    beside: bytes,
+    name: str,
+    timeout: float | None = HANDSHAKE_TIMEOUT_SECONDS,
+) -> tuple[int, list[bytes]]:
+    """Do what :func:`verify_same` does; and return what each rank says ``beside``, as many bytes, which may differ."""
+    compared = compare(carrier, description, name, timeout, beside)
+    if compared.documents:
+        raise MismatchError(describe_difference(compared.documents))
+    return compared.digest, compared.beside
+
+
+class Comparison(NamedTuple):
+    """What came of it when ranks compared their descriptions."""
+
+    digest: int
+    documents: list[dict[str, Any]]  # of all ranks, if they differ
+    beside: list[bytes]  # of all ranks
 
 
 def compare(
-    carrier: Carrier, description: Mapping[str, Any], name: str, timeout: float | None = HANDSHAKE_TIMEOUT_SECONDS
-) -> tuple[int, list[dict[str, Any]]]:
-    """Return a digest of ``description`` as :func:`verify_same` does, and what all ranks described if they differ."""
+    carrier: Carrier,
+    description: Mapping[str, Any],
+    name: str,
+    timeout: float | None = HANDSHAKE_TIMEOUT_SECONDS,
+    beside: bytes = b"",
+) -> Comparison:
+    """Compare ``description`` as :func:`verify_same` does, and raise nothing if the ranks' differ."""
     try:
         text = json.dumps({"wire_version": VERSION, **description}, allow_nan=False, separators=(",", ":"))
         canonical = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"description has to be JSON-able, with finite numbers only: {error}") from None
-    digest = np.frombuffer(hashlib.sha256(canonical.encode()).digest(), np.uint8)
-    digests = carrier.allgather(f"{name}.handshake.digest", digest).wait(timeout)
-    if digests.size != carrier.size * _DIGEST_NBYTES:
+    own = hashlib.sha256(canonical.encode()).digest()
+    received = carrier.allgather(f"{name}.handshake.digest", np.frombuffer(own + beside, np.uint8)).wait(timeout)
+    nbytes = _DIGEST_NBYTES + len(beside)
+    if received.size != carrier.size * nbytes:
         raise WireFormatError(
-            f"handshake {name!r}: {carrier.size} digests of {_DIGEST_NBYTES} bytes expected, got {digests.size} bytes"
+            f"handshake {name!r}: {carrier.size} digests of {nbytes} bytes expected, got {received.size} bytes"
         )
-    if np.any(digests.reshape(carrier.size, _DIGEST_NBYTES) != digest):
+    told = [message.tobytes() for message in received.reshape(carrier.size, nbytes)]
+    digest, documents = int.from_bytes(own[:8], "little"), []
+    if any(message[:_DIGEST_NBYTES] != own for message in told):
         document = text.encode()
         message = np.frombuffer(len(document).to_bytes(_LENGTH_NBYTES, "little") + document, np.uint8)
-        received = carrier.allgather(f"{name}.handshake.description", message).wait(timeout)
-        return 0, _split_documents(received, carrier.size)
-    return int.from_bytes(digest[:8].tobytes(), "little"), []
+        described = carrier.allgather(f"{name}.handshake.description", message).wait(timeout)
+        digest, documents = 0, _split_documents(described, carrier.size)
+    return Comparison(digest, documents, [message[_DIGEST_NBYTES:] for message in told])
 
 
 def _split_documents(received: Bytes, size: int) -> list[dict[str, Any]]:

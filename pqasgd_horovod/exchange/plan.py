@@ -173,7 +173,7 @@ def make_exchange(
     ``nonfinite`` says what NaN and Inf do: ``"raise"`` on every rank, or ``"propagate"``: that bucket's mean is NaN
     on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses, if there is one; what the
     first loses is the business of the source. With a ``device`` numbers are in memory that it reaches, and with
-    ``device_messages``, which :func:`~.placement.place_messages` decides, messages are in its own. With a
+    ``device_messages``, which :func:`~.placement.verify_and_place` decides, messages are in its own. With a
     :class:`~.carriers.nodes.NodesCarrier` all this is between nodes, and messages are in host memory.
 
     >>> import numpy as np

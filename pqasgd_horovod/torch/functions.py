@@ -13,7 +13,7 @@ import torch
 from .. import native
 from ..averaging import ExchangeConfig, state
 from ..errors import ArgumentError
-from ..exchange import cut_buckets, describe_exchange, make_exchange, place_messages, verify_same
+from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_and_place
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import shard_alignment
 from . import devices
@@ -93,12 +93,18 @@ def compressed_allreduce(
         "call": call,
         **describe_exchange(codec, sizes, **options),
     }
-    digest = verify_same(carrier, description, name)
     device = devices.device_of(result)
+    digest, device_messages = verify_and_place(carrier, description, device, name)
     averaging = make_exchange(
-        codec, carrier, sizes, name=name, digest=digest, device=device,
-        device_messages=place_messages(carrier, device, name), **options,
-    )  # fmt: skip
+        codec,
+        carrier,
+        sizes,
+        name=name,
+        digest=digest,
+        device=device,
+        device_messages=device_messages,
+        **options,
+    )
     segments = [(result.data_ptr(), DTYPES[result.dtype], result.numel())]
     memory = native.Source(segments, owner=result, device=device)
     starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pqasgd_horovod import native
-from pqasgd_horovod.exchange import place_messages, placement, wire
+from pqasgd_horovod.exchange import placement, verify_and_place, wire
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 from pqasgd_horovod.native.cuda import DeviceBytes
 
@@ -152,9 +152,10 @@ def test_headers_that_are_elsewhere_are_found():
 
 
 def places_of(devices, carriers=lambda carrier: carrier):
-    return run_ranks(
-        len(devices), lambda carrier: place_messages(carriers(carrier), devices[carrier.rank], "test"), timeout=20
-    )
+    def program(carrier):
+        return verify_and_place(carriers(carrier), {"seed": 1}, devices[carrier.rank], "test")[1]
+
+    return run_ranks(len(devices), program, timeout=20)
 
 
 def test_messages_are_on_devices_only_if_all_are(caplog):
@@ -171,9 +172,9 @@ def test_messages_are_on_devices_only_if_all_are(caplog):
     through_host = "travel through pinned host memory"
     assert {record.getMessage() for record in caplog.records} == {
         *(f"messages of cuda:{index} travel from its memory" for index in range(3)),
-        *(f"messages of cuda:{index} {through_host}: those of rank 2 do" for index in range(2)),
+        *(f"messages of cuda:{index} {through_host}: those of rank 2 have to" for index in range(2)),
         *(f"messages of cuda:{index} {through_host}: ranks 1, 2 have the same GPU" for index in range(2)),
-        f"messages of cuda:0 {through_host}: those of rank 1 do",
+        f"messages of cuda:0 {through_host}: those of rank 1 have to",
         f"messages of cuda:1 {through_host}: there is no NCCL",
         *(f"messages of cuda:{index} {through_host}: hierarchy is 'node'" for index in range(3)),
     }
