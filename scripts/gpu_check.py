@@ -50,11 +50,15 @@ class CheckError(Exception):
     """This machine lacks something; the message says what, and what to do."""
 
 
+def cuda_home() -> str:
+    """Return the folder of the CUDA toolkit."""
+    return os.environ.get("CUDA_HOME", "/usr/local/cuda")
+
+
 def environment() -> dict[str, str]:
     """Return the environment in which what is built here is found first."""
     path = os.pathsep.join([str(ROOT), str(SITE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    programs = os.pathsep.join([str(SITE / "bin"), os.environ.get("PATH", ""), f"{cuda_home}/bin"])
+    programs = os.pathsep.join([str(SITE / "bin"), os.environ.get("PATH", ""), f"{cuda_home()}/bin"])
     chosen = {"PQASGD_WITH_CUDA": "1", "PQASGD_WITHOUT_TENSORFLOW": "1"}
     return {**os.environ, **chosen, "PYTHONPATH": path, "PATH": programs}
 
@@ -111,8 +115,29 @@ def install_packages() -> None:
         run(f"packages: {', '.join(missing)}", pip("install", *source, "--target", str(SITE), *missing))
 
 
+def find_nccl() -> dict[str, str]:
+    """Return what Horovod is built with to use NCCL: the system's, or that which came with PyTorch; empty: neither."""
+    chosen = {"HOROVOD_GPU_OPERATIONS": "NCCL"}
+    for home in (os.environ.get("HOROVOD_NCCL_HOME"), cuda_home(), "/usr"):
+        if home and Path(home, "include", "nccl.h").is_file():
+            return chosen | {"HOROVOD_NCCL_HOME": home}
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    package = Path(torch.origin).parents[1] / "nvidia" / "nccl"
+    library = package / "lib" / "libnccl.so.2"
+    if not (package / "include" / "nccl.h").is_file() or not library.is_file():
+        return {}
+    renamed = BUILD / "nccl"  # with the names that a linker looks for
+    shutil.rmtree(renamed, ignore_errors=True)
+    (renamed / "lib").mkdir(parents=True)
+    (renamed / "include").symlink_to(package / "include")
+    (renamed / "lib" / "libnccl.so").symlink_to(library)
+    return chosen | {"HOROVOD_NCCL_HOME": str(renamed), "HOROVOD_NCCL_LINK": "SHARED"}
+
+
 def build_horovod() -> None:
-    """Build Horovod for PyTorch, with Gloo, and with NCCL where its header is."""
+    """Build Horovod for PyTorch, with Gloo, and with NCCL where that is."""
     found = subprocess.run(
         [sys.executable, "-c", "import horovod.torch"], env=environment(), capture_output=True, check=False
     )
@@ -137,10 +162,22 @@ def build_horovod() -> None:
             "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
             "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
         }
-        if any(Path(place, "include", "nccl.h").exists() for place in ("/usr", "/usr/local/cuda")):
-            flags["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+        flags.update(find_nccl())
         install = pip("install", "--no-index", "--no-build-isolation", "--no-deps", "--target", str(SITE), str(source))
         run("Horovod", install, **flags)
+
+
+def say_what_of_nccl() -> None:
+    """Say whether the training that follows takes NCCL, and why not if it does not."""
+    question = "import torch, horovod.torch as h; print(h.nccl_built(), torch.cuda.device_count())"
+    asked = subprocess.run(
+        [sys.executable, "-c", question], env=environment(), capture_output=True, text=True, check=True
+    )
+    built, num_devices = map(int, asked.stdout.split())
+    reason = "" if built else "Horovod was built without it, as neither the toolkit, /usr nor PyTorch has nccl.h"
+    if built and num_devices < 2:
+        reason = "two ranks share one GPU, which it refuses; messages travel through host memory"
+    print(f"== NCCL: {f'not run, {reason}' if reason else f'version {built}, two GPUs'}", flush=True)
 
 
 def main() -> None:
@@ -160,15 +197,16 @@ def main() -> None:
         check_machine()
         install_packages()
         run("the core and the kernels", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-        run("tests", [*pytest, "tests/gpu"])
         training: list[str] = []
         if not arguments.without_horovod:
             build_horovod()
             ranks = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2"]
             training = [*ranks, sys.executable, "scripts/gpu_training.py"]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+        run("tests", [*pytest, "tests/gpu"])
         run("benchmark", [sys.executable, "scripts/bench_gpu.py", "--elements", str(arguments.elements)])
         if training:
+            say_what_of_nccl()
             run("training on two ranks", training)
     except CheckError as error:
         raise SystemExit(f"gpu-check: {error}") from None

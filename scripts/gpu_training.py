@@ -2,12 +2,14 @@
 
     horovodrun -np 2 python scripts/gpu_training.py
 
-``make gpu-check`` runs it. Adds what it finds to ``build/bench/gpu.json``.
+``make gpu-check`` runs it. With two GPUs and a Horovod with NCCL that carries messages; the log says so. Adds what it
+finds to ``build/bench/gpu.json``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import time
 from typing import Any
@@ -89,6 +91,7 @@ def seconds_of_steps(device: torch.device, options: dict[str, Any] | None, steps
 def main() -> None:
     """Check, measure, print and write."""
     horovod.init()
+    logging.basicConfig(level=logging.INFO if horovod.rank() == 0 else logging.WARNING, format="%(message)s")
     device = torch.device("cuda", horovod.local_rank() % torch.cuda.device_count())
     check_bits(device)
     plain = seconds_of_steps(device, None)
@@ -100,7 +103,13 @@ def main() -> None:
     print(format_table([f"{horovod.size()} ranks", "ms a step", "more than plain"], rows))
     path = OUTPUT / "gpu.json"
     document = json.loads(path.read_text()) if path.exists() else {}
-    document["steps"] = {"ranks": horovod.size(), "plain_seconds": plain, "seconds": times}
+    document["steps"] = {
+        "ranks": horovod.size(),
+        "devices": torch.cuda.device_count(),
+        "nccl": horovod.nccl_built(),
+        "plain_seconds": plain,
+        "seconds": times,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -15,6 +15,7 @@ from pqasgd_horovod.native import cuda
 
 from ..codecs.cases import ALL_CODECS, name
 from ..codecs.test_contract import numbers
+from ..native.cuda_on_cpu import DeviceCarrier, upload
 
 pytestmark = pytest.mark.gpu
 
@@ -127,6 +128,39 @@ def test_averages_have_the_bits_of_cpus(place):
     expected = run_ranks(2, lambda carrier: train(carrier, "host"))
     assert run_ranks(2, lambda carrier: train(carrier, place)) == expected
     assert run_ranks(2, lambda carrier: train(carrier, place if carrier.rank else "host")) == expected
+
+
+def test_messages_stay_on_the_gpu(monkeypatch):
+    """Both ranks have the same one here, which averaging must not know: NCCL would refuse it."""
+    monkeypatch.setattr(cuda.Device, "identity", property(lambda device: id(device).to_bytes(16, "little")))
+    sent = []
+
+    def program(carrier):
+        carrier = DeviceCarrier(carrier)
+        found = train(carrier, "gpu")
+        sent.append(len(carrier.names))
+        return found
+
+    assert run_ranks(2, program) == run_ranks(2, lambda carrier: train(carrier, "host"))
+    assert len(sent) == 2
+    assert min(sent) > 0
+
+
+def test_messages_are_tensors_for_horovod():
+    """The same memory; and what Horovod has let the default stream wait for is waited for on any other."""
+    devices = pytest.importorskip("pqasgd_horovod.torch.devices", reason="gpu-check --without-horovod")
+    side = torch.cuda.Stream()
+    device = cuda.Device(0, lambda: torch.cuda.current_stream().cuda_stream)
+    values = np.arange(1000, dtype=np.uint8)
+    memory = upload(device, values)
+    tensor = devices.to_tensor(memory)
+    assert (tensor.data_ptr(), tensor.is_cuda) == (memory.pointer, True)
+    assert tensor.cpu().numpy().tobytes() == values.tobytes()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
+    tensor.fill_(7)
+    with torch.cuda.stream(side):
+        assert devices.from_tensor(tensor, device).to_host().tolist() == [7] * 1000
 
 
 def test_a_device_that_is_not_there():

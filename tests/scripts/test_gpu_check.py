@@ -6,8 +6,50 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gpu_check(monkeypatch, tmp_path):
+    """The script as a module, which finds nothing yet."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "BUILD", tmp_path / "build")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv("HOROVOD_NCCL_HOME", raising=False)
+    spec = SimpleNamespace(origin=str(tmp_path / "site" / "torch" / "__init__.py"))
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: spec)
+    return gpu_check
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_the_toolkits_nccl_is_found(gpu_check, tmp_path):
+    touch(tmp_path / "cuda" / "include" / "nccl.h")
+    home = str(tmp_path / "cuda")
+    assert gpu_check.find_nccl() == {"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_HOME": home}
+
+
+@pytest.mark.skipif(Path("/usr/include/nccl.h").exists(), reason="/usr has NCCL, which comes first")
+def test_pytorchs_nccl_is_found(gpu_check, tmp_path):
+    assert gpu_check.find_nccl() == {}
+    package = tmp_path / "site" / "nvidia" / "nccl"
+    touch(package / "include" / "nccl.h", package / "lib" / "libnccl.so.2")
+    for _ in range(2):  # on top of what an earlier run has left
+        found = gpu_check.find_nccl()
+        home = Path(found["HOROVOD_NCCL_HOME"])
+        assert (home / "include" / "nccl.h").is_file()
+        assert (home / "lib" / "libnccl.so").resolve() == (package / "lib" / "libnccl.so.2").resolve()
+        assert found["HOROVOD_NCCL_LINK"] == "SHARED"
 
 
 def check(**environment):
