@@ -159,6 +159,7 @@ def build_horovod() -> None:
             "HOROVOD_WITHOUT_MXNET": "1",
             "HOROVOD_WITHOUT_MPI": "1",
             "HOROVOD_WITH_GLOO": "1",
+            "HOROVOD_CUDA_HOME": cuda_home(),
             "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
             "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
         }

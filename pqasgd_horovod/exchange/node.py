@@ -100,17 +100,13 @@ class NodeExchange(TwoPhaseExchange):
             return super()._arrived(flight, received)
         bucket = self._buckets[flight.bucket]
         if flight.phase == _ACROSS_PHASE:
-            message = bucket.mean_message
-            assert isinstance(message, np.ndarray)
-            mean = message[wire.HEADER_NBYTES :].view(np.float32)
-            self._across._take(owned, mean)
+            self._across._take(owned, bucket.mean)
             known = [problem for problem in self._across._problems if problem.bucket == flight.bucket]
             averaged = owned in self._across.averaged
             flight.flags = 0 if averaged else _FLAGS[known[0].kind if known else Kind.NON_FINITE]
             flight.phase = MEANS_PHASE
-            header = self._own_header(flight)._replace(payload_nbytes=4 * bucket.mean.size)
-            wire.pack_into(message, header)
-            return self._send_to_all(bucket.names[1], message)
+            self._native[flight.bucket].relay(flight.flags, flight.step, flight.round, bucket.mean, bucket.mean_message)
+            return self._send_to_all(bucket.names[1], bucket.mean_message)
         self._make_mean(flight, received)
         # Other nodes hear from the owner what the others flag, too.
         flight.phase = _ACROSS_PHASE

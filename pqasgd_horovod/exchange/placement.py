@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .carriers import Carrier
-from .carriers.nodes import NodesCarrier
 from .handshake import verify_and_hear
 from .wire import format_ranks
 
@@ -38,8 +37,6 @@ def verify_and_place(
     [False, False]
     """
     reason = "" if device is None else device.host_messages
-    if isinstance(carrier, NodesCarrier):
-        reason = "hierarchy is 'node'"
     own = _ON_HOST if device is None or reason else device.identity
     digest, places = verify_and_hear(carrier, description, own, name)
     reason = reason or _why_on_host(places)

@@ -174,7 +174,7 @@ def make_exchange(
     on every rank. With ``feedback`` the owner of a shard keeps what the second coding loses, if there is one; what the
     first loses is the business of the source. With a ``device`` numbers are in memory that it reaches, and with
     ``device_messages``, which :func:`~.placement.verify_and_place` decides, messages are in its own. With a
-    :class:`~.carriers.nodes.NodesCarrier` all this is between nodes, and messages are in host memory.
+    :class:`~.carriers.nodes.NodesCarrier` all this is between nodes.
 
     >>> import numpy as np
     >>> from pqasgd_horovod import codecs, native
@@ -190,7 +190,14 @@ def make_exchange(
     [[0.5, 10.0], [0.5, 10.0]]
     """
     check_method(method, codec, second_codec)
-    common: dict[str, Any] = {"name": name, "seed": seed, "digest": digest, "nonfinite": nonfinite, "device": device}
+    common: dict[str, Any] = {
+        "name": name,
+        "seed": seed,
+        "digest": digest,
+        "nonfinite": nonfinite,
+        "device": device,
+        "device_messages": device_messages,
+    }
     if isinstance(carrier, NodesCarrier) and carrier.size > 1:
         local, across = carrier.local, carrier.across
         between = None
@@ -200,12 +207,11 @@ def make_exchange(
                 # Their buckets begin at 0 on every rank of a node: another seed keeps the rounding noise apart.
                 name=f"{name}.across", seed=(seed + (local.rank << 32)) % 2**64,
                 method=method if method != "auto" else choose_exchange(codec, second_codec, buckets, across.size),
-                second_codec=second_codec, feedback=feedback, device=device,
+                second_codec=second_codec, feedback=feedback, device=device, device_messages=device_messages,
             )  # fmt: skip
         return NodeExchange(carrier, buckets, between, **{**common, "name": f"{name}.node"})
     if carrier.size == 1:
         return LocalExchange(codec, carrier, buckets, **common)
-    common["device_messages"] = device_messages
     if method == "auto":
         method = choose_exchange(codec, second_codec, buckets, carrier.size)
     if method == "allgather":

@@ -146,6 +146,7 @@ def _load() -> ctypes.CDLL:
             i32,
             [pointer, pointer, pointer, pointer, i32, pointer, i64, pointer, i64, *[pointer] * 4, i64],
         ),
+        "pq_two_phase_relay": (i32, [pointer, i32, pointer, i64, pointer, i64]),
         "pq_two_phase_land": (i32, [pointer, pointer, pointer, pointer, i64, pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
@@ -620,6 +621,23 @@ class Bucket:
         )
         check_status(flags, "mean")
         return flags
+
+    def relay(
+        self, flags: int, step: int, round: int, mean: NDArray[np.float32], message: NDArray[np.uint8] | DeviceBytes
+    ) -> None:
+        """Write another message than :meth:`make_mean`: ``mean`` as it is, and ``flags`` of what is wrong with it."""
+        self._struct.step, self._struct.round = step, round
+        status = _run(
+            self._device,
+            "two_phase_relay",
+            ctypes.byref(self._struct),
+            flags,
+            _floats("mean", mean),
+            mean.size,
+            _bytes("message", message, True),
+            message.size,
+        )
+        check_status(status, "mean")
 
     def land(
         self,

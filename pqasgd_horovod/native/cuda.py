@@ -111,6 +111,7 @@ class Library:
             "allgather_land": [*[pointer] * 4, i64, pointer, pointer],
             "two_phase_pack": [*[pointer] * 5, i64, pointer, i64],
             "two_phase_mean": [*[pointer] * 5, i32, pointer, i64, pointer, i64, *[pointer] * 4, i64],
+            "two_phase_relay": [pointer, pointer, i32, pointer, i64, pointer, i64],
             "two_phase_land": [*[pointer] * 5, i64, pointer, pointer],
             "apply": [pointer, pointer, i64, i64, pointer],
             "rebase": [pointer, pointer, i64, i64, pointer],
@@ -363,10 +364,10 @@ class Device:
         try:
             status = self._library.run("alloc", self.index, nbytes, kind, ctypes.byref(pointer))
         except DeviceError as error:
-            raise DeviceError(
-                f"{nbytes:,} bytes of memory for averages on {self}: {error}. With anchor_device='cpu' anchors and "
-                "residuals stay in host memory"
-            ) from None
+            advice = "With anchor_device='cpu' anchors and residuals stay in host memory"
+            if kind == _DEVICE_MESSAGES:
+                advice = "With PQASGD_GPU_MESSAGES=host messages stay in host memory"
+            raise DeviceError(f"{nbytes:,} bytes of memory for averages on {self}: {error}. {advice}") from None
         check_status(status, "memory")
         assert pointer.value is not None
         return pointer.value

@@ -111,6 +111,18 @@ def test_hierarchies_have_the_bits_of_cpus():
     cpus = on_ranks(4, program, [None] * 4)
     assert on_ranks(4, program, [make_device(), None, make_device(), make_device()]) == cpus
 
+    sent = []
+
+    def from_devices(carrier, devices):
+        carrier = DeviceCarrier(carrier)
+        found = program(carrier, devices)
+        sent.append({name.split(".")[2] for name in carrier.names})
+        return found
+
+    assert on_ranks(4, from_devices, [make_device(index=index) for index in range(4)]) == cpus
+    assert set.intersection(*sent) == {"node"}
+    assert set.union(*sent) == {"across", "node"}  # each bucket is the work of one rank of a node
+
 
 def step_gradients(carrier, devices, num_steps=4, poison=None, **options):
     device = devices[carrier.rank]
@@ -231,6 +243,8 @@ def test_out_of_memory_says_what_to_do():
             DeviceError, match=r"40,000 bytes of memory .* on cuda:0: .*out of memory.*anchor_device='cpu'"
         ):
             device.zeros(10000)
+        with pytest.raises(DeviceError, match=r"40,000 bytes .* on cuda:0: .*out of memory.*PQASGD_GPU_MESSAGES=host"):
+            device.device_messages_memory(40000)
     finally:
         library.pq_cuda_on_cpu_limit(-1)
     assert not device.zeros(10000).any()
@@ -240,7 +254,7 @@ def test_memory_is_given_back():
     library = load()._library
     gc.collect()
     before = library.pq_cuda_on_cpu_allocated()
-    arrays = [make_device().zeros(100, np.float64), make_device(True).zeros(3), make_device().host_messages_memory(7)]
+    arrays = [make_device().zeros(100, np.float64), make_device(True).zeros(3), make_device().device_messages_memory(7)]
     assert library.pq_cuda_on_cpu_allocated() == before + 3
     view = arrays[0][10:20]
     arrays.clear()

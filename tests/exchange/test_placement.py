@@ -17,7 +17,6 @@ from pqasgd_horovod.exchange.carriers.threads import run_ranks
 from pqasgd_horovod.native.cuda import DeviceBytes
 
 from ..native.cuda_on_cpu import DeviceCarrier, load, make_device, upload
-from .test_node import nodes_of
 from .world import CODECS, METHODS, WrappedCarrier, build, make_values, outcome
 
 RANKS = 3
@@ -151,9 +150,9 @@ def test_headers_that_are_elsewhere_are_found():
         assert bucket.land(what, 0, 0, None, native.zeros(500, device=place)) == wire.FLAG_DESYNCHRONIZED
 
 
-def places_of(devices, carriers=lambda carrier: carrier):
+def places_of(devices):
     def program(carrier):
-        return verify_and_place(carriers(carrier), {"seed": 1}, devices[carrier.rank], "test")[1]
+        return verify_and_place(carrier, {"seed": 1}, devices[carrier.rank], "test")[1]
 
     return run_ranks(len(devices), program, timeout=20)
 
@@ -167,7 +166,6 @@ def test_messages_are_on_devices_only_if_all_are(caplog):
     assert places_of([*gpus[:2], None]) == [False] * 3
     assert places_of([gpus[0], gpus[1], gpus[1]]) == [False] * 3
     assert places_of([gpus[0], make_device(index=1, host_messages="there is no NCCL")]) == [False] * 2
-    assert places_of([*gpus, None], lambda carrier: nodes_of(carrier, 2)) == [False] * 4
     assert places_of(gpus[:1]) == [False]
     through_host = "travel through pinned host memory"
     assert {record.getMessage() for record in caplog.records} == {
@@ -176,7 +174,6 @@ def test_messages_are_on_devices_only_if_all_are(caplog):
         *(f"messages of cuda:{index} {through_host}: ranks 1, 2 have the same GPU" for index in range(2)),
         f"messages of cuda:0 {through_host}: those of rank 1 have to",
         f"messages of cuda:1 {through_host}: there is no NCCL",
-        *(f"messages of cuda:{index} {through_host}: hierarchy is 'node'" for index in range(3)),
     }
 
 

@@ -181,12 +181,7 @@ class Device {
     std::fill(mean, mean + n, std::numeric_limits<float>::quiet_NaN());
   }
 
-  // On the device it is there when the stream has come to it.
-  bool write_header(const Header& header, uint8_t* to) const {
-    if (is_of_device(to)) return call_.copy(to, &header, sizeof header);
-    std::memcpy(to, &header, sizeof header);
-    return true;
-  }
+  bool put(uint8_t* to, const void* from, int64_t nbytes) const { return !nbytes || call_.copy(to, from, nbytes); }
 
   // Of a device they are packed before they cross the bus: that takes as long for many as for one.
   bool read_headers(const uint8_t* received, const std::vector<int64_t>& places, Header* to) const {
@@ -352,6 +347,13 @@ int32_t pq_device_two_phase_mean(int32_t device, pq_stream stream, const pq_code
   if (!call.good()) return PQ_DEVICE_ERROR;
   return done(call, two_phase_mean(Device(call), codec, second_codec, bucket, shards, flags, received, received_nbytes, source, start,
                                    residual, next_residual, mean, message, message_nbytes));
+}
+
+int32_t pq_device_two_phase_relay(int32_t device, pq_stream stream, const pq_bucket* bucket, int32_t flags, const float* mean,
+                                  int64_t count, uint8_t* message, int64_t message_nbytes) {
+  const Call call(device, stream);
+  if (!call.good()) return PQ_DEVICE_ERROR;
+  return done(call, two_phase_relay(Device(call), bucket, flags, mean, count, message, message_nbytes));
 }
 
 int32_t pq_device_two_phase_land(int32_t device, pq_stream stream, const pq_codec* second_codec, const pq_bucket* bucket,

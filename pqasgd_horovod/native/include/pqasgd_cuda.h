@@ -91,6 +91,8 @@ PQ_EXPORT int32_t pq_device_two_phase_mean(int32_t device, pq_stream stream, con
                                            const pq_bucket* bucket, const int64_t* shards, int32_t flags, const uint8_t* received,
                                            int64_t received_nbytes, const pq_source* source, int64_t start, const float* residual,
                                            float* next_residual, float* mean, uint8_t* message, int64_t message_nbytes);
+PQ_EXPORT int32_t pq_device_two_phase_relay(int32_t device, pq_stream stream, const pq_bucket* bucket, int32_t flags, const float* mean,
+                                            int64_t count, uint8_t* message, int64_t message_nbytes);
 PQ_EXPORT int32_t pq_device_two_phase_land(int32_t device, pq_stream stream, const pq_codec* second_codec, const pq_bucket* bucket,
                                            const int64_t* shards, const uint8_t* received, int64_t received_nbytes, const float* base,
                                            float* mean);

@@ -38,8 +38,8 @@ struct Host {
            std::all_of(scratch, scratch + count, [](float x) { return std::isfinite(x); });
   }
   void fill_nan(float* mean, int64_t n) const { pqasgd::fill_nan(mean, n); }
-  bool write_header(const Header& header, uint8_t* to) const {
-    std::memcpy(to, &header, sizeof header);
+  bool put(uint8_t* to, const void* from, int64_t nbytes) const {
+    if (nbytes) std::memcpy(to, from, (size_t)nbytes);
     return true;
   }
   bool read_headers(const uint8_t* received, const std::vector<int64_t>& places, Header* to) const {
@@ -237,13 +237,7 @@ int32_t pq_two_phase_mean(const pq_codec* codec, const pq_codec* second_codec, c
 
 int32_t pq_two_phase_relay(const pq_bucket* bucket, int32_t flags, const float* mean, int64_t count, uint8_t* message,
                            int64_t message_nbytes) {
-  if (!good_bucket(bucket) || count < 0 || (count && !mean) || !message) return PQ_BAD_ARGUMENT;
-  const int64_t nbytes = count * (int64_t)sizeof(float);
-  if (message_nbytes != PQ_HEADER_NBYTES + nbytes) return PQ_BAD_LENGTH;
-  const int32_t worst = flags & PQ_DESYNCHRONIZED ? PQ_DESYNCHRONIZED : flags & PQ_MALFORMED ? PQ_MALFORMED : PQ_SENDER_NONFINITE;
-  std::memcpy(message + PQ_HEADER_NBYTES, mean, (size_t)nbytes);
-  write_header(Host{}, *bucket, flags ? worst : 0, kMeans, nbytes, message);
-  return PQ_OK;
+  return two_phase_relay(Host{}, bucket, flags, mean, count, message, message_nbytes);
 }
 
 int32_t pq_two_phase_land(const pq_codec* second_codec, const pq_bucket* bucket, const int64_t* shards, const uint8_t* received,

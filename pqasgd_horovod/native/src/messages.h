@@ -1,8 +1,8 @@
 // One bucket of an exchange, from numbers to messages and back: headers, keys, order of summation, and what is wrong if something is.
 // exchange/wire.py documents the header; exchange/allgather.py and two_phase.py what is computed.
 //
-// Where numbers and messages lie is the business of a Numbers, which codes the numbers, adds them and looks at them, and writes and
-// reads headers: Host in exchange.cc, or Device in cuda/device.cu.
+// Where numbers and messages lie is the business of a Numbers, which codes the numbers, adds them and looks at them, copies to messages
+// and reads headers: Host in exchange.cc, or Device in cuda/device.cu.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -63,7 +63,7 @@ bool write_header(const Numbers& numbers, const pq_bucket& b, int32_t flags, uin
            phase,
            0};
   h.checksum = crc32((const uint8_t*)&h, offsetof(Header, checksum));
-  return numbers.write_header(h, out);
+  return numbers.put(out, &h, sizeof h);
 }
 
 // The headers of what has arrived. Those that are where they should be are read all at once: messages may be far away.
@@ -293,6 +293,19 @@ int32_t two_phase_mean(const Numbers& numbers, const pq_codec* codec, const pq_c
   // Whatever has happened, phase two takes place: the others wait for it, and learn from its header.
   if (!write_header(numbers, b, flags & kAllFlags, kMeans, mean_nbytes, message)) return PQ_DEVICE_ERROR;
   return flags | opened.flags;
+}
+
+// Puts numbers as they are where second phase messages have the owner's mean.
+template <class Numbers>
+int32_t two_phase_relay(const Numbers& numbers, const pq_bucket* bucket, int32_t flags, const float* mean, int64_t count, uint8_t* message,
+                        int64_t message_nbytes) {
+  if (!good_bucket(bucket) || count < 0 || (count && !mean) || !message) return PQ_BAD_ARGUMENT;
+  const int64_t nbytes = count * (int64_t)sizeof(float);
+  if (message_nbytes != PQ_HEADER_NBYTES + nbytes) return PQ_BAD_LENGTH;
+  const int32_t worst = flags & PQ_DESYNCHRONIZED ? PQ_DESYNCHRONIZED : flags & PQ_MALFORMED ? PQ_MALFORMED : PQ_SENDER_NONFINITE;
+  const bool done =
+      numbers.put(message + PQ_HEADER_NBYTES, mean, nbytes) && write_header(numbers, *bucket, flags ? worst : 0, kMeans, nbytes, message);
+  return done ? PQ_OK : PQ_DEVICE_ERROR;
 }
 
 template <class Numbers>

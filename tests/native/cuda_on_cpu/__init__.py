@@ -87,7 +87,13 @@ class DeviceCarrier:
     def __init__(self, inner) -> None:
         self.inner, self.rank, self.size = inner, inner.rank, inner.size
         self.names: list[str] = []
-        """Of what was sent from devices."""
+        """Of what was sent from devices, among some of the ranks too."""
+
+    def among(self, ranks: Sequence[int]) -> DeviceCarrier:
+        """Return the carrier of some ranks."""
+        part = DeviceCarrier(self.inner.among(ranks))
+        part.names = self.names
+        return part
 
     def allgather(self, name: str, payload: np.ndarray | DeviceBytes):
         if isinstance(payload, np.ndarray):
