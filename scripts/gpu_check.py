@@ -159,11 +159,12 @@ def build_horovod() -> None:
             "HOROVOD_WITHOUT_MXNET": "1",
             "HOROVOD_WITHOUT_MPI": "1",
             "HOROVOD_WITH_GLOO": "1",
-            "HOROVOD_CUDA_HOME": cuda_home(),
             "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
             "MAKEFLAGS": f"-j{len(os.sched_getaffinity(0))}",
         }
         flags.update(find_nccl())
+        if Path(cuda_home(), "bin", "nvcc").is_file():  # a script in PATH may stand for it, beside which is no toolkit
+            flags["HOROVOD_CUDA_HOME"] = cuda_home()
         install = pip("install", "--no-index", "--no-build-isolation", "--no-deps", "--target", str(SITE), str(source))
         run("Horovod", install, **flags)
 
