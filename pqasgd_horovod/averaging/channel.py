@@ -83,6 +83,14 @@ class ChannelPlan:
         buckets = [self.tensors_in(bucket) for bucket in range(len(self.sizes))]
         return [sum(factors[i][side] for i in bucket) for bucket in buckets for side in (0, 1)]
 
+    def refuse_low_rank(self, device: str) -> None:
+        """Raise ArgumentError if there are matrices of low rank, for numbers on a GPU."""
+        if self.low_rank is not None:
+            raise ArgumentError(
+                f"compression is {self.low_rank} with tensors on {device}; its factors are made on CPUs only: use "
+                "another codec, such as Compression.topk() or Compression.eden(bits=2), or keep the model on the CPU"
+            )
+
     def make_exchange(
         self,
         carrier: Carrier,
@@ -101,11 +109,7 @@ class ChannelPlan:
         }
         if self.low_rank is not None:
             if device is not None:
-                raise ArgumentError(
-                    f"compression is {self.low_rank} with tensors on {device}; its factors are made on CPUs only: use "
-                    "another codec, such as Compression.topk() or Compression.eden(bits=2), or keep the model on the "
-                    "CPU"
-                )
+                self.refuse_low_rank(str(device))
             matrices = [self.matrices_in(bucket) for bucket in range(len(self.sizes))]
             return LowRankExchange(self.low_rank.approximation_rank, carrier, matrices, **options)
         return make_exchange(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .. import native
 from ..errors import ArgumentError
+from .devices import check_one_device
 from .feedback import Residuals
 from .outer import AnchorArray
 
@@ -109,10 +110,7 @@ def anchor_dtype(tensor: TensorSpec) -> np.dtype:
 
 def common_device(tensors: Sequence[TensorView]) -> Device | None:
     """Return the GPU, or None for the host, that all tensors are on; raise ArgumentError if there are several."""
-    found = {str(tensor.device or "cpu"): tensor for tensor in reversed(tensors)}
-    if len(found) > 1:
-        places = ", ".join(f"{tensor.name} is on {place}" for place, tensor in sorted(found.items()))
-        raise ArgumentError(f"{places}; all tensors of an optimizer must be on one device: move the model as a whole")
+    check_one_device({tensor.name: str(tensor.device or "cpu") for tensor in tensors}, "tensors of an optimizer")
     return tensors[0].device if tensors else None
 
 

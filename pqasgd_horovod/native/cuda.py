@@ -73,6 +73,7 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         advice = "reinstall the package with nvcc in PATH and PQASGD_WITH_CUDA=1, or keep the model on the CPU"
         try:
             self._library = ctypes.CDLL(str(path))
@@ -100,6 +101,8 @@ class Library:
             "gather": (i32, [pointer, i64, i64, i64, pointer, i32, pointer]),
             "capture": (i32, [pointer, i64, i64, i64, pointer]),
             "outer": (i32, [f32, f32, f32, i64, pointer, pointer, pointer]),
+            "fill": (i32, [f32, i64, pointer, pointer]),
+            "scale": (i32, [f32, pointer, i64, pointer, pointer]),
         }
         of_devices: dict[str, list[Any]] = {
             "alloc": [i64, i32, pointer],
@@ -117,6 +120,9 @@ class Library:
             "rebase": [pointer, pointer, i64, i64, pointer],
             "gather": [pointer, pointer, i64, i64, pointer, i32],
             "outer": [pointer, f32, f32, f32, i64, pointer, pointer],
+            "scale": [pointer, f32, pointer, i64, pointer],
+            "copy": [pointer, pointer, pointer, i64],
+            "check": [],
         }
         declared = {f"pq_cuda_{name}": signature for name, signature in signatures.items()}
         declared |= {f"pq_device_{name}": (i32, [i32, *arguments]) for name, arguments in of_devices.items()}
@@ -136,9 +142,10 @@ class Library:
         """What the kernels were compiled for, as in "75 80 90+PTX"."""
         return self._library.pq_cuda_architectures().decode()
 
-    def check_device(self, name: str) -> None:
-        """Raise DeviceError unless the kernels run on the current device, which is called ``name`` in the message."""
-        if self._library.pq_cuda_check() != 0:
+    def check_device(self, name: str, index: int | None = None) -> None:
+        """Raise DeviceError unless the kernels run on this device, or the current one; the message has its ``name``."""
+        status = self._library.pq_cuda_check() if index is None else self._library.pq_device_check(index)
+        if status != 0:
             raise DeviceError(
                 f"the kernels cannot run on {name}: {self._error()}. They were compiled for architectures "
                 f"{self.architectures}: update the driver, or reinstall pqasgd_horovod with the CUDA toolkit of this "

@@ -9,22 +9,13 @@ import os
 import horovod.torch as horovod
 import torch
 
+from ..averaging.devices import check_one_device
 from ..errors import ArgumentError
 from ..native import cuda
 
 _NCCL_WITH_ALLTOALL = 2700
 
 logger = logging.getLogger("pqasgd_horovod")
-
-ANCHOR_DEVICES = (None, "cpu")
-
-
-def check_anchor_device(anchor_device: str | None) -> None:
-    """Raise ArgumentError unless ``anchor_device`` is one of :data:`ANCHOR_DEVICES`."""
-    if anchor_device not in ANCHOR_DEVICES:
-        raise ArgumentError(
-            f"anchor_device is {anchor_device!r}; it must be None, beside the parameters, or 'cpu', in host memory"
-        )
 
 
 def device_of(tensor: torch.Tensor, anchor_device: str | None = None) -> cuda.Device | None:
@@ -40,8 +31,7 @@ def device_of(tensor: torch.Tensor, anchor_device: str | None = None) -> cuda.De
 @functools.cache
 def _device(index: int, numbers_on_host: bool) -> cuda.Device:
     library = cuda.load()
-    with torch.cuda.device(index):
-        library.check_device(f"cuda:{index}, {torch.cuda.get_device_name(index)}")
+    library.check_device(f"cuda:{index}, {torch.cuda.get_device_name(index)}", index)
     logger.info("tensors on cuda:%d are coded there", index)
     return cuda.Device(
         index,
@@ -81,7 +71,4 @@ def from_tensor(tensor: torch.Tensor, device: cuda.Device) -> cuda.DeviceBytes:
 
 def check_common_device(tensors: dict[str, torch.Tensor]) -> None:
     """Raise ArgumentError unless all tensors, by name, are on one device."""
-    found = {str(tensor.device): name for name, tensor in reversed(tensors.items())}
-    if len(found) > 1:
-        places = ", ".join(f"{name} is on {place}" for place, name in sorted(found.items()))
-        raise ArgumentError(f"{places}; all parameters must be on one device: move the model as a whole")
+    check_one_device({name: str(tensor.device) for name, tensor in tensors.items()}, "parameters")

@@ -13,6 +13,7 @@ from horovod.torch.optimizer import _DistributedOptimizer
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
+from ..averaging.devices import check_anchor_device
 from ..averaging.feedback import Feedback, check_no_momentum, check_not_stock
 from ..averaging.policy import make_policy
 from ..averaging.schedule import Schedule
@@ -23,7 +24,7 @@ from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
-from .devices import check_anchor_device, check_common_device
+from .devices import check_common_device
 from .moments import check_has_moments
 from .outer import describe_outer
 from .periodic import PeriodicMethods

@@ -21,9 +21,9 @@ pytestmark = two_ranks
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def kernels():
     """One rank compiles them for all."""
-    path = build(tmp_path_factory.mktemp("cuda_on_cpu")) if hvd.rank() == 0 else None
+    path = build() if hvd.rank() == 0 else None
     return Library(hvd.broadcast_object(path, 0, name="kernels"))
 
 

@@ -270,6 +270,17 @@ __global__ void outer(float decay, float a, float b, int64_t count, float* momen
   }
 }
 
+__global__ void fill(float value, int64_t count, float* numbers) {
+  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) numbers[i] = value;
+}
+
+__global__ void scale_numbers(float scale, const float* base, int64_t count, float* mean) {
+  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+    const float scaled = mean[i] * scale;
+    mean[i] = base ? scaled + base[i] : scaled;
+  }
+}
+
 // ---- launches ----
 
 // PQ_OK, or what is wrong with the launches that have been made.
@@ -516,6 +527,20 @@ int32_t pq_cuda_outer(float decay, float a, float b, int64_t count, float* momen
   const cudaStream_t stream = (cudaStream_t)stream_;
   if (count < 0 || (count && (!momentum || !delta))) return PQ_BAD_ARGUMENT;
   if (count) PQ_LAUNCH(outer, groups_for(count), kThreads, 0, stream, decay, a, b, count, momentum, delta);
+  return launched();
+}
+
+int32_t pq_cuda_fill(float value, int64_t count, float* numbers, pq_stream stream_) {
+  const cudaStream_t stream = (cudaStream_t)stream_;
+  if (count < 0 || (count && !numbers)) return PQ_BAD_ARGUMENT;
+  if (count) PQ_LAUNCH(fill, groups_for(count), kThreads, 0, stream, value, count, numbers);
+  return launched();
+}
+
+int32_t pq_cuda_scale(float scale, const float* base, int64_t count, float* mean, pq_stream stream_) {
+  const cudaStream_t stream = (cudaStream_t)stream_;
+  if (count < 0 || (count && !mean)) return PQ_BAD_ARGUMENT;
+  if (count) PQ_LAUNCH(scale_numbers, groups_for(count), kThreads, 0, stream, scale, base, count, mean);
   return launched();
 }
 

@@ -168,17 +168,21 @@ class Device {
     call_.wait();
   }
 
-  // Uses `scratch`, `count` numbers, which the host reaches.
+  // Uses `scratch`, `count` numbers. To write them as they are finds out.
   bool all_finite(const pq_source* source, int64_t start, int64_t count, float* scratch) const {
+    const pq_codec plain{PQ_NONE, 32, 1024, 0, 0, 0, 0, 0, 0, 0};
     Uploaded uploaded;
-    return upload(call_, source, start, count, &uploaded) == PQ_OK &&
-           pq_cuda_gather(&uploaded.source, uploaded.length, start, count, scratch, PQ_F32, call_.stream()) == PQ_OK && call_.wait() &&
-           std::all_of(scratch, scratch + count, [](float x) { return std::isfinite(x); });
+    const Findings findings(call_);
+    if (upload(call_, source, start, count, &uploaded) != PQ_OK || !findings.good()) return false;
+    uploaded.source.next_residual = nullptr;
+    return pq_cuda_encode(&plain, &uploaded.source, uploaded.length, start, count, {}, (uint8_t*)scratch, count * 4, nullptr,
+                          findings.word(), call_.stream()) == PQ_OK &&
+           findings.read() == PQ_OK;
   }
 
   void fill_nan(float* mean, int64_t n) const {
+    pq_cuda_fill(std::numeric_limits<float>::quiet_NaN(), n, mean, call_.stream());
     call_.wait();
-    std::fill(mean, mean + n, std::numeric_limits<float>::quiet_NaN());
   }
 
   bool put(uint8_t* to, const void* from, int64_t nbytes) const { return !nbytes || call_.copy(to, from, nbytes); }
@@ -282,6 +286,11 @@ int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** mem
   cudaFree(*memory);
   *memory = nullptr;
   return PQ_DEVICE_ERROR;
+}
+
+int32_t pq_device_check(int32_t device) {
+  const Call call(device, nullptr);
+  return call.good() ? pq_cuda_check() : int32_t{PQ_DEVICE_ERROR};
 }
 
 int32_t pq_device_free(int32_t device, void* memory, int32_t kind) {
@@ -397,6 +406,20 @@ int32_t pq_device_outer(int32_t device, pq_stream stream, float decay, float a, 
   if (!call.good()) return PQ_DEVICE_ERROR;
   const int32_t status = pq_cuda_outer(decay, a, b, count, momentum, delta, stream);
   return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
+}
+
+int32_t pq_device_scale(int32_t device, pq_stream stream, float scale, const float* base, int64_t count, float* mean) {
+  const Call call(device, stream);
+  if (!call.good()) return PQ_DEVICE_ERROR;
+  const int32_t status = pq_cuda_scale(scale, base, count, mean, stream);
+  return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
+}
+
+int32_t pq_device_copy(int32_t device, pq_stream stream, void* to, const void* from, int64_t nbytes) {
+  const Call call(device, stream);
+  if (!call.good()) return PQ_DEVICE_ERROR;
+  if (nbytes < 0 || (nbytes && (!to || !from))) return PQ_BAD_ARGUMENT;
+  return (!nbytes || call.copy(to, from, nbytes)) && call.wait() ? int32_t{PQ_OK} : int32_t{PQ_DEVICE_ERROR};
 }
 
 }  // extern "C"

@@ -23,8 +23,9 @@ PQ_EXPORT int32_t pq_cuda_abi_version(void);
 PQ_EXPORT const char* pq_cuda_architectures(void); /* what it was compiled for, as in "75 80 90 121+PTX" */
 PQ_EXPORT const char* pq_cuda_error(void);         /* of this thread's last PQ_DEVICE_ERROR */
 
-/* PQ_OK if the kernels run on the current device. */
+/* PQ_OK if the kernels run on the current device, or on this one. */
 PQ_EXPORT int32_t pq_cuda_check(void);
+PQ_EXPORT int32_t pq_device_check(int32_t device);
 
 /* The status of pqasgd.h that a status word stands for; of several the one that comes first there. */
 PQ_EXPORT int32_t pq_cuda_status(int32_t found);
@@ -55,14 +56,20 @@ PQ_EXPORT int32_t pq_cuda_gather(const pq_source* source, int64_t length, int64_
 PQ_EXPORT int32_t pq_cuda_capture(const pq_source* source, int64_t length, int64_t start, int64_t count, pq_stream stream);
 PQ_EXPORT int32_t pq_cuda_outer(float decay, float a, float b, int64_t count, float* momentum, float* delta, pq_stream stream);
 
+/* numbers = value, of all of them. */
+PQ_EXPORT int32_t pq_cuda_fill(float value, int64_t count, float* numbers, pq_stream stream);
+
+/* mean = base + scale * mean, rounded twice; without a base: scale * mean. */
+PQ_EXPORT int32_t pq_cuda_scale(float scale, const float* base, int64_t count, float* mean, pq_stream stream);
+
 /* ---- numbers on a device, messages in host memory ----
  *
  * What pqasgd.h has, with the same meaning, for a pq_source of host memory whose segments, anchor and residuals are memory that the
  * device reaches. Functions wait until it is done, on `stream`, and keep memory of their own on the device, which grows to what the
  * largest call needs and then stays. They can be called from several threads: one call of a device at a time.
  *
- * Means, bases, momenta and residuals that are given by themselves, and destinations of pq_device_gather, are memory of
- * pq_device_alloc. Messages, and what was received, are host memory or the device's own: their addresses tell. */
+ * All numbers may be memory that the host does not reach. Messages, and what was received, are host memory or the device's own:
+ * their addresses tell. */
 enum pq_memory {
   PQ_ON_DEVICE = 0, /* numbers, which the host reaches too: they move to whoever uses them, and are at home on the device */
   PQ_ON_HOST = 1,   /* numbers that stay in host memory, pinned, where the device reaches them across its bus */
@@ -104,6 +111,10 @@ PQ_EXPORT int32_t pq_device_gather(int32_t device, pq_stream stream, const pq_so
                                    void* destination, int32_t dtype);
 PQ_EXPORT int32_t pq_device_outer(int32_t device, pq_stream stream, float decay, float a, float b, int64_t count, float* momentum,
                                   float* delta);
+PQ_EXPORT int32_t pq_device_scale(int32_t device, pq_stream stream, float scale, const float* base, int64_t count, float* mean);
+
+/* Bytes from anywhere to anywhere: host memory or the device's. */
+PQ_EXPORT int32_t pq_device_copy(int32_t device, pq_stream stream, void* to, const void* from, int64_t nbytes);
 
 #ifdef __cplusplus
 }

@@ -6,11 +6,10 @@ but kernels and copies: who touches it ends with a segmentation fault.
 
 from __future__ import annotations
 
-import atexit
 import functools
+import hashlib
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,8 +27,24 @@ ORDERS = (0, 1, 7)
 """In which the threads of a group take turns: as numbered, the other way round, shuffled."""
 
 
-def build(folder: Path) -> Path:
-    """Compile the kernels into ``folder``; return the library."""
+def build() -> Path:
+    """Return the library with the kernels, compiled into build/ unless that was done with the same sources."""
+    here = Path(__file__).parent
+    sources = [here / "cuda_on_cpu.h", *(NATIVE / "cuda").iterdir(), *(NATIVE / "src").iterdir()]
+    sources += [*(NATIVE / "include").iterdir(), NATIVE.parent / "codecs" / "lloyd_max.py", Path(__file__)]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    content = hashlib.sha256(repr(compiler).encode())
+    for source in sorted(sources):
+        content.update(source.read_bytes())
+    library = here.parents[2] / "build" / "cuda_on_cpu" / f"{content.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            _compile(compiler, Path(folder)).replace(library)
+    return library
+
+
+def _compile(compiler: list[str], folder: Path) -> Path:
     table = subprocess.run(
         [sys.executable, str(NATIVE.parent / "codecs" / "lloyd_max.py")], check=True, capture_output=True
     )
@@ -37,7 +52,7 @@ def build(folder: Path) -> Path:
     library = folder / "libpqasgd_cuda_on_cpu.so"
     subprocess.run(
         [
-            *shlex.split(os.environ.get("CXX", "c++")),
+            *compiler,
             *("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-DPQ_CUDA_ON_CPU"),
             *("-fsanitize=undefined", "-fno-sanitize-recover=all"),  # a GPU refuses addresses that are not aligned
             *(f"-I{path}" for path in (Path(__file__).parent, folder, NATIVE / "include")),
@@ -52,10 +67,8 @@ def build(folder: Path) -> Path:
 
 @functools.cache
 def load() -> Library:
-    """Return the kernels, compiled once in a process."""
-    folder = tempfile.mkdtemp(prefix="cuda_on_cpu.")
-    atexit.register(shutil.rmtree, folder)
-    return Library(build(Path(folder)))
+    """Return the kernels."""
+    return Library(build())
 
 
 def make_device(numbers_on_host: bool = False, index: int = 0, host_messages: str = "") -> Device:

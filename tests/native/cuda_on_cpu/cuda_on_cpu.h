@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -104,12 +105,23 @@ struct Fiber {
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
 };
 
+// Subnormals are kept, also where the caller's thread flushes them to 0, as those of TensorFlow do.
+struct AsOnGpu {
+  std::fenv_t saved;
+  AsOnGpu() {
+    std::fegetenv(&saved);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~AsOnGpu() { std::fesetenv(&saved); }
+};
+
 class Group {
  public:
   // Runs all groups of a launch, one after the other.
   void launch(unsigned groups, unsigned threads, size_t shared_nbytes, const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
     const Reach reach;
+    const AsOnGpu arithmetic;
     if (threads % 32 != 0 || threads > 1024 || shared_nbytes > 49152) fail("a launch that no GPU takes");
     kernel_ = &kernel;
     group_size.x = threads;
@@ -290,6 +302,7 @@ struct cudaDeviceProp {
 namespace cuda_on_cpu {
 inline int64_t memory_left = INT64_MAX;
 inline int64_t allocated = 0;  // how many pieces of memory there are
+inline int64_t launched = 0;   // how many kernels were
 inline int current_device = 0;
 constexpr int kDevices = 4;
 
@@ -358,11 +371,12 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 #define CUDART_VERSION 12000
 #define PQ_LAUNCH(kernel, groups, threads, shared_nbytes, stream, ...)                                         \
   ((void)(stream), cuda_on_cpu::group.launch((unsigned)(groups), (unsigned)(threads), (size_t)(shared_nbytes), \
-                                             [&] { kernel(__VA_ARGS__); }))
+                                             [&] { kernel(__VA_ARGS__); }), ++cuda_on_cpu::launched)
 #define PQ_SHARED_MEMORY(name) unsigned char* const name = cuda_on_cpu::shared_memory.data()
 
 // For tests.
 #define PQ_CUDA_ON_CPU_EXPORT extern "C" __attribute__((visibility("default"), weak))
 PQ_CUDA_ON_CPU_EXPORT void pq_cuda_on_cpu_order(unsigned seed) { cuda_on_cpu::order_seed = seed; }
 PQ_CUDA_ON_CPU_EXPORT void pq_cuda_on_cpu_limit(int64_t nbytes) { cuda_on_cpu::memory_left = nbytes < 0 ? INT64_MAX : nbytes; }
+PQ_CUDA_ON_CPU_EXPORT int64_t pq_cuda_on_cpu_launched() { return cuda_on_cpu::launched; }
 PQ_CUDA_ON_CPU_EXPORT int64_t pq_cuda_on_cpu_allocated() { return cuda_on_cpu::allocated; }
