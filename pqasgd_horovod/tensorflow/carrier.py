@@ -16,6 +16,8 @@ from ..errors import ArgumentError, CollectiveTimeoutError
 from ..exchange.carriers import Bytes
 from ..exchange.carriers.nodes import NodesCarrier
 
+HOST = "/device:CPU:0"
+
 
 class HorovodHandle:
     """One collective in flight; it can be waited for again after a timeout."""
@@ -127,15 +129,18 @@ def constant_names() -> Iterator[None]:
         yield
 
 
-def allgather(tensor: tf.Tensor, name: str, process_set: Any) -> tf.Tensor:
-    """Horovod's allgather of a tensor, matched by ``name`` whatever scopes and functions it is traced in."""
-    with constant_names():
+def allgather(tensor: tf.Tensor, name: str, process_set: Any, device: str = HOST) -> tf.Tensor:
+    """Horovod's allgather of a tensor, matched by ``name`` whatever scopes and functions it is traced in.
+
+    It takes host memory, also where Horovod has NCCL, unless there is another ``device``.
+    """
+    with constant_names(), tf.device(device):
         return mpi_ops.allgather(tensor, name=name, ignore_name_scope=True, process_set=process_set)
 
 
 def alltoall(tensor: tf.Tensor, splits: Sequence[int], name: str, process_set: Any) -> tf.Tensor:
     """Horovod's alltoall of a tensor's parts, matched by ``name`` likewise."""
-    with constant_names():
+    with constant_names(), tf.device(HOST):
         received, _ = mpi_ops.alltoall(
             tensor, tf.constant(splits, tf.int32), name=name, ignore_name_scope=True, process_set=process_set
         )

@@ -25,6 +25,7 @@ from .compression import Compression, vector_codec_of
 from .graph import GraphChannel, Problems
 from .library import ops
 from .meeting import MeetingPoint
+from .places import short_name
 from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, run_once
 from .variables import DTYPES, VariableSpec, name_of, unwrap
 
@@ -101,13 +102,13 @@ def decode_add(
         "codec": list(codec.native_spec),
     }
     is_variable = isinstance(own, tf.Variable)
-    if own.dtype == tf.float32:
-        if not is_variable:
-            return ops.pqasgd_decode_add(destination=own, **options)
+    if is_variable and own.dtype == tf.float32 and short_name(own.device).startswith("CPU"):
         ops.pqasgd_decode_add_variable(destination=own.handle, **options)
         return None
     value = own.value() if is_variable else own
-    if own.dtype == tf.float64:
+    if own.dtype == tf.float32:
+        total = ops.pqasgd_decode_add(destination=value, **options)
+    elif own.dtype == tf.float64:
         total = value + tf.cast(ops.pqasgd_decode_add(destination=tf.zeros(own.shape), **options), tf.float64)
     else:
         total = tf.cast(ops.pqasgd_decode_add(destination=tf.cast(value, tf.float32), **options), own.dtype)

@@ -31,11 +31,12 @@ from .graph import GraphChannel, Problems
 from .library import ops
 from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint, Records
+from .places import ON_HOST, Place, choose_place, hosted, on_host, places_of
 from .residuals import Residuals, Velocity
 from .rows import GraphRows, Landed
 from .state import fitted
 from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, when
-from .variables import NO_ERROR, VariableSpec, describe_variables, unwrap
+from .variables import NO_ERROR, REFUSALS, VariableSpec, describe_variables, unwrap
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 Groups = int | tuple[tuple[Any, ...], ...]  # how many, or of which variables
@@ -158,6 +159,7 @@ class GradientAverager(abc.ABC):
         self._name = name
         self._layout: list[tuple[str, str]] | None = None
         self._num_elements = 0
+        self._place = ON_HOST
         self._traced = Traced()
 
     @as_written
@@ -174,7 +176,9 @@ class GradientAverager(abc.ABC):
             present = [i for i, gradient in enumerate(gradients) if gradient is not None]
             layout = layout_of([specs[i] for i in present], [gradients[i] for i in present])
             self._check_layout(layout, gradients)
-        except ArgumentError as error:
+            if self._layout is None:
+                self._place = self._choose_place([specs[i] for i in present], [variables[i] for i in present])
+        except REFUSALS as error:
             with outside_of_graphs():
                 self._tell_of(error)
             raise
@@ -191,6 +195,10 @@ class GradientAverager(abc.ABC):
         for i, mean in zip(present, means, strict=True):
             result[i] = mean
         return result
+
+    def _choose_place(self, specs: Sequence[VariableSpec], variables: Sequence[Any]) -> Place:
+        """Return where gradients of these variables are averaged; raise as :func:`choose_place` if that cannot be."""
+        return ON_HOST  # it is Horovod's business
 
     def _lay_out(self, specs: Sequence[VariableSpec], variables: Sequence[Any], layout: list[tuple[str, str]]) -> None:
         """Prepare to average gradients of these variables; collective."""
@@ -223,12 +231,12 @@ class GradientAverager(abc.ABC):
                 "gradients of the same variables, on every rank: make another optimizer or tape for others"
             )
 
-    def _tell_of(self, error: ArgumentError) -> None:
+    def _tell_of(self, error: Exception) -> None:
         """Let the others know where they are, or will be, that this rank cannot average with them; collective."""
         if self._carrier is None:
             return
         if self._layout is None:
-            verify_same(self._carrier, {"error": f"ArgumentError: {error}"}, f"{self._name}.layout")
+            verify_same(self._carrier, {"error": f"{type(error).__name__}: {error}"}, f"{self._name}.layout")
         else:
             steps = self._total_steps.numpy()
             self._meeting.tell(Purpose.LAYOUT, steps, steps)
@@ -246,7 +254,7 @@ class GradientAverager(abc.ABC):
 
     def _meet(self, gradients: Sequence[Gradient]) -> Records:
         """Return what all ranks say, when every rank that has gradients is about to average the same ones."""
-        with after(*first_computed(gradients), self._turns.begin()):
+        with after(*first_computed(gradients), self._turns.begin()), on_host():
             steps = self._total_steps.value()
             return self._meeting.agree(Purpose.AVERAGE, steps, steps)
 
@@ -312,10 +320,11 @@ class CodedGradients(GradientAverager):
 
     def __init__(
         self, carrier: HorovodCarrier | None, settings: GradientSettings, config: ExchangeConfig, *, name: str,
-        meeting: Meeting | None = None,
+        meeting: Meeting | None = None, anchor_device: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(carrier, settings, name=name, meeting=meeting)
         self._config = config
+        self._anchor_device = anchor_device
         self._stages: list[list[GraphChannel]] = []  # of a warm-up; the channels of each
         self._positions: list[list[int]] = []  # of the gradients of each channel
         self._velocities: list[Velocity] = []
@@ -331,6 +340,11 @@ class CodedGradients(GradientAverager):
         super()._check_layout(layout, gradients)
         if self._config.correction is not None:
             check_dense(self._config.correction, layout)
+
+    def _choose_place(self, specs: Sequence[VariableSpec], variables: Sequence[Any]) -> Place:
+        if self._carrier is None:
+            return ON_HOST
+        return choose_place(places_of(specs, variables), self._anchor_device)
 
     def _build(
         self,
@@ -358,7 +372,7 @@ class CodedGradients(GradientAverager):
         if any(plan.feedback or plan.correction for plan in plans) or any(feeds_back):
             tables = [spec.table for spec, has_one in zip(sparse, feeds_back, strict=True) if has_one]
             self.state.residuals = Residuals(
-                plans, tables, None if self._carrier is None else self._carrier.ranks_per_node
+                plans, tables, None if self._carrier is None else self._carrier.ranks_per_node, self._place
             )
             expected = self.state.residuals.named()
             self.state.residuals.take(fitted(self._saved_residuals, expected, self._carrier is None))
@@ -387,7 +401,15 @@ class CodedGradients(GradientAverager):
             self._stages.append(
                 [
                     make_channel(
-                        plan, self._carrier, (digest + stage) % 2**64, self._problems, None, None, kept, other=other
+                        plan,
+                        self._carrier,
+                        (digest + stage) % 2**64,
+                        self._problems,
+                        None,
+                        None,
+                        kept,
+                        other=other,
+                        place=self._place,
                     )
                     for plan, kept, other in zip(of_stage, residuals, others, strict=True)
                 ]
@@ -415,6 +437,7 @@ class CodedGradients(GradientAverager):
     ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
         return self._exchange(sparse, met, lambda *stage: self._average_stage(dense, *stage))
 
+    @hosted
     def _exchange(
         self,
         sparse: list[tf.IndexedSlices],
@@ -461,13 +484,15 @@ class CodedGradients(GradientAverager):
         assert self._carrier is not None
         return float(self._carrier.size) if self._settings.op == horovod.Sum else 1.0
 
+    @hosted
     def _average_stage(
         self, gradients: list[tf.Tensor], stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor
     ) -> list[tf.Tensor]:
         steps = self.state.steps.value()
         channels = self._stages[stage]
         given = [[gradients[i] for i in positions] for positions in self._positions]
-        moved = self._advance(gradients, given)
+        with self._place.here():
+            moved = self._advance(gradients, given)
         exchanged = [
             channel.exchange(moved[i][1] if moved else given[i], steps, steps, scale=scale)
             for i, channel in enumerate(channels)
@@ -476,7 +501,8 @@ class CodedGradients(GradientAverager):
         result: list[tf.Tensor] = list(gradients)
         with after(verdict):
             for i, (channel, flags) in enumerate(zip(channels, exchanged, strict=True)):
-                done = [self._velocities[i].keep(*moved[i], channel.residual, flags)] if moved else []
+                with self._place.here():
+                    done = [self._velocities[i].keep(*moved[i], channel.residual, flags)] if moved else []
                 with after(*done):
                     channel.keep_residuals(flags)
                 for position, mean in zip(self._positions[i], channel.means(given[i], self._factor), strict=True):
@@ -490,6 +516,7 @@ class CodedGradients(GradientAverager):
             self._counted_sent.assign_add(sent)
             self._counted_received.assign_add(received)
 
+    @hosted
     def _serve_stage(self, stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
         """Do what :meth:`_average_stage` does with nothing to give, and without means."""
         steps, channels = self.state.steps.value(), self._stages[stage]
@@ -501,6 +528,7 @@ class CodedGradients(GradientAverager):
             self._count_bytes_of(channels)
             return [tf.constant(True)]
 
+    @hosted
     def _serve(self, met: Records) -> None:
         self._exchange([rows.nothing() for rows in self._rows], met, self._serve_stage)
         self._count()
@@ -517,6 +545,7 @@ class CodedGradients(GradientAverager):
         """
         if self._layout is None:
             specs = describe_variables(variables)
+            self._place = self._choose_place(specs, variables)
             self._lay_out(specs, variables, layout_of(specs, variables))
         own_steps = int(self._total_steps)
         while True:
@@ -572,6 +601,7 @@ class CodedGradients(GradientAverager):
         each = [channel.node_bytes_per_round() for channel in (self._stages[0] if self._stages else ())]
         return sum(sent for sent, _ in each), sum(received for _, received in each)
 
+    @hosted
     def _claim(self) -> None:
         assert self.state.residuals is not None
         self.state.residuals.claim(self._carrier or AloneCarrier())
@@ -641,9 +671,9 @@ class StockGradients(GradientAverager):
         assert self._carrier is not None
         gradient = _coalesced(gradient)
         process_set, name = self._carrier.process_set, f"{self._name}.sparse.{number}"
-        with tf.device(self._settings.device_sparse):
-            values = allgather(gradient.values, f"{name}.values", process_set)
-            indices = allgather(gradient.indices, f"{name}.indices", process_set)
+        device = self._settings.device_sparse
+        values = allgather(gradient.values, f"{name}.values", process_set, device)
+        indices = allgather(gradient.indices, f"{name}.indices", process_set, device)
         own = _nbytes(gradient.values) + _nbytes(gradient.indices)
         self._counted_sent.assign_add((self._carrier.size - 1) * own)
         self._counted_received.assign_add(_nbytes(values) + _nbytes(indices) - own)

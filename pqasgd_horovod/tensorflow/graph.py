@@ -26,6 +26,7 @@ from ..exchange.plan import bytes_of_rank
 from ..exchange.verdict import Kind, Names, Problem, explain, raise_verdict
 from .carrier import HorovodCarrier, allgather, alltoall
 from .library import ops, register_explainer
+from .places import ON_HOST, Place, on_host
 from .traced import outside_of_graphs
 
 FLOAT_DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
@@ -54,7 +55,8 @@ class Problems:
 
     def verdict(self, flags: Sequence[tf.Tensor]) -> tf.Operation:
         """Return the op that raises the common error, if there is one, when all buckets have landed."""
-        return ops.pqasgd_verdict(flags=list(flags), explainer=self._verdict)
+        with on_host():
+            return ops.pqasgd_verdict(flags=list(flags), explainer=self._verdict)
 
 
 @dataclasses.dataclass
@@ -74,6 +76,8 @@ class Messages:
     shards: Sequence[Span] | None = None
     names: Names | None = None
     """What the user calls ranks and bucket."""
+    place: Place = ON_HOST
+    """Where the numbers are."""
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -119,15 +123,16 @@ class Messages:
         splits = [wire.HEADER_NBYTES + self.codec.payload_nbytes(shard.num_elements) for shard in self.shards]
         splits[self.carrier.rank] = 0
         values = alltoall(messages, splits, f"{self.name}.p1", self.carrier.process_set)
-        made: tuple[tf.Tensor, tf.Tensor, tf.Tensor] = ops.pqasgd_mean(
-            flags=flags,
-            received=values,
-            residuals=_handles(residuals[:1]),
-            mean_residuals=_handles(residuals[1:]),
-            offset=offset,
-            **source,
-            **self.attributes,
-        )
+        with self.place.here():
+            made: tuple[tf.Tensor, tf.Tensor, tf.Tensor] = ops.pqasgd_mean(
+                flags=flags,
+                received=values,
+                residuals=_handles(residuals[:1]),
+                mean_residuals=_handles(residuals[1:]),
+                offset=offset,
+                **source,
+                **self.attributes,
+            )
         return made
 
     def _pack(
@@ -136,9 +141,10 @@ class Messages:
         residuals: Sequence[tuple[tf.Variable, tf.Variable]],
         known: Sequence[tf.Tensor],
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        packed: tuple[tf.Tensor, tf.Tensor] = ops.pqasgd_pack(
-            known=list(known), residuals=_handles(residuals[:1]), **source, **self.attributes
-        )
+        with self.place.here():
+            packed: tuple[tf.Tensor, tf.Tensor] = ops.pqasgd_pack(
+                known=list(known), residuals=_handles(residuals[:1]), **source, **self.attributes
+            )
         return packed
 
     def send_to_all(self, message: tf.Tensor, phase: str) -> tf.Tensor:
@@ -155,15 +161,18 @@ class Messages:
         scale: Scale = 1.0,
     ) -> tf.Tensor:
         """Write what the last phase has brought; return flags. ``note`` is told what is wrong, if anything is."""
-        return ops.pqasgd_land(
-            received=received,
-            scale=scale,
-            bases=list(bases),
-            arriving=arriving.handle,
-            offset=offset,
-            explainer=register_explainer(lambda flags, data: note(self._explain(flags, data))),
-            **self.attributes,
-        )
+        with on_host():
+            scale = tf.convert_to_tensor(scale, tf.float32)
+        with self.place.here():
+            return ops.pqasgd_land(
+                received=received,
+                scale=scale,
+                bases=list(bases),
+                arriving=arriving.handle,
+                offset=offset,
+                explainer=register_explainer(lambda flags, data: note(self._explain(flags, data))),
+                **self.attributes,
+            )
 
     def _explain(self, flags: int, received: Bytes) -> Problem:
         size, rank = self.carrier.size, self.carrier.rank
@@ -194,6 +203,7 @@ class GraphChannel:
             of its own numbers, and where ``plan.feeds_back_means`` does of the means that it made.
         mean_arrives: also without ``momentum`` what arrives is the mean, and not the next anchor.
         other: a channel of the same vector, of which one or the other is exchanged in a step: it has the memory.
+        place: where the numbers are; anchor, momentum and residuals are there, too.
     """
 
     def __init__(
@@ -208,8 +218,10 @@ class GraphChannel:
         *,
         mean_arrives: bool = False,
         other: GraphChannel | None = None,
+        place: Place = ON_HOST,
     ) -> None:
         self.plan = plan
+        self.place = place
         self.anchor = anchor
         self._momentum = momentum
         # With a float32 anchor what arrives is the next anchor, unless an outer optimizer is to see the mean.
@@ -228,11 +240,14 @@ class GraphChannel:
             self.arriving, self._residuals, self._of_absent = other.arriving, other._residuals, other._of_absent
             return
         self._of_absent = []
-        self.arriving = tf.Variable(tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving")
-        self._residuals = [
-            (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
-            for kept in residuals
-        ]
+        with place.here():
+            self.arriving = tf.Variable(
+                tf.zeros([plan.layout.num_elements]), trainable=False, name=f"{plan.name}.arriving"
+            )
+            self._residuals = [
+                (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
+                for kept in residuals
+            ]
 
     @property
     def residual(self) -> tuple[tf.Variable, tf.Variable] | None:
@@ -292,7 +307,7 @@ class GraphChannel:
     ) -> list[tf.Tensor]:
         """Do the same with zeros, for a rank that is absent, which keeps what was not sent before."""
         if not self._of_absent:
-            with outside_of_graphs():  # for what expects a residual; of zeros nothing is left
+            with outside_of_graphs(), self.place.here():  # for what expects a residual; of zeros nothing is left
                 self._of_absent += [
                     tuple(tf.Variable(tf.zeros_like(kept), trainable=False) for _ in range(2))
                     for kept, _ in self._residuals[: self._num_own]
@@ -300,7 +315,8 @@ class GraphChannel:
         residuals = [*self._of_absent, *self._residuals[self._num_own :]]
         flags = []
         for bucket in self._buckets(fragment):
-            zeros = tf.zeros([self.plan.sizes[bucket]])
+            with self.place.here():
+                zeros = tf.zeros([self.plan.sizes[bucket]])
             source = {"tensors": [zeros], "anchors": [], "start": 0, "anchor_offset": self.plan.starts[bucket]}
             flags.append(self.exchange_bucket(bucket, source, residuals, step, round, scale))
         return flags
@@ -339,6 +355,7 @@ class GraphChannel:
         messages = Messages(
             f"{plan.name}.b{bucket}", plan.codec, self._second_codec, self._carrier, bucket, plan.sizes[bucket],
             self._digest, plan.seed, step, round, self._shards(bucket) if plan.method == "two_phase" else None,
+            place=self.place,
         )  # fmt: skip
         start = plan.starts[bucket]
         received = messages.exchange(source, residuals, start)
@@ -361,12 +378,13 @@ class GraphChannel:
     def distance(self, tensors: Sequence[tf.Tensor], num_elements: int, fragment: int | None = None) -> tf.Tensor:
         """Return the squared distance of the first ``num_elements`` from the mean; after the verdict, before commit."""
         spans = self.limits(fragment)
-        return ops.pqasgd_distance(
-            arriving=self.arriving.handle,
-            tensors=list(tensors),
-            anchors=[] if self.anchor is None or self._arrives_added else [self.anchor.value()],
-            spans=[min(limit, num_elements) for limit in spans],
-        )
+        with self.place.here():
+            return ops.pqasgd_distance(
+                arriving=self.arriving.handle,
+                tensors=list(tensors),
+                anchors=[] if self.anchor is None or self._arrives_added else [self.anchor.value()],
+                spans=[min(limit, num_elements) for limit in spans],
+            )
 
     def keep_residuals(self, flags: Sequence[tf.Tensor], fragment: int | None = None, *, absent: bool = False) -> None:
         """Keep what was not sent of the buckets that have a mean; ``flags`` are those of :meth:`exchange`.
@@ -377,7 +395,8 @@ class GraphChannel:
             return
         pairs = list(zip(self._residuals, self._kept_limits(fragment), strict=False))
         for (kept, following), limits in pairs[self._num_own if absent else 0 :]:
-            ops.pqasgd_keep(kept=kept.handle, next=following.handle, flags=flags, limits=limits)
+            with self.place.here():
+                ops.pqasgd_keep(kept=kept.handle, next=following.handle, flags=flags, limits=limits)
 
     def _kept_limits(self, fragment: int | None) -> tuple[list[int], ...]:
         # Of means a rank codes those of its own shards only; what is elsewhere in these variables means nothing.
@@ -393,27 +412,43 @@ class GraphChannel:
         spans = self.limits(fragment)
         if not spans:
             return
-        if self._momentum is not None:
-            ops.pqasgd_outer(
+        with self.place.here():
+            if self._momentum is not None:
+                ops.pqasgd_outer(
+                    arriving=self.arriving.handle,
+                    momentum=self._momentum.handle,
+                    coefficients=coefficients,
+                    spans=spans,
+                )
+            results = ops.pqasgd_commit(
+                spans=[] if fragment is None else spans,
                 arriving=self.arriving.handle,
-                momentum=self._momentum.handle,
-                coefficients=coefficients,
-                spans=spans,
+                anchors=[] if self.anchor is None else [self.anchor.handle],
+                add=self.anchor is not None and not self._arrives_added,
+                **self._targets(variables),
             )
-        ops.pqasgd_commit(
-            spans=[] if fragment is None else spans,
-            arriving=self.arriving.handle,
-            anchors=[] if self.anchor is None else [self.anchor.handle],
-            variables=[variable.handle for variable in variables],
-            add=self.anchor is not None and not self._arrives_added,
-        )
+        self._assign(variables, results)
+
+    def _targets(self, variables: Sequence[tf.Variable]) -> dict[str, Any]:
+        """Return the inputs of an op that writes variables; what it returns is for :meth:`_assign`."""
+        if self.place.reaches_model:
+            return {"variables": [variable.handle for variable in variables], "tensors": []}
+        return {"variables": [], "tensors": [variable.value() for variable in variables]}
+
+    def _assign(self, variables: Sequence[tf.Variable], results: Any) -> None:
+        if variables and not self.place.reaches_model:
+            for variable, result in zip(variables, results, strict=True):
+                variable.assign(result)
 
     def take_snapshot(
         self, snapshot: tf.Variable, tensors: Sequence[tf.Tensor], fragment: int | None = None
     ) -> tf.Operation | None:
         """Copy tensors, or a fragment of them, end to end; return the op, if anything is copied."""
         spans = self.limits(fragment)
-        return ops.pqasgd_snapshot(snapshot=snapshot.handle, tensors=list(tensors), spans=spans) if spans else None
+        if not spans:
+            return None
+        with self.place.here():
+            return ops.pqasgd_snapshot(snapshot=snapshot.handle, tensors=list(tensors), spans=spans)
 
     def commit_since(
         self,
@@ -430,17 +465,20 @@ class GraphChannel:
         self.commit([], coefficients, fragment)
         assert self.anchor is not None
         if self.limits(fragment):
-            ops.pqasgd_rebase(
-                anchor=self.anchor.handle,
-                snapshot=snapshot.handle,
-                variables=[variable.handle for variable in variables],
-                num_parameters=num_parameters,
-                spans=self.limits(fragment),
-            )
+            with self.place.here():
+                results = ops.pqasgd_rebase(
+                    anchor=self.anchor.handle,
+                    snapshot=snapshot.handle,
+                    num_parameters=num_parameters,
+                    spans=self.limits(fragment),
+                    **self._targets(variables),
+                )
+            self._assign(variables, results)
 
     def means(self, tensors: Sequence[tf.Tensor], factor: float) -> list[tf.Tensor]:
         """Return the means times ``factor``, as tensors like ``tensors``; after the verdict."""
-        return list(ops.pqasgd_scatter(arriving=self.arriving.handle, tensors=list(tensors), factor=factor))
+        with self.place.here():
+            return list(ops.pqasgd_scatter(arriving=self.arriving.handle, tensors=list(tensors), factor=factor))
 
 
 def own_header(

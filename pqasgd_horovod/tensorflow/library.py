@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tensorflow.python.framework.auto_control_deps_utils import register_read_on
 
 from .. import errors, native
 from ..errors import NativeLibraryError
+from ..native import cuda
 
 _FOLDER = Path(__file__).parent
 _PREFIX = "libpqasgd_tensorflow-"
@@ -98,6 +100,17 @@ _library.pqasgd_tensorflow_open_gate.argtypes = [ctypes.c_int64, ctypes.c_int32]
 _library.pqasgd_tensorflow_open_gate.restype = None
 
 
+_library.pqasgd_tensorflow_load_kernels.argtypes = [ctypes.c_char_p]
+_library.pqasgd_tensorflow_load_kernels.restype = ctypes.c_char_p
+
+
+def load_kernels(kernels: cuda.Library) -> None:
+    """Let ops on GPUs, from now on, call these kernels."""
+    wrong = _library.pqasgd_tensorflow_load_kernels(os.fsencode(kernels.path))
+    if wrong is not None:
+        raise NativeLibraryError(f"the ops of TensorFlow cannot use {kernels.path}: {wrong.decode()}")
+
+
 def close_gate(gate: int) -> None:
     """Let ``ops.pqasgd_await`` wait from now on."""
     _library.pqasgd_tensorflow_close_gate(gate)
@@ -120,7 +133,7 @@ def translate(error: tf.errors.OpError) -> Exception:
 
     A traced function raises TensorFlow's errors, which carry the text; what this package calls itself raises its own.
     """
-    for name in ("DesynchronizedError", "WireFormatError", "NonFiniteError", "MismatchError"):
+    for name in ("DesynchronizedError", "WireFormatError", "NonFiniteError", "MismatchError", "DeviceError"):
         _, found, text = error.message.partition(f"{name}: ")
         if found:
             result: Exception = getattr(errors, name)(text.splitlines()[0])

@@ -15,12 +15,16 @@ from .carrier import HorovodCarrier
 from .graph import GraphChannel, Problems, Scale, signed
 from .library import ops
 from .nodes import NodeChannel
+from .places import ON_HOST, Place
 from .variables import VariableSpec
 
 
 def make_channel(plan: ChannelPlan, carrier: HorovodCarrier, *arguments: Any, **options: Any) -> GraphChannel:
     """Return the exchange of a channel; arguments are those of :class:`GraphChannel`."""
     if plan.low_rank is not None:
+        place: Place = options.get("place", ON_HOST)
+        if place.is_gpu:
+            plan.refuse_low_rank(place.device)
         return LowRankChannel(plan, carrier, *arguments, **options)
     return (GraphChannel if carrier.nodes is None else NodeChannel)(plan, carrier, *arguments, **options)
 
@@ -45,7 +49,7 @@ class LowRankChannel(GraphChannel):
         left, right = ([sum(pair[side] for pair in bucket) for bucket in sizes] for side in (0, 1))
         # What arrives of a factor is written by these, and made orthonormal where it lies.
         self._left, self._right = (
-            GraphChannel(factor_plan(plan, side, numels), carrier, digest, problems, None)
+            GraphChannel(factor_plan(plan, side, numels), carrier, digest, problems, None, place=self.place)
             for side, numels in (("left", left), ("right", right))
         )
 
@@ -77,33 +81,36 @@ class LowRankChannel(GraphChannel):
             "left_offset": self._left.plan.starts[bucket],
             "right_offset": self._right.plan.starts[bucket],
         }
-        own_left = ops.pqasgd_project(
-            starts=starts.handle,
-            residuals=[residual.handle, next_residual.handle],
-            **source,
-            **attributes,
-        )
+        with self.place.here():
+            own_left = ops.pqasgd_project(
+                starts=starts.handle,
+                residuals=[residual.handle, next_residual.handle],
+                **source,
+                **attributes,
+            )
         left_flags = self._left.exchange_part(bucket, [own_left], step, round)
-        own_right = ops.pqasgd_backproject(
-            flags=left_flags, left=self._left.arriving.handle, next_residual=next_residual.handle, **attributes
-        )
+        with self.place.here():
+            own_right = ops.pqasgd_backproject(
+                flags=left_flags, left=self._left.arriving.handle, next_residual=next_residual.handle, **attributes
+            )
         right_flags = self._right.exchange_part(bucket, [own_right], step, round)
-        return ops.pqasgd_reconstruct(
-            step=step,
-            scale=scale,
-            left_flags=left_flags,
-            right_flags=right_flags,
-            own_right=own_right,
-            bases=self._base(),
-            left=self._left.arriving.handle,
-            right=self._right.arriving.handle,
-            arriving=self.arriving.handle,
-            next_residual=next_residual.handle,
-            next_starts=next_starts.handle,
-            seed=signed(self.plan.seed),
-            first=sum(map(len, self._matrices[:bucket])),
-            **attributes,
-        )
+        with self.place.here():
+            return ops.pqasgd_reconstruct(
+                step=step,
+                scale=scale,
+                left_flags=left_flags,
+                right_flags=right_flags,
+                own_right=own_right,
+                bases=self._base(),
+                left=self._left.arriving.handle,
+                right=self._right.arriving.handle,
+                arriving=self.arriving.handle,
+                next_residual=next_residual.handle,
+                next_starts=next_starts.handle,
+                seed=signed(self.plan.seed),
+                first=sum(map(len, self._matrices[:bucket])),
+                **attributes,
+            )
 
 
 def factor_plan(plan: ChannelPlan, side: str, numels: Sequence[int]) -> ChannelPlan:

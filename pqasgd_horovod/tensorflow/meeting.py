@@ -14,6 +14,7 @@ from ..exchange.carriers import Bytes
 from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS
 from .carrier import HorovodCarrier, allgather
 from .library import ops, register_explainer
+from .places import on_host
 from .traced import after
 
 
@@ -36,8 +37,9 @@ class MeetingPoint:
 
     def agree_on(self, record: tf.Tensor) -> tuple[tf.Operation, tf.Tensor]:
         """Return the op of :meth:`agree`, and the records of all ranks, end to end."""
-        gathered = self._gather(record)
-        return ops.pqasgd_agree(own=record, gathered=gathered, explainer=self._explainer), gathered
+        with on_host():
+            gathered = self._gather(record)
+            return ops.pqasgd_agree(own=record, gathered=gathered, explainer=self._explainer), gathered
 
     def tell(self, record: Any, timeout: float | None) -> Bytes:
         """Send a record outside of graphs, whatever the other ranks are in; raise likewise, or return all records."""
@@ -62,9 +64,10 @@ class Records(NamedTuple):
     @property
     def scale(self) -> tf.Tensor:
         """What a mean, in which ranks without data are zeros, is multiplied by; 1 where there are none."""
-        counts = tf.not_equal(self.words[:, 0], int(Purpose.JOINED))
-        num_counted = tf.reduce_sum(tf.cast(counts, tf.float64))
-        return tf.cast(tf.cast(tf.size(counts), tf.float64) / num_counted, tf.float32)
+        with on_host():
+            counts = tf.not_equal(self.words[:, 0], int(Purpose.JOINED))
+            num_counted = tf.reduce_sum(tf.cast(counts, tf.float64))
+            return tf.cast(tf.cast(tf.size(counts), tf.float64) / num_counted, tf.float32)
 
 
 class Meeting:
@@ -80,9 +83,10 @@ class Meeting:
         All do the same, or those that have more data do. A detail is an int64, which
         :meth:`pqasgd_horovod.averaging.pace.Pace.detail` explains.
         """
-        record = [tf.constant(int(purpose), tf.int64), steps, rounds, tf.cast(detail, tf.int64)]
-        agreed, gathered = self._point.agree_on(tf.stack(record))
-        with after(agreed):
+        with on_host():
+            record = tf.stack([tf.constant(int(purpose), tf.int64), steps, rounds, tf.cast(detail, tf.int64)])
+        agreed, gathered = self._point.agree_on(record)
+        with after(agreed), on_host():
             return Records(tf.reshape(gathered, [-1, 4]))
 
     def tell(

@@ -89,6 +89,7 @@ class NodeChannel(GraphChannel):
             "digest": self._digest,
             "step": step,
             "round": round,
+            "place": self.place,
         }
         plain, local, across = NoCompression(), _carrier_of(nodes.local), _carrier_of(nodes.across)
         cut = self._cut(bucket)
@@ -117,7 +118,10 @@ class NodeChannel(GraphChannel):
             of_node = {"tensors": [mean], "anchors": [], "start": 0, "anchor_offset": start}
             received = between.exchange(of_node, residuals, start, [flags])
             verdict = between.land(received, self.arriving, start, [], _log)
-            message = ops.pqasgd_relay(flags=verdict, arriving=self.arriving.handle, offset=start, **inside.attributes)
+            with self.place.here():
+                message = ops.pqasgd_relay(
+                    flags=verdict, arriving=self.arriving.handle, offset=start, **inside.attributes
+                )
         received = inside.send_to_all(message, "p2")
         return inside.land(received, self.arriving, start, self._base(), self._note, scale)
 

@@ -21,6 +21,7 @@ from horovod.tensorflow import mpi_ops
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
 from ..averaging.construction import Membership, construct_together
+from ..averaging.devices import check_anchor_device
 from ..averaging.feedback import Feedback, MomentumCorrection, check_no_momentum, check_not_stock, feedback_from_config
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
 from ..averaging.schedule import Schedule
@@ -608,6 +609,7 @@ def distribute(
     hierarchy: str | None = None,
     model: Any = None,
     check_consistency: bool = False,
+    anchor_device: str | None = None,
 ) -> Any:
     """Do what ``DistributedOptimizer`` of :mod:`pqasgd_horovod.tensorflow.keras` says."""
     membership = Membership(horovod, process_set, HorovodCarrier)
@@ -616,6 +618,7 @@ def distribute(
         check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
         strategy = describe_outer(resolve_averaging(period, averaging))
         _check_moments(optimizer, strategy.moments)
+        check_anchor_device(anchor_device)
         if strategy.buffers == "max_count":
             raise ArgumentError(
                 "buffers is 'max_count', and Keras' BatchNormalization does not count its batches; steps cannot stand "
@@ -662,7 +665,9 @@ def distribute(
                 world: Any = membership.carrier.world
                 world.nodes, membership.carrier = membership.carrier, world
         compressor = compression if codec is None else CodecCompressor(codec)
-        averager = make_averager(strategy, config, gradients, compressor, stock, membership, check_consistency)
+        averager = make_averager(
+            strategy, config, gradients, compressor, stock, membership, check_consistency, anchor_device=anchor_device
+        )
         inner_config = optimizer.get_config()
         if name is not None:
             inner_config["name"] = name
@@ -680,6 +685,7 @@ def distribute(
             "policy": rules,
             "hierarchy": hierarchy,
             "check_consistency": check_consistency,
+            "anchor_device": anchor_device,
             "sparse_as_dense": sparse_as_dense,
             "gradient_predivide_factor": gradient_predivide_factor,
             "op": op,
@@ -712,12 +718,22 @@ def make_averager(
     membership: Membership,
     check_consistency: bool,
     meeting: Meeting | None = None,
+    anchor_device: str | None = None,
 ) -> PeriodicAverager | GradientAverager:
     """Return what averages: replicas, coded gradients, or gradients as Horovod does."""
     carrier: Any = membership.carrier
     if not averaging.exchanges_gradients:
-        return PeriodicAverager(carrier, averaging, config, name=membership.name, check_consistency=check_consistency)
+        return PeriodicAverager(
+            carrier,
+            averaging,
+            config,
+            name=membership.name,
+            check_consistency=check_consistency,
+            anchor_device=anchor_device,
+        )
     if not stock:
-        return CodedGradients(carrier, gradients, config, name=membership.name, meeting=meeting)
+        return CodedGradients(
+            carrier, gradients, config, name=membership.name, meeting=meeting, anchor_device=anchor_device
+        )
     itemsize = 2 if config.codec.id == "fp16" else None
     return StockGradients(carrier, gradients, compressor, itemsize, name=membership.name, meeting=meeting)

@@ -15,6 +15,7 @@ from ..averaging import PeriodicAveraging
 from ..averaging.outer import OuterOptimizer
 from ..errors import ArgumentError
 from .graph import GraphChannel
+from .places import hosted
 from .variables import unwrap
 
 
@@ -64,6 +65,7 @@ class OuterStepper:
         """Return the state of the optimizer."""
         return [unwrap(variable) for variable in self._optimizer.variables]
 
+    @hosted
     def step(self) -> None:
         """Move the anchors by the means that have arrived, and leave zeros there; after the verdict, before commit."""
         gradients, stepped = [], []

@@ -28,6 +28,7 @@ from .library import ops
 from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint, Records
 from .outer import OuterStepper
+from .places import ON_HOST, Place, choose_place, hosted, on_host, places_of
 from .residuals import Residuals
 from .traced import Traced, after, as_written, counter, outside_of_graphs, when
 from .variables import NO_ERROR, VariableSpec, describe_variables, refused_together, unwrap
@@ -46,34 +47,50 @@ class PeriodicState(tf.Module):
         plans: Sequence[ChannelPlan],
         delayed: bool,
         ranks_per_node: int | None,
+        place: Place,
     ) -> None:
         super().__init__(name="pqasgd")
+        with on_host():
+            self._make(first_period, dtypes_and_sizes, momentum_sizes, delayed, place)
+        self.residuals = Residuals(plans, ranks_per_node=ranks_per_node, place=place)
+
+    def _make(
+        self,
+        first_period: int,
+        dtypes_and_sizes: Sequence[tuple[tf.DType, int]],
+        momentum_sizes: Sequence[int],
+        delayed: bool,
+        place: Place,
+    ) -> None:
         self.period = counter("period")
         self.period.assign(first_period)
         self.learning_rate = tf.Variable(-1.0, dtype=tf.float64, trainable=False)  # at the last average
         self.has_dropped = counter("has_dropped")
         self.memory = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # the schedule's
         self.distance = tf.Variable(-1.0, dtype=tf.float32, trainable=False)  # from the mean, at the last average
-        self.momentum = [tf.Variable(tf.zeros([size]), trainable=False) for size in momentum_sizes]
+        with place.here():
+            self.momentum = [tf.Variable(tf.zeros([size]), trainable=False) for size in momentum_sizes]
         self.outer: list[tf.Variable] = []  # of an optimizer in that place
-        self.residuals = Residuals(plans, ranks_per_node=ranks_per_node)
         self.steps = counter("steps")
         self.rounds = counter("rounds")
         self.steps_since_average = counter("steps_since_average")
         self.steps_since_round = counter("steps_since_round")
         self.anchored = counter("anchored")
-        self.anchors = [
-            tf.Variable(tf.zeros([size], dtype), trainable=False, name=f"anchor_{i}")
-            for i, (dtype, size) in enumerate(dtypes_and_sizes)
-        ]
+        with place.here():
+            self.anchors = [
+                tf.Variable(tf.zeros([size], dtype), trainable=False, name=f"anchor_{i}")
+                for i, (dtype, size) in enumerate(dtypes_and_sizes)
+            ]
         # With a delay: when the average under way is due, or -1, the steps when it began, and its fragment.
         self.snapshots: list[tf.Variable] = []
         if delayed and dtypes_and_sizes:
-            with tf.device("CPU:0"):
-                self.pending = tf.Variable([-1, -1, -1], dtype=tf.int64, trainable=False)
-                self.snapshot_owner = tf.Variable([-1, -1], dtype=tf.int64, trainable=False)
+            self.pending = tf.Variable([-1, -1, -1], dtype=tf.int64, trainable=False)
+            self.snapshot_owner = tf.Variable([-1, -1], dtype=tf.int64, trainable=False)
             self.pending_learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)
-            self.snapshots = [tf.Variable(tf.zeros([size], dtype), trainable=False) for dtype, size in dtypes_and_sizes]
+            with place.here():
+                self.snapshots = [
+                    tf.Variable(tf.zeros([size], dtype), trainable=False) for dtype, size in dtypes_and_sizes
+                ]
 
     def common(self) -> dict[str, tf.Variable]:
         """Return the variables that all ranks have alike, by the names under which a model file holds them."""
@@ -97,6 +114,7 @@ class PeriodicState(tf.Module):
             return
         this = tf.constant([carrier.rank, carrier.size], tf.int64)
 
+        @hosted
         def take_anchors() -> None:
             for snapshot, anchor in zip(self.snapshots, self.anchors, strict=True):
                 snapshot.assign(anchor)
@@ -121,8 +139,10 @@ class PeriodicAverager:
         *,
         name: str,
         check_consistency: bool = False,
+        anchor_device: str | None = None,
     ) -> None:
         config.check_for_parameters(averaging)
+        self._anchor_device = anchor_device
         self._carrier = carrier
         self.averaging = averaging
         self._config = config
@@ -146,7 +166,7 @@ class PeriodicAverager:
 
         Raises ArgumentError for a variable that cannot be averaged, and MismatchError on every rank if they differ.
         """
-        with outside_of_graphs():
+        with outside_of_graphs(), on_host():
             if self.averaging.moments == "average":
                 buffers = [*buffers, *moments]
             elif self.averaging.moments == "reset" and self._carrier is not None:
@@ -156,7 +176,7 @@ class PeriodicAverager:
             self._build(parameters, buffers)
 
     def _build(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> None:
-        specs, digest = self._agree_on_layout(parameters, buffers)
+        specs, digest, place = self._agree_on_layout(parameters, buffers)
         buffer_specs = specs[len(parameters) :]
         by_name = dict(zip((spec.name for spec in specs), map(unwrap, [*parameters, *buffers]), strict=True))
         self._specs = specs[: len(parameters)]
@@ -189,6 +209,7 @@ class PeriodicAverager:
             [] if alone else plans,
             self.averaging.delay > 0,
             None if self._carrier is None else self._carrier.ranks_per_node,
+            place,
         )
         self._learning_rate = tf.Variable(0.0, dtype=tf.float64, trainable=False)  # of the last step
         self._started = counter("started")
@@ -205,7 +226,17 @@ class PeriodicAverager:
             momentum = self.state.momentum[index] if self._has_outer else None
             kept, stepped = residuals[index], isinstance(self.averaging.outer, OuterOptimizer)
             self._channels.append(
-                make_channel(plan, self._carrier, digest, self._problems, anchor, momentum, kept, mean_arrives=stepped)
+                make_channel(
+                    plan,
+                    self._carrier,
+                    digest,
+                    self._problems,
+                    anchor,
+                    momentum,
+                    kept,
+                    mean_arrives=stepped,
+                    place=place,
+                )
             )
             self._members.append([by_name[spec.name] for spec in members])
             self._cleared.append(
@@ -230,13 +261,16 @@ class PeriodicAverager:
         self._start = MeetingPoint(self._carrier, f"{self._name}.start", self._explain_start)
         self._consistency = MeetingPoint(self._carrier, f"{self._name}.consistency", self._explain_consistency)
 
-    def _agree_on_layout(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> tuple[list[VariableSpec], int]:
-        """Return the specs of all variables and the digest of what the ranks agree on."""
+    def _agree_on_layout(
+        self, parameters: Sequence[Any], buffers: Sequence[Any]
+    ) -> tuple[list[VariableSpec], int, Place]:
+        """Return the specs of all variables, the digest of what the ranks agree on, and where averages are made."""
         name = f"{self._name}.layout"
         with refused_together(self._carrier, name):
             specs = describe_variables([*parameters, *buffers])
-        if self._carrier is None:
-            return specs, 0
+            if self._carrier is None:
+                return specs, 0, ON_HOST
+            place = choose_place(places_of(specs, [*parameters, *buffers]), self._anchor_device)
         first = len(parameters)
         description = {
             **NO_ERROR,
@@ -248,7 +282,7 @@ class PeriodicAverager:
             "buffer_order": [spec.name for spec in specs[first:]],
             **self._config.describe_codecs(specs[:first]),
         }
-        return specs, verify_same(self._carrier, description, name)
+        return specs, verify_same(self._carrier, description, name), place
 
     # ---- in a graph, or eagerly ----
 
@@ -258,9 +292,11 @@ class PeriodicAverager:
         if self._carrier is not None:
             self._traced(self._before_step)
 
+    @hosted
     def _before_step(self) -> None:
         when(self._started > 0, None, self._begin)
 
+    @hosted
     def _begin(self) -> None:
         assert self.state is not None
         assert self._carrier is not None
@@ -282,11 +318,13 @@ class PeriodicAverager:
         layouts = [channel.plan.layout for channel in self._channels]
         return list(zip(self.state.anchors, layouts, strict=True))
 
+    @hosted
     def _capture(self) -> None:
         assert self.state is not None
         for (anchor, _), members, cleared in zip(self._anchors(), self._members, self._cleared, strict=True):
-            flat = [tf.reshape(tf.cast(variable.value(), anchor.dtype), [-1]) for variable in members]
-            anchor.assign(tf.concat(flat, 0))
+            with tf.device(anchor.device):
+                flat = [tf.reshape(tf.cast(variable.value(), anchor.dtype), [-1]) for variable in members]
+                anchor.assign(tf.concat(flat, 0))
             _clear(anchor, cleared)
         self.state.anchored.assign(1)
 
@@ -303,6 +341,7 @@ class PeriodicAverager:
         """
         self._traced(self._count_step, tf.cast(learning_rate, tf.float64))
 
+    @hosted
     def _count_step(self, learning_rate: tf.Tensor) -> None:
         assert self.state is not None
         if self.averaging.uses_learning_rate:  # else it is not compared, so that nothing may depend on it
@@ -319,6 +358,7 @@ class PeriodicAverager:
         else:
             when(self.state.steps_since_round >= self.state.period, self._meet_and_average)
 
+    @hosted
     def _meet_and_average(self) -> None:
         assert self.state is not None
         if self._carrier is not None:
@@ -329,14 +369,17 @@ class PeriodicAverager:
         else:
             self._average(None)
 
+    @hosted
     def _average_turn(self, met: Records, absent: bool = False) -> None:
         """Average what is due: all, or the fragment whose turn it is."""
         self._select(self._turn(), lambda fragment: self._average(met, fragment, absent))
 
+    @hosted
     def _serve_turn(self, met: Records) -> None:
         """Do so with nothing to give."""
         self._average_turn(met, absent=True)
 
+    @hosted
     def _serve(self, met: Records) -> None:
         """Average all with nothing to give."""
         self._average(met, absent=True)
@@ -366,12 +409,14 @@ class PeriodicAverager:
 
     # ---- with a delay ----
 
+    @hosted
     def _begin_delayed(self) -> None:
         """Take a snapshot, and let the exchange of it run beside the next steps."""
         assert self.state is not None
         began = ops.pqasgd_clock()
         state, turn = self.state, self._turn()
 
+        @hosted
         def take(fragment: int | None) -> None:
             for channel, snapshot, members in zip(self._channels, state.snapshots, self._members, strict=True):
                 channel.take_snapshot(snapshot, [variable.value() for variable in members], fragment)
@@ -397,6 +442,7 @@ class PeriodicAverager:
             self._of_fragments[fragment] = lambda: self._exchange_all(fragment)
         return self._of_fragments[fragment]
 
+    @hosted
     def _exchange_all(self, fragment: int | None = None) -> None:
         assert self.state is not None
         steps, rounds = self.state.pending[1], self.state.rounds.value()
@@ -415,6 +461,7 @@ class PeriodicAverager:
                 if of_channel:
                     kept[: len(of_channel)].assign(tf.stack([tf.reshape(flag, []) for flag in of_channel]))
 
+    @hosted
     def _land(self) -> None:
         """Apply the average under way; raise what went wrong with it, and forget it then."""
         assert self.state is not None
@@ -435,6 +482,7 @@ class PeriodicAverager:
         with after(state.rounds.value()):
             self._seconds.assign_add(ops.pqasgd_clock() - began)
 
+    @hosted
     def _apply_landed(self, began_at: tf.Tensor, fragment: int | None) -> None:
         assert self.state is not None
         state, rate = self.state, self.state.pending_learning_rate.value()
@@ -502,6 +550,7 @@ class PeriodicAverager:
         self.state.period.assign(tf.cast(period, tf.int64))
         self.state.memory.assign(tf.stack(list(remembered)))
 
+    @hosted
     def _average(self, met: Records | None, fragment: int | None = None, absent: bool = False) -> None:
         """Average all, or a fragment; ``met`` is what all ranks have said, this one that it is ``absent``."""
         assert self.state is not None

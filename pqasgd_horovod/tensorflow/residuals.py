@@ -13,6 +13,7 @@ from .. import native
 from ..averaging.channel import ChannelPlan
 from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
+from .places import ON_HOST, Place, hosted, on_host
 from .traced import when
 
 
@@ -87,20 +88,29 @@ class Residuals(tf.Module):
     """
 
     def __init__(
-        self, plans: Sequence[ChannelPlan], tables: Sequence[tuple[int, int]] = (), ranks_per_node: int | None = None
+        self,
+        plans: Sequence[ChannelPlan],
+        tables: Sequence[tuple[int, int]] = (),
+        ranks_per_node: int | None = None,
+        place: Place = ON_HOST,
     ) -> None:
         super().__init__(name="residuals")
         self._per_node = [] if ranks_per_node is None else [ranks_per_node]
         sizes = [(plan.layout.num_elements, plan.feedback, plan.feeds_back_means) for plan in plans]
-        self.own = [tf.Variable(tf.zeros([size]), trainable=False) for size, of_own, _ in sizes if of_own]
-        self.means = [tf.Variable(tf.zeros([size]), trainable=False) for size, _, of_means in sizes if of_means]
+        with place.here():
+            self.own = [tf.Variable(tf.zeros([size]), trainable=False) for size, of_own, _ in sizes if of_own]
+            self.means = [tf.Variable(tf.zeros([size]), trainable=False) for size, _, of_means in sizes if of_means]
         with_own = [of_means for _, of_own, of_means in sizes if of_own]
         self._with_means = [i for i, of_means in enumerate(with_own) if of_means]
-        self.tables = [tf.Variable(tf.zeros(table), trainable=False) for table in tables]
+        with on_host():
+            self.tables = [tf.Variable(tf.zeros(table), trainable=False) for table in tables]
         sizes_of_velocities = [plan.layout.num_elements for plan in plans if plan.correction is not None]
-        self.velocities = [tf.Variable(tf.zeros([size]), trainable=False) for size in sizes_of_velocities]
-        self.starts = [tf.Variable(first_starts(plan), trainable=False) for plan in plans if plan.low_rank is not None]
-        with tf.device("CPU:0"):
+        with place.here():
+            self.velocities = [tf.Variable(tf.zeros([size]), trainable=False) for size in sizes_of_velocities]
+            self.starts = [
+                tf.Variable(first_starts(plan), trainable=False) for plan in plans if plan.low_rank is not None
+            ]
+        with on_host():
             self.owner = tf.Variable(
                 [-1] * (2 + len(self._per_node)), dtype=tf.int64, trainable=False, name="residual_owner"
             )
@@ -130,7 +140,8 @@ class Residuals(tf.Module):
         if not self._kept:
             return
         this = tf.constant([carrier.rank, carrier.size, *self._per_node], tf.int64)
-        when(tf.reduce_all(tf.equal(self.owner, this)), None, lambda: when(self.owner[0] < 0, None, self._clear))
+        unlike = hosted(lambda: when(self.owner[0] < 0, None, hosted(self._clear)))
+        when(tf.reduce_all(tf.equal(self.owner, this)), None, unlike)
         self.owner.assign(this)
 
     def _clear(self) -> None:

@@ -15,6 +15,7 @@ from ..exchange.verdict import explain
 from .carrier import HorovodCarrier, allgather
 from .graph import Problems, Scale, own_header, signed
 from .library import ops, register_explainer
+from .places import hosted
 
 
 class Landed(NamedTuple):
@@ -49,6 +50,7 @@ class GraphRows:
             "seed": signed(config.seed_of_tables),
         }
 
+    @hosted
     def exchange(self, gradient: tf.IndexedSlices, step: tf.Tensor, scale: Scale) -> Landed:
         """Exchange a gradient; the mean is multiplied by ``scale``."""
         rows, values = _rising(gradient, self._spec.table.row_size)
@@ -76,6 +78,7 @@ class GraphRows:
         shape = self._spec.shape
         return tf.IndexedSlices(tf.zeros([0, *shape[1:]]), tf.zeros([0], tf.int64), tf.constant(shape, tf.int64))
 
+    @hosted
     def keep(self, landed: Landed) -> None:
         """Keep what was not sent, if there is a mean; after the verdict."""
         if self._residual is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from .. import native
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DeviceError, NativeLibraryError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 
@@ -82,16 +82,18 @@ def describe_variables(variables: Sequence[Any]) -> list[VariableSpec]:
     return specs
 
 
+REFUSALS = (ArgumentError, DeviceError, NativeLibraryError)
+"""What a rank may have to say of its variables before anything is sent."""
 NO_ERROR = {"error": None}
 """A part of what ranks compare under the name that :func:`refused_together` was given."""
 
 
 @contextlib.contextmanager
 def refused_together(carrier: Carrier | None, name: str) -> Iterator[None]:
-    """Compare an ArgumentError that some ranks have with what the others describe under ``name``, and raise it."""
+    """Compare one of :data:`REFUSALS` that some ranks have with what the others describe there, and raise it."""
     try:
         yield
-    except ArgumentError as error:
+    except REFUSALS as error:
         if carrier is not None:
-            verify_same(carrier, {"error": f"ArgumentError: {error}"}, name)
+            verify_same(carrier, {"error": f"{type(error).__name__}: {error}"}, name)
         raise

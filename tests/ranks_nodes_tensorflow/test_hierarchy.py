@@ -16,6 +16,7 @@ from pqasgd_horovod.errors import ArgumentError
 from pqasgd_horovod.exchange.carriers.nodes import find_nodes
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 
+from ..ranks_tensorflow import gpu
 from ..ranks_tensorflow.common import (
     EDEN2,
     SHAPES,
@@ -159,3 +160,20 @@ def test_residuals_of_nodes_resume_and_are_not_combined():
     assert_equal(resumed, straight)
     with pytest.raises(ArgumentError, match="hierarchy"):
         hvd.combine_states(everybody(state))
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_on_a_gpu_it_has_the_bits_of_cpus(period, monkeypatch):
+    def trained(device):
+        with tf.device(device):
+            variables = make_variables()
+        apply(wrap(period=period, **FED_BACK), variables, range(3))
+        return values(variables)
+
+    expected = trained("CPU:0")
+    pretended = gpu.Pretended(monkeypatch)
+    before = pretended.num_launched()
+    pretended.begin()
+    assert_equal(trained(gpu.NAME), expected)
+    assert pretended.num_launched() > before
+    gpu.forget_kernels()

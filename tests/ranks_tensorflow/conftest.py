@@ -10,10 +10,15 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # ranks share the cores
 
 import keras
+import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
 from tests import heap
 
+# Variables on the second one are somewhere else, as on a GPU (gpu.py).
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration() for _ in range(2)]
+)
 hvd.init()
 
 

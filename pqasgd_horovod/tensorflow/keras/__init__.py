@@ -75,6 +75,7 @@ def DistributedOptimizer(
     hierarchy: str | None = None,
     model: Any = None,
     check_consistency: bool = False,
+    anchor_device: str | None = None,
 ) -> Any:
     r"""Return an optimizer of the same class and configuration that trains on all ranks, and sends little.
 
@@ -130,6 +131,8 @@ def DistributedOptimizer(
             and exchanged with other nodes, once for each node. Needs ``hvd.init(process_sets="dynamic")`` and as many
             ranks on each node. Bytes are then counted between nodes.
         model: where to find BatchNormalization's moving statistics if no model is compiled with this optimizer.
+        anchor_device: where anchors, residuals and means of parameters on a GPU are kept: None, beside them; ``"cpu"``:
+            in host memory, for models that fill the GPU. Numbers are coded there, too.
         check_consistency: after each average compare checksums of all replicas (slow; for debugging).
 
     Returns:
@@ -183,6 +186,7 @@ def DistributedOptimizer(
         hierarchy=hierarchy,
         model=model,
         check_consistency=check_consistency,
+        anchor_device=anchor_device,
     )
 
 

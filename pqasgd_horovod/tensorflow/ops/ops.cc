@@ -1,5 +1,11 @@
 // The core as TensorFlow ops. Nothing is computed here: kernels take tensors and variables apart, call include/pqasgd.h, and
 // write where it costs no copy. The graph that they make is in ../graph.py.
+//
+// Ops that touch what a model is made of have kernels for GPUs, too: the same classes with numbers of a Device instead of the
+// Host. Messages, flags and scalars are in host memory everywhere. Those kernels call include/pqasgd_cuda.h, of a library that is
+// loaded when somebody needs it: this one needs neither CUDA nor a TensorFlow that was built with it.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -14,11 +20,13 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "pqasgd.h"
+#include "pqasgd_cuda.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "xla/stream_executor/stream.h"
 
 namespace {
 
@@ -60,6 +68,20 @@ Status explain(int64_t explainer, int32_t flags, const uint8_t* data, int64_t nb
   }
 }
 
+// ---- the kernels for GPUs ----
+
+#define PQ_FOR_EACH_KERNEL(F)                                                                                               \
+  F(allgather_pack) F(allgather_land) F(two_phase_pack) F(two_phase_mean) F(two_phase_land) F(apply) F(rebase) F(gather) F(outer) \
+  F(scale) F(copy)
+
+struct Kernels {
+#define PQ_KERNEL(name) decltype(&pq_device_##name) name = nullptr;
+  PQ_FOR_EACH_KERNEL(PQ_KERNEL)
+#undef PQ_KERNEL
+  decltype(&pq_cuda_error) error = nullptr;
+};
+std::atomic<const Kernels*> g_kernels{nullptr};
+
 // ---- attributes and inputs ----
 
 Status codec_from(const std::vector<int64_t>& spec, pq_codec* codec) {
@@ -87,6 +109,7 @@ Status check(int32_t status, const char* what) {
     case PQ_BAD_LENGTH: return DataLoss(what, ": the payload has not the size that this codec gives this many elements");
     case PQ_BAD_SCALE: return DataLoss(what, ": the payload holds a scale that is negative, NaN or Inf: it is corrupted");
     case PQ_BAD_CODE: return DataLoss(what, ": the payload holds a code that no encoder writes: it is corrupted");
+    case PQ_DEVICE_ERROR: return Internal("DeviceError: ", what, ": CUDA refuses: ", g_kernels.load()->error());
     default: return InvalidArgument(what, ": the codec, the range or the memory given to the native core is not valid");
   }
 }
@@ -101,6 +124,7 @@ Status scalar_from(OpKernelContext* context, const char* name, T* value) {
 }
 
 void* data_of(const Tensor& tensor) { return const_cast<char*>(tensor.tensor_data().data()); }
+float* floats_of(const Tensor& tensor) { return (float*)data_of(tensor); }
 
 // Tensors as one flat vector, minus a part of an anchor if there is one.
 struct Source {
@@ -134,6 +158,130 @@ struct Source {
     source.num_segments = (int64_t)segments.size();
     return &source;
   }
+};
+
+// ---- where numbers are ----
+
+// mean = base + scale * mean, rounded twice, as exchange/base.py does it; no base: scale * mean. The scale is not 1 where ranks
+// are absent.
+void scale_mean(float scale, const float* base, int64_t count, float* mean) {
+  for (int64_t i = 0; i < count; ++i) mean[i] *= scale;
+  if (base)
+    for (int64_t i = 0; i < count; ++i) mean[i] += base[i];
+}
+
+class Host {
+ public:
+  Status open(OpKernelContext*) { return OkStatus(); }
+
+#define PQ_ON_HOST(name) \
+  template <class... Args> \
+  int32_t name(Args... args) const { return pq_##name(args...); }
+  PQ_ON_HOST(allgather_pack)
+  PQ_ON_HOST(allgather_land)
+  PQ_ON_HOST(two_phase_pack)
+  PQ_ON_HOST(two_phase_mean)
+  PQ_ON_HOST(two_phase_land)
+  PQ_ON_HOST(apply)
+  PQ_ON_HOST(rebase)
+  PQ_ON_HOST(gather)
+  PQ_ON_HOST(outer)
+#undef PQ_ON_HOST
+  int32_t scale(float scale, const float* base, int64_t count, float* mean) const {
+    scale_mean(scale, base, count, mean);
+    return PQ_OK;
+  }
+  int32_t copy(void* to, const void* from, int64_t nbytes) const {
+    std::memcpy(to, from, (size_t)nbytes);
+    return PQ_OK;
+  }
+  // anchor[begin, begin + n) += mean[begin, begin + n).
+  Status move(const float* mean, int64_t begin, int64_t n, const Tensor& anchor) const {
+    return anchor.dtype() == DT_DOUBLE ? add(mean + begin, n, (double*)data_of(anchor) + begin)
+                                       : add(mean + begin, n, floats_of(anchor) + begin);
+  }
+  Status distance(OpKernelContext*, const pq_source* source, int64_t start, int64_t count, const float* center, double* distance) const {
+    return check(pq_distance(source, start, count, center, distance), "distance");
+  }
+  // Lets `on_host` be numbers that the host can read; `memory` is theirs where that is necessary.
+  Status read(const float* numbers, int64_t, std::vector<float>*, const float** on_host) const {
+    *on_host = numbers;
+    return OkStatus();
+  }
+
+ private:
+  template <class T>
+  static Status add(const float* mean, int64_t n, T* anchor) {
+    for (int64_t i = 0; i < n; ++i) anchor[i] += (T)mean[i];
+    return OkStatus();
+  }
+};
+
+// Numbers in the memory of a GPU, on the stream that TensorFlow puts its own work on.
+class Device {
+ public:
+  Status open(OpKernelContext* context) {
+    kernels_ = g_kernels.load();
+    if (!kernels_) return FailedPrecondition("pqasgd_horovod: the kernels for GPUs were not loaded");
+    const auto* info = context->device()->tensorflow_accelerator_device_info();
+    if (info) index_ = info->gpu_id;  // else it is a CPU, which plays the first GPU
+    const DeviceContext* device = context->op_device_context();
+    if (device && device->stream()) stream_ = device->stream()->platform_specific_handle().stream;
+    return OkStatus();
+  }
+
+#define PQ_ON_DEVICE_(name) \
+  template <class... Args> \
+  int32_t name(Args... args) const { return kernels_->name(index_, stream_, args...); }
+  PQ_FOR_EACH_KERNEL(PQ_ON_DEVICE_)
+#undef PQ_ON_DEVICE_
+
+  // A kernel writes the anchor, and what it has written to a segment: that is the anchor, too.
+  Status move(const float* mean, int64_t begin, int64_t n, const Tensor& anchor) const {
+    Source target;
+    TF_RETURN_IF_ERROR(target.add(anchor));
+    TF_RETURN_IF_ERROR(target.subtract(anchor, 0));
+    return check(apply(mean + begin, begin, n, target.get()), "apply");
+  }
+  // It is rare: the host does it.
+  Status distance(OpKernelContext* context, const pq_source* source, int64_t start, int64_t count, const float* center,
+                  double* distance) const {
+    Tensor gathered;
+    std::vector<float> of_numbers, of_center;
+    const float *numbers = nullptr, *center_on_host = nullptr;
+    TF_RETURN_IF_ERROR(context->allocate_temp(DT_FLOAT, {count}, &gathered));
+    TF_RETURN_IF_ERROR(check(gather(source, start, count, data_of(gathered), (int32_t)PQ_F32), "distance"));
+    TF_RETURN_IF_ERROR(read(floats_of(gathered), count, &of_numbers, &numbers));
+    TF_RETURN_IF_ERROR(read(center, count, &of_center, &center_on_host));
+    const pq_segment segment{(void*)numbers, count, PQ_F32, 0};
+    const int64_t offsets[2] = {0, count};
+    const pq_source on_host{&segment, offsets, 1, nullptr, PQ_F32, 0, nullptr, nullptr};
+    return Host().distance(context, &on_host, 0, count, center_on_host, distance);
+  }
+  Status read(const float* numbers, int64_t count, std::vector<float>* memory, const float** on_host) const {
+    memory->resize((size_t)count);
+    *on_host = memory->data();
+    return check(copy(memory->data(), numbers, count * (int64_t)sizeof(float)), "copy");
+  }
+
+ private:
+  const Kernels* kernels_ = nullptr;
+  int32_t index_ = 0;
+  pq_stream stream_ = nullptr;
+};
+
+// A kernel for numbers of a Host or a Device; on a GPU the inputs and outputs that `in_host_memory` names are in host memory. With
+// the label that of a GPU runs on a CPU: for tests, with kernels that do.
+#define PQ_REGISTER(name, Op, in_host_memory)                                                     \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(DEVICE_CPU), Op<Host>);                               \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(DEVICE_GPU) in_host_memory, Op<Device>);              \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(DEVICE_CPU).Label("pqasgd_gpu"), Op<Device>)
+
+// Of a GPU too they take time: they wait for it, and TensorFlow is to go on meanwhile.
+class NumbersOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  bool IsExpensive() override { return true; }
 };
 
 // Parts of float32 variables that nothing but these ops reads or writes during a round, each bucket its own.
@@ -182,9 +330,9 @@ Status source_from(OpKernelContext* context, int64_t anchor_offset, Source* sour
 }
 
 // What all messages of a rank have in common; `number` is the attribute that counts what they are about.
-class MessageOp : public OpKernel {
+class MessageOp : public NumbersOp {
  public:
-  MessageOp(OpKernelConstruction* context, const char* number) : OpKernel(context) {
+  MessageOp(OpKernelConstruction* context, const char* number) : NumbersOp(context) {
     std::vector<int64_t> codec;
     int64_t bucket = 0, rank = 0, size = 0, digest = 0, seed = 0;
     OP_REQUIRES_OK(context, context->GetAttr("codec", &codec));
@@ -237,14 +385,6 @@ class BucketOp : public MessageOp {
   std::vector<int64_t> shards_;
 };
 
-// mean = base + scale * mean, rounded twice, as exchange/base.py does it; no base: scale * mean. The scale is not 1 where ranks
-// are absent.
-void scale_mean(float scale, const float* base, int64_t count, float* mean) {
-  for (int64_t i = 0; i < count; ++i) mean[i] *= scale;
-  if (base)
-    for (int64_t i = 0; i < count; ++i) mean[i] += base[i];
-}
-
 #define PQ_BUCKET_ATTRS                                                                                        \
   Attr("codec: list(int)").Attr("second_codec: list(int)").Attr("bucket: int").Attr("num_elements: int").Attr( \
       "rank: int").Attr("size: int").Attr("digest: int").Attr("seed: int").Attr("shards: list(int)")
@@ -274,6 +414,7 @@ REGISTER_OP("PqasgdPack")
     .SetIsStateful()
     .SetShapeFn(bytes_and_flags);
 
+template <class Where>
 class PackOp : public BucketOp {
  public:
   explicit PackOp(OpKernelConstruction* context) : BucketOp(context) {
@@ -289,6 +430,8 @@ class PackOp : public BucketOp {
   }
 
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     pq_bucket bucket;
     Source source;
     Tensor *messages = nullptr, *flags = nullptr;
@@ -305,8 +448,8 @@ class PackOp : public BucketOp {
     OP_REQUIRES_OK(context, context->allocate_output("flags", {}, &flags));
     uint8_t* out = messages->flat<uint8>().data();
     const int32_t status = two_phase()
-                               ? pq_two_phase_pack(&codec_, &bucket, shards_.data(), source.get(), start_, out, nbytes_)
-                               : pq_allgather_pack(&codec_, &bucket, source.get(), start_, out, nbytes_);
+                               ? where.two_phase_pack(&codec_, &bucket, shards_.data(), source.get(), start_, out, nbytes_)
+                               : where.allgather_pack(&codec_, &bucket, source.get(), start_, out, nbytes_);
     OP_REQUIRES_OK(context, check(status, "encode"));
     flags->scalar<int32>()() = status;
   }
@@ -315,7 +458,9 @@ class PackOp : public BucketOp {
   int64_t start_ = 0, anchor_offset_ = 0, nbytes_ = 0;
   int num_residuals_ = 0;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdPack").Device(DEVICE_CPU), PackOp);
+PQ_REGISTER("PqasgdPack", PackOp,
+           .HostMemory("step").HostMemory("round").HostMemory("known").HostMemory("residuals").HostMemory("messages")
+              .HostMemory("flags"));
 
 REGISTER_OP("PqasgdMean")
     .Input("step: int64")
@@ -338,6 +483,7 @@ REGISTER_OP("PqasgdMean")
       return bytes_and_flags(c);
     });
 
+template <class Where>
 class MeanOp : public BucketOp {
  public:
   explicit MeanOp(OpKernelConstruction* context) : BucketOp(context) {
@@ -352,6 +498,8 @@ class MeanOp : public BucketOp {
   }
 
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     pq_bucket bucket;
     Source source;
     Tensor *message = nullptr, *new_flags = nullptr, *mean = nullptr;
@@ -369,7 +517,7 @@ class MeanOp : public BucketOp {
     OP_REQUIRES_OK(context, context->allocate_output("message", {nbytes_}, &message));
     OP_REQUIRES_OK(context, context->allocate_output("new_flags", {}, &new_flags));
     OP_REQUIRES_OK(context, context->allocate_output("mean", {count_}, &mean));
-    const int32_t status = pq_two_phase_mean(
+    const int32_t status = where.two_phase_mean(
         &codec_, &second_codec_, &bucket, shards_.data(), flags->flat<int32>()(0), received->flat<uint8>().data(),
         received->NumElements(), source.get(), start_, of_means.kept(), of_means.next(), mean->flat<float>().data(),
         message->flat<uint8>().data(), nbytes_);
@@ -381,7 +529,9 @@ class MeanOp : public BucketOp {
   int64_t start_ = 0, anchor_offset_ = 0, offset_ = 0, count_ = 0, nbytes_ = 0;
   int num_residuals_ = 0, num_mean_residuals_ = 0;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdMean").Device(DEVICE_CPU), MeanOp);
+PQ_REGISTER("PqasgdMean", MeanOp,
+           .HostMemory("step").HostMemory("round").HostMemory("flags").HostMemory("received").HostMemory("residuals")
+              .HostMemory("mean_residuals").HostMemory("message").HostMemory("new_flags"));
 
 // Writes base + scale * mean, or scale * mean, to a part of `arriving`, which nothing but these ops ever reads or writes.
 REGISTER_OP("PqasgdLand")
@@ -398,6 +548,7 @@ REGISTER_OP("PqasgdLand")
     .SetIsStateful()
     .SetShapeFn(shape_inference::ScalarShape);
 
+template <class Where>
 class LandOp : public BucketOp {
  public:
   explicit LandOp(OpKernelConstruction* context) : BucketOp(context) {
@@ -406,6 +557,8 @@ class LandOp : public BucketOp {
   }
 
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     pq_bucket bucket;
     OpInputList bases;
     const Tensor* received;
@@ -428,12 +581,12 @@ class LandOp : public BucketOp {
                   destination->dtype() == DT_FLOAT && destination->NumElements() >= end &&
                       (bases.size() == 0 || bases[0].NumElements() >= end),
                   InvalidArgument("arriving and base must have at least ", end, " float32 elements"));
-      float* mean = destination->flat<float>().data() + offset_;
+      float* mean = floats_of(*destination) + offset_;
       const float* base = bases.size() ? bases[0].flat<float>().data() + offset_ : nullptr;
       const float* added = scale == 1 ? base : nullptr;
-      status = two_phase() ? pq_two_phase_land(&second_codec_, &bucket, shards_.data(), bytes, received->NumElements(), added, mean)
-                           : pq_allgather_land(&codec_, &bucket, bytes, received->NumElements(), added, mean);
-      if (status == 0 && scale != 1) scale_mean(scale, base, bucket.num_elements, mean);
+      status = two_phase() ? where.two_phase_land(&second_codec_, &bucket, shards_.data(), bytes, received->NumElements(), added, mean)
+                           : where.allgather_land(&codec_, &bucket, bytes, received->NumElements(), added, mean);
+      if (status == 0 && scale != 1) status = where.scale(scale, base, bucket.num_elements, mean);
     }
     OP_REQUIRES_OK(context, check(status, "decode"));
     if (status) OP_REQUIRES_OK(context, explain(explainer_, status, bytes, received->NumElements()));
@@ -443,7 +596,9 @@ class LandOp : public BucketOp {
  private:
   int64_t offset_ = 0, explainer_ = 0;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdLand").Device(DEVICE_CPU), LandOp);
+PQ_REGISTER("PqasgdLand", LandOp,
+           .HostMemory("step").HostMemory("round").HostMemory("received").HostMemory("scale").HostMemory("arriving")
+              .HostMemory("flags"));
 
 // The message of an owner that has taken its node's mean to other nodes; `flags` and a part of `arriving` are what came of it.
 REGISTER_OP("PqasgdRelay")
@@ -459,6 +614,7 @@ REGISTER_OP("PqasgdRelay")
       return OkStatus();
     });
 
+template <class Where>
 class RelayOp : public BucketOp {
  public:
   explicit RelayOp(OpKernelConstruction* context) : BucketOp(context) {
@@ -466,6 +622,8 @@ class RelayOp : public BucketOp {
   }
 
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     pq_bucket bucket;
     const Tensor* flags;
     Tensor* message = nullptr;
@@ -479,15 +637,18 @@ class RelayOp : public BucketOp {
     const Tensor* mean = arriving->tensor();
     OP_REQUIRES(context, mean->dtype() == DT_FLOAT && mean->NumElements() >= offset_ + count,
                 InvalidArgument("arriving must have at least ", offset_ + count, " float32 elements"));
-    OP_REQUIRES_OK(context, check(pq_two_phase_relay(&bucket, flags->flat<int32>()(0), mean->flat<float>().data() + offset_, count,
-                                                     message->flat<uint8>().data(), nbytes),
+    std::vector<float> memory;
+    const float* numbers = nullptr;
+    OP_REQUIRES_OK(context, where.read(mean->flat<float>().data() + offset_, count, &memory, &numbers));
+    OP_REQUIRES_OK(context, check(pq_two_phase_relay(&bucket, flags->flat<int32>()(0), numbers, count, message->flat<uint8>().data(), nbytes),
                                   "relay"));
   }
 
  private:
   int64_t offset_ = 0;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdRelay").Device(DEVICE_CPU), RelayOp);
+PQ_REGISTER("PqasgdRelay", RelayOp,
+           .HostMemory("step").HostMemory("round").HostMemory("flags").HostMemory("arriving").HostMemory("message"));
 
 // ---- low rank: between the exchanges of the two factors; see exchange/low_rank.py ----
 
@@ -896,11 +1057,12 @@ Status writable(OpKernelContext* context, Var* variable, Tensor** tensor) {
 }
 
 // A tensor to be changed in place: a copy where somebody still reads it.
-Status unshared(OpKernelContext* context, Tensor* tensor) {
+template <class Where>
+Status unshared(OpKernelContext* context, const Where& where, Tensor* tensor) {
   if (tensor->RefCountIsOne()) return OkStatus();
   Tensor copy;
   TF_RETURN_IF_ERROR(context->allocate_temp(tensor->dtype(), tensor->shape(), &copy));
-  std::memcpy(data_of(copy), data_of(*tensor), tensor->TotalBytes());
+  TF_RETURN_IF_ERROR(check(where.copy(data_of(copy), data_of(*tensor), (int64_t)tensor->TotalBytes()), "copy"));
   *tensor = copy;
   return OkStatus();
 }
@@ -915,13 +1077,16 @@ REGISTER_OP("PqasgdKeep")
     .SetIsStateful()
     .SetShapeFn(shape_inference::NoOutputs);
 
-class KeepOp : public OpKernel {
+template <class Where>
+class KeepOp : public NumbersOp {
  public:
-  explicit KeepOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit KeepOp(OpKernelConstruction* context) : NumbersOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("limits", &limits_));
     OP_REQUIRES(context, (int)limits_.size() == 2 * (context->num_inputs() - 2), InvalidArgument("limits must be two for each bucket"));
   }
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     core::RefCountPtr<Var> kept, next;
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &kept));
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &next));
@@ -936,17 +1101,20 @@ class KeepOp : public OpKernel {
       OP_REQUIRES_OK(context, writable(context, next.get(), &unused));
       return;
     }
-    OP_REQUIRES_OK(context, unshared(context, kept->tensor()));
+    OP_REQUIRES_OK(context, unshared(context, where, kept->tensor()));
     float* to = kept->tensor()->flat<float>().data();
     const float* from = next->tensor()->flat<float>().data();
     for (size_t i = 0; 2 * i < limits_.size(); ++i)
-      if (!context->input((int)i + 2).flat<int32>()(0)) std::copy(from + limits_[2 * i], from + limits_[2 * i + 1], to + limits_[2 * i]);
+      if (!context->input((int)i + 2).flat<int32>()(0))
+        OP_REQUIRES_OK(context, check(where.copy(to + limits_[2 * i], from + limits_[2 * i],
+                                                 (limits_[2 * i + 1] - limits_[2 * i]) * (int64_t)sizeof(float)),
+                                      "copy"));
   }
 
  private:
   std::vector<int64_t> limits_;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdKeep").Device(DEVICE_CPU), KeepOp);
+PQ_REGISTER("PqasgdKeep", KeepOp, .HostMemory("kept").HostMemory("next").HostMemory("flags"));
 
 // How far `tensors`, minus an anchor if there is one, are from what has arrived in `spans`; see pq_distance.
 REGISTER_OP("PqasgdDistance")
@@ -960,12 +1128,15 @@ REGISTER_OP("PqasgdDistance")
     .SetIsStateful()
     .SetShapeFn(shape_inference::ScalarShape);
 
-class DistanceOp : public OpKernel {
+template <class Where>
+class DistanceOp : public NumbersOp {
  public:
-  explicit DistanceOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit DistanceOp(OpKernelConstruction* context) : NumbersOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
   }
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     core::RefCountPtr<Var> arriving;
     OpInputList tensors, anchors;
     Tensor* result = nullptr;
@@ -982,8 +1153,7 @@ class DistanceOp : public OpKernel {
     for (size_t i = 0; i + 1 < spans_.size(); i += 2) {
       if (spans_[i + 1] <= spans_[i]) continue;
       OP_REQUIRES(context, spans_[i + 1] <= arriving->tensor()->NumElements(), InvalidArgument("spans go beyond what arrives"));
-      OP_REQUIRES_OK(context, check(pq_distance(source.get(), spans_[i], spans_[i + 1] - spans_[i], center + spans_[i], &part),
-                                    "distance"));
+      OP_REQUIRES_OK(context, where.distance(context, source.get(), spans_[i], spans_[i + 1] - spans_[i], center + spans_[i], &part));
       total += part;
     }
     result->scalar<double>()() = total;
@@ -992,7 +1162,7 @@ class DistanceOp : public OpKernel {
  private:
   std::vector<int64_t> spans_;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdDistance").Device(DEVICE_CPU), DistanceOp);
+PQ_REGISTER("PqasgdDistance", DistanceOp, .HostMemory("arriving").HostMemory("distance"));
 
 // An outer step on what has arrived in `spans`, a beginning and an end each, before it is committed; see pq_outer.
 REGISTER_OP("PqasgdOuter")
@@ -1003,12 +1173,15 @@ REGISTER_OP("PqasgdOuter")
     .SetIsStateful()
     .SetShapeFn(shape_inference::NoOutputs);
 
-class OuterOp : public OpKernel {
+template <class Where>
+class OuterOp : public NumbersOp {
  public:
-  explicit OuterOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit OuterOp(OpKernelConstruction* context) : NumbersOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
   }
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     core::RefCountPtr<Var> arriving, momentum;
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &momentum));
@@ -1019,12 +1192,12 @@ class OuterOp : public OpKernel {
     Tensor* own = momentum->tensor();
     OP_REQUIRES(context, own->NumElements() <= arriving->tensor()->NumElements(),
                 InvalidArgument("momentum has more elements than what has arrived"));
-    OP_REQUIRES_OK(context, unshared(context, own));
+    OP_REQUIRES_OK(context, unshared(context, where, own));
     const auto c = coefficients.flat<float>();
     for (size_t i = 0; i + 1 < spans_.size(); i += 2) {
       const int64_t begin = spans_[i], count = std::min(spans_[i + 1], own->NumElements()) - begin;
       if (count <= 0) continue;
-      OP_REQUIRES_OK(context, check(pq_outer(c(0), c(1), c(2), count, own->flat<float>().data() + begin,
+      OP_REQUIRES_OK(context, check(where.outer(c(0), c(1), c(2), count, own->flat<float>().data() + begin,
                                              arriving->tensor()->flat<float>().data() + begin),
                                     "outer"));
     }
@@ -1033,36 +1206,100 @@ class OuterOp : public OpKernel {
  private:
   std::vector<int64_t> spans_;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdOuter").Device(DEVICE_CPU), OuterOp);
+PQ_REGISTER("PqasgdOuter", OuterOp, .HostMemory("arriving").HostMemory("momentum").HostMemory("coefficients"));
+
+// Somewhere a round ends: variables of the same place, which are written, or tensors of which new ones are made.
+class TargetsOp : public NumbersOp {
+ public:
+  explicit TargetsOp(OpKernelConstruction* context) : NumbersOp(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("n", &num_variables_));
+    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
+  }
+
+ protected:
+  // Calls act(target, at, count) for each, of `count` elements that begin at `at`. `whole`: all of them will be overwritten.
+  // Variables begin at input `first`.
+  template <class Where, class F>
+  Status for_targets(OpKernelContext* context, const Where& where, int first, bool whole, F act) const {
+    int64_t at = 0;
+    for (int i = 0; i < num_variables_; ++i) {
+      core::RefCountPtr<Var> variable;
+      TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, first + i), &variable));
+      mutex_lock lock(*variable->mu());
+      Tensor* tensor = variable->tensor();
+      if (whole) TF_RETURN_IF_ERROR(writable(context, variable.get(), &tensor));
+      else TF_RETURN_IF_ERROR(unshared(context, where, tensor));
+      TF_RETURN_IF_ERROR(act(*tensor, at, tensor->NumElements()));
+      at += tensor->NumElements();
+    }
+    for (int i = 0; i < context->num_outputs(); ++i) {
+      const int input = first + num_variables_ + i;
+      const Tensor given = context->input(input);
+      Tensor* tensor = nullptr;
+      TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output({input}, i, given.shape(), &tensor));
+      if (!whole && !tensor->SharesBufferWith(given))
+        TF_RETURN_IF_ERROR(check(where.copy(data_of(*tensor), data_of(given), (int64_t)given.TotalBytes()), "copy"));
+      TF_RETURN_IF_ERROR(act(*tensor, at, tensor->NumElements()));
+      at += tensor->NumElements();
+    }
+    return OkStatus();
+  }
+
+  // Calls act(begin, n) for what of `spans`, or of all if there are none, is in `count` elements from `at`.
+  template <class F>
+  Status for_spans(int64_t at, int64_t count, F act) const {
+    const int64_t whole[2] = {at, at + count};
+    const int64_t* spans = spans_.empty() ? whole : spans_.data();
+    for (size_t k = 0; k < std::max<size_t>(2, spans_.size()); k += 2) {
+      const int64_t begin = std::max(spans[k], at), n = std::min(spans[k + 1], at + count) - begin;
+      if (n > 0) TF_RETURN_IF_ERROR(act(begin, n));
+    }
+    return OkStatus();
+  }
+
+  int num_variables_ = 0;
+  std::vector<int64_t> spans_;
+};
+
+Status results_like_tensors(InferenceContext* c) {
+  const int first = c->num_inputs() - c->num_outputs();
+  for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->input(first + i));
+  return OkStatus();
+}
 
 // What has arrived is the next anchor: the two change places; or, if it is to be added, the mean, which the anchor moves by.
 // Then the variables become the anchor; without one they become the mean. With `spans`, a beginning and an end each, that is done
-// for these elements only.
+// for these elements only. Variables that are elsewhere are given as tensors, and get the results.
 REGISTER_OP("PqasgdCommit")
     .Input("arriving: resource")
     .Input("anchors: num_anchors * resource")
     .Input("variables: n * resource")
+    .Input("tensors: dtypes")
+    .Output("results: dtypes")
     .Attr("num_anchors: int >= 0")
     .Attr("n: int >= 0")
+    .Attr("dtypes: list({float, double, half, bfloat16}) >= 0")
     .Attr("add: bool")
     .Attr("spans: list(int)")
     .SetIsStateful()
-    .SetShapeFn(shape_inference::NoOutputs);
+    .SetShapeFn(results_like_tensors);
 
-class CommitOp : public OpKernel {
+template <class Where>
+class CommitOp : public TargetsOp {
  public:
-  explicit CommitOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit CommitOp(OpKernelConstruction* context) : TargetsOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("num_anchors", &num_anchors_));
     OP_REQUIRES_OK(context, context->GetAttr("add", &add_));
-    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
   }
 
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     core::RefCountPtr<Var> arriving, anchor;
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
     mutex_lock arriving_lock(*arriving->mu());
     if (num_anchors_ == 0) {
-      OP_REQUIRES_OK(context, write(context, *arriving->tensor(), nullptr));
+      OP_REQUIRES_OK(context, write(context, where, *arriving->tensor(), nullptr));
       return;
     }
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &anchor));
@@ -1071,73 +1308,55 @@ class CommitOp : public OpKernel {
     if (!add_) {
       OP_REQUIRES(context, old->dtype() == DT_FLOAT && old->shape() == arriving->tensor()->shape(), InvalidArgument("anchor and arriving differ in shape"));
       if (!spans_.empty()) {
-        OP_REQUIRES_OK(context, unshared(context, old));
+        OP_REQUIRES_OK(context, unshared(context, where, old));
         const float* from = arriving->tensor()->flat<float>().data();
-        for (size_t i = 0; i < spans_.size(); i += 2)
-          std::copy(from + spans_[i], from + spans_[i + 1], old->flat<float>().data() + spans_[i]);
-        OP_REQUIRES_OK(context, write(context, *old, nullptr));
+        float* to = old->flat<float>().data();
+        OP_REQUIRES_OK(context, for_spans(0, old->NumElements(), [&](int64_t begin, int64_t n) {
+                         return check(where.copy(to + begin, from + begin, n * (int64_t)sizeof(float)), "copy");
+                       }));
+        OP_REQUIRES_OK(context, write(context, where, *old, nullptr));
         return;
       }
       std::swap(*old, *arriving->tensor());
       Tensor* unused;
       OP_REQUIRES_OK(context, writable(context, arriving.get(), &unused));
-      OP_REQUIRES_OK(context, write(context, *anchor->tensor(), nullptr));
+      OP_REQUIRES_OK(context, write(context, where, *anchor->tensor(), nullptr));
       return;
     }
-    OP_REQUIRES_OK(context, unshared(context, old));
-    if (context->num_inputs() == 1 + num_anchors_) {
-      old->dtype() == DT_DOUBLE ? add<double>(*arriving->tensor(), old) : add<float>(*arriving->tensor(), old);
+    OP_REQUIRES_OK(context, unshared(context, where, old));
+    if (num_variables_ || context->num_outputs()) {
+      OP_REQUIRES_OK(context, write(context, where, *arriving->tensor(), old));
       return;
     }
-    OP_REQUIRES_OK(context, write(context, *arriving->tensor(), old));
+    const float* mean = arriving->tensor()->flat<float>().data();
+    OP_REQUIRES(context, old->NumElements() <= arriving->tensor()->NumElements(), InvalidArgument("anchor and arriving differ in shape"));
+    OP_REQUIRES_OK(context, for_spans(0, old->NumElements(), [&](int64_t begin, int64_t n) { return where.move(mean, begin, n, *old); }));
   }
 
  private:
-  // Anchor += mean, where there are no variables.
-  template <class T>
-  void add(const Tensor& mean, Tensor* anchor) const {
-    const int64_t whole[2] = {0, anchor->NumElements()};
-    const int64_t* spans = spans_.empty() ? whole : spans_.data();
-    for (size_t k = 0; k < std::max<size_t>(2, spans_.size()); k += 2)
-      for (int64_t i = spans[k]; i < spans[k + 1]; ++i) anchor->flat<T>()(i) += (T)mean.flat<float>()(i);
-  }
-
-  // Variables = mean, or with an anchor: anchor += mean, variables = anchor.
-  Status write(OpKernelContext* context, const Tensor& mean, Tensor* anchor) const {
-    if (context->num_inputs() == 1 + num_anchors_) return OkStatus();
-    int64_t at = 0;
-    for (int i = 1 + num_anchors_; i < context->num_inputs(); ++i) {
-      core::RefCountPtr<Var> variable;
-      TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, i), &variable));
-      mutex_lock lock(*variable->mu());
-      Tensor* tensor;
-      if (spans_.empty()) {
-        TF_RETURN_IF_ERROR(writable(context, variable.get(), &tensor));
-      } else {
-        tensor = variable->tensor();
-        TF_RETURN_IF_ERROR(unshared(context, tensor));
-      }
+  // Targets = mean, or with an anchor: anchor += mean, targets = anchor.
+  Status write(OpKernelContext* context, const Where& where, const Tensor& mean, Tensor* anchor) const {
+    if (!num_variables_ && !context->num_outputs()) return OkStatus();
+    const float* means = mean.flat<float>().data();
+    int64_t total = 0;
+    const auto put = [&](const Tensor& tensor, int64_t at, int64_t count) {
       Source target;
-      TF_RETURN_IF_ERROR(target.add(*tensor));
+      TF_RETURN_IF_ERROR(target.add(tensor));
       if (anchor) TF_RETURN_IF_ERROR(target.subtract(*anchor, at));
-      const int64_t count = tensor->NumElements(), whole[2] = {at, at + count};
       if (at + count > mean.NumElements()) return InvalidArgument("more variables than means");
-      const int64_t* spans = spans_.empty() ? whole : spans_.data();
-      for (size_t k = 0; k < std::max<size_t>(2, spans_.size()); k += 2) {
-        const int64_t begin = std::max(spans[k], at), n = std::min(spans[k + 1], at + count) - begin;
-        if (n > 0) TF_RETURN_IF_ERROR(check(pq_apply(mean.flat<float>().data() + begin, begin - at, n, target.get()), "apply"));
-      }
-      at += count;
-    }
-    if (at != mean.NumElements()) return InvalidArgument("fewer variables than means");
-    return OkStatus();
+      total = at + count;
+      return for_spans(at, count, [&](int64_t begin, int64_t n) {
+        return check(where.apply(means + begin, begin - at, n, target.get()), "apply");
+      });
+    };
+    TF_RETURN_IF_ERROR(for_targets(context, where, 1 + num_anchors_, spans_.empty(), put));
+    return total == mean.NumElements() ? OkStatus() : InvalidArgument("fewer variables than means");
   }
 
   int num_anchors_ = 0;
   bool add_ = false;
-  std::vector<int64_t> spans_;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdCommit").Device(DEVICE_CPU), CommitOp);
+PQ_REGISTER("PqasgdCommit", CommitOp, .HostMemory("arriving").HostMemory("anchors").HostMemory("variables"));
 
 // The means as tensors like `tensors`, in their memory where nobody else needs them; times `factor`.
 REGISTER_OP("PqasgdScatter")
@@ -1152,12 +1371,15 @@ REGISTER_OP("PqasgdScatter")
       return OkStatus();
     });
 
-class ScatterOp : public OpKernel {
+template <class Where>
+class ScatterOp : public NumbersOp {
  public:
-  explicit ScatterOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit ScatterOp(OpKernelConstruction* context) : NumbersOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("factor", &factor_));
   }
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     core::RefCountPtr<Var> arriving;
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &arriving));
     mutex_lock lock(*arriving->mu());
@@ -1170,15 +1392,14 @@ class ScatterOp : public OpKernel {
     }
     OP_REQUIRES(context, target.offsets.back() == means->NumElements(), InvalidArgument("tensors and means differ in size"));
     float* mean = means->flat<float>().data();
-    if (factor_ != 1.0f)
-      for (int64_t i = 0; i < means->NumElements(); ++i) mean[i] *= factor_;
-    OP_REQUIRES_OK(context, check(pq_apply(mean, 0, means->NumElements(), target.get()), "apply"));
+    if (factor_ != 1.0f) OP_REQUIRES_OK(context, check(where.scale(factor_, (const float*)nullptr, means->NumElements(), mean), "scale"));
+    OP_REQUIRES_OK(context, check(where.apply(mean, 0, means->NumElements(), target.get()), "apply"));
   }
 
  private:
   float factor_ = 1;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdScatter").Device(DEVICE_CPU), ScatterOp);
+PQ_REGISTER("PqasgdScatter", ScatterOp, .HostMemory("arriving"));
 
 // ---- a codec by itself ----
 
@@ -1302,7 +1523,7 @@ class DecodeAddVariableOp : public DecodeAddBase {
     mutex_lock lock(*variable->mu());
     Tensor* tensor = variable->tensor();
     OP_REQUIRES(context, tensor->dtype() == DT_FLOAT, InvalidArgument("destination is not float32"));
-    OP_REQUIRES_OK(context, unshared(context, tensor));
+    OP_REQUIRES_OK(context, unshared(context, Host(), tensor));
     OP_REQUIRES_OK(context, add(context, tensor));
   }
 };
@@ -1319,12 +1540,15 @@ REGISTER_OP("PqasgdSnapshot")
     .SetIsStateful()
     .SetShapeFn(shape_inference::NoOutputs);
 
-class SnapshotOp : public OpKernel {
+template <class Where>
+class SnapshotOp : public NumbersOp {
  public:
-  explicit SnapshotOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit SnapshotOp(OpKernelConstruction* context) : NumbersOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
   }
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     core::RefCountPtr<Var> snapshot;
     OpInputList tensors;
     Source source;
@@ -1333,39 +1557,45 @@ class SnapshotOp : public OpKernel {
     for (const Tensor& tensor : tensors) OP_REQUIRES_OK(context, source.add(tensor));
     mutex_lock lock(*snapshot->mu());
     Tensor* to = snapshot->tensor();
-    OP_REQUIRES_OK(context, unshared(context, to));
+    OP_REQUIRES_OK(context, unshared(context, where, to));
     int32_t dtype = 0;
     OP_REQUIRES_OK(context, dtype_from(to->dtype(), &dtype));
     for (size_t i = 0; i + 1 < spans_.size(); i += 2) {
       OP_REQUIRES(context, spans_[i + 1] <= to->NumElements(), InvalidArgument("spans go beyond the snapshot"));
       char* at = (char*)data_of(*to) + spans_[i] * DataTypeSize(to->dtype());
-      OP_REQUIRES_OK(context, check(pq_gather(source.get(), spans_[i], spans_[i + 1] - spans_[i], at, dtype), "snapshot"));
+      OP_REQUIRES_OK(context, check(where.gather(source.get(), spans_[i], spans_[i + 1] - spans_[i], at, dtype), "snapshot"));
     }
   }
 
  private:
   std::vector<int64_t> spans_;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdSnapshot").Device(DEVICE_CPU), SnapshotOp);
+PQ_REGISTER("PqasgdSnapshot", SnapshotOp, .HostMemory("snapshot"));
 
 // In spans: variables = anchor + (variables - snapshot); what follows the parameters, buffers, becomes the anchor.
+// Variables that are elsewhere are given as tensors, and get the results.
 REGISTER_OP("PqasgdRebase")
     .Input("anchor: resource")
     .Input("snapshot: resource")
     .Input("variables: n * resource")
-    .Attr("n: int >= 1")
+    .Input("tensors: dtypes")
+    .Output("results: dtypes")
+    .Attr("n: int >= 0")
+    .Attr("dtypes: list({float, double, half, bfloat16}) >= 0")
     .Attr("num_parameters: int")
-    .Attr("spans: list(int)")
+    .Attr("spans: list(int) >= 2")
     .SetIsStateful()
-    .SetShapeFn(shape_inference::NoOutputs);
+    .SetShapeFn(results_like_tensors);
 
-class RebaseOp : public OpKernel {
+template <class Where>
+class RebaseOp : public TargetsOp {
  public:
-  explicit RebaseOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit RebaseOp(OpKernelConstruction* context) : TargetsOp(context) {
     OP_REQUIRES_OK(context, context->GetAttr("num_parameters", &num_parameters_));
-    OP_REQUIRES_OK(context, context->GetAttr("spans", &spans_));
   }
   void Compute(OpKernelContext* context) override {
+    Where where;
+    OP_REQUIRES_OK(context, where.open(context));
     core::RefCountPtr<Var> anchor, snapshot;
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 0), &anchor));
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, 1), &snapshot));
@@ -1373,42 +1603,31 @@ class RebaseOp : public OpKernel {
     mutex_lock snapshot_lock(*snapshot->mu());
     const Tensor& base = *anchor->tensor();
     Tensor* before = snapshot->tensor();
-    OP_REQUIRES_OK(context, unshared(context, before));
+    OP_REQUIRES_OK(context, unshared(context, where, before));
     OP_REQUIRES(context, base.dtype() == before->dtype() && base.shape() == before->shape(),
                 InvalidArgument("anchor and snapshot differ in type or shape"));
     const int64_t width = DataTypeSize(base.dtype());
     int32_t dtype = 0;
     OP_REQUIRES_OK(context, dtype_from(base.dtype(), &dtype));
-    int64_t at = 0;
-    for (int i = 2; i < context->num_inputs(); ++i) {
-      core::RefCountPtr<Var> variable;
-      OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, i), &variable));
-      mutex_lock lock(*variable->mu());
-      Tensor* tensor = variable->tensor();
-      OP_REQUIRES_OK(context, unshared(context, tensor));
-      const int64_t count = tensor->NumElements();
-      OP_REQUIRES(context, at + count <= base.NumElements(), InvalidArgument("more variables than anchors"));
+    OP_REQUIRES_OK(context, for_targets(context, where, 2, false, [&](const Tensor& tensor, int64_t at, int64_t count) {
+      if (at + count > base.NumElements()) return InvalidArgument("more variables than anchors");
       Source target;
-      OP_REQUIRES_OK(context, target.add(*tensor));
-      for (size_t k = 0; k + 1 < spans_.size(); k += 2) {
-        const int64_t begin = std::max(spans_[k], at), n = std::min(spans_[k + 1], at + count) - begin;
-        if (n <= 0) continue;
+      TF_RETURN_IF_ERROR(target.add(tensor));
+      return for_spans(at, count, [&](int64_t begin, int64_t n) {
         if (at >= num_parameters_) {
           target.source.anchor = nullptr;
-          OP_REQUIRES_OK(context, check(pq_gather(target.get(), begin - at, n, (char*)data_of(*before) + begin * width, dtype), "rebase"));
+          TF_RETURN_IF_ERROR(check(where.gather(target.get(), begin - at, n, (char*)data_of(*before) + begin * width, dtype), "rebase"));
         }
-        OP_REQUIRES_OK(context, target.subtract(*before, at));
-        OP_REQUIRES_OK(context, check(pq_rebase((const char*)data_of(base) + begin * width, begin - at, n, target.get()), "rebase"));
-      }
-      at += count;
-    }
+        TF_RETURN_IF_ERROR(target.subtract(*before, at));
+        return check(where.rebase((const char*)data_of(base) + begin * width, begin - at, n, target.get()), "rebase");
+      });
+    }));
   }
 
  private:
   int64_t num_parameters_ = 0;
-  std::vector<int64_t> spans_;
 };
-REGISTER_KERNEL_BUILDER(Name("PqasgdRebase").Device(DEVICE_CPU), RebaseOp);
+PQ_REGISTER("PqasgdRebase", RebaseOp, .HostMemory("anchor").HostMemory("snapshot").HostMemory("variables"));
 
 // What a thread of Python's is doing: a graph may wait for it, and holds no thread of TensorFlow's meanwhile.
 struct Gate {
@@ -1454,6 +1673,22 @@ class AwaitOp : public AsyncOpKernel {
 };
 REGISTER_KERNEL_BUILDER(Name("PqasgdAwait").Device(DEVICE_CPU), AwaitOp);
 
+// Which GPU of CUDA's the op is on; -1: a CPU.
+REGISTER_OP("PqasgdOrdinal").Output("index: int32").SetIsStateful().SetShapeFn(shape_inference::ScalarShape);
+
+class OrdinalOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* context) override {
+    Tensor* index = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &index));
+    const auto* info = context->device()->tensorflow_accelerator_device_info();
+    index->scalar<int32>()() = info ? info->gpu_id : -1;
+  }
+};
+REGISTER_KERNEL_BUILDER(Name("PqasgdOrdinal").Device(DEVICE_CPU), OrdinalOp);
+REGISTER_KERNEL_BUILDER(Name("PqasgdOrdinal").Device(DEVICE_GPU).HostMemory("index"), OrdinalOp);
+
 // TensorFlow's own clock, Timestamp, is an error where ops are to be deterministic; nothing that is trained depends on this.
 REGISTER_OP("PqasgdClock").Output("seconds: double").SetIsStateful().SetShapeFn(shape_inference::ScalarShape);
 
@@ -1473,6 +1708,22 @@ REGISTER_KERNEL_BUILDER(Name("PqasgdClock").Device(DEVICE_CPU), ClockOp);
 #define PQ_FOR_PYTHON extern "C" __attribute__((visibility("default")))
 
 PQ_FOR_PYTHON void pqasgd_tensorflow_set_explain(Explain function) { g_explain = function; }
+
+// Loads the kernels for GPUs, which Python has loaded before and found good; returns what is wrong, if anything is.
+PQ_FOR_PYTHON const char* pqasgd_tensorflow_load_kernels(const char* path) {
+  void* const library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (!library) return dlerror();
+  auto* found = new Kernels();  // for good: ops may be running
+#define PQ_LOOK_UP(name)                                                        \
+  found->name = (decltype(found->name))dlsym(library, "pq_device_" #name); \
+  if (!found->name) return "it has no pq_device_" #name;
+  PQ_FOR_EACH_KERNEL(PQ_LOOK_UP)
+#undef PQ_LOOK_UP
+  found->error = (decltype(found->error))dlsym(library, "pq_cuda_error");
+  if (!found->error) return "it has no pq_cuda_error";
+  g_kernels = found;
+  return nullptr;
+}
 
 PQ_FOR_PYTHON void pqasgd_tensorflow_close_gate(int64_t number) {
   mutex_lock lock(g_gates_lock);
