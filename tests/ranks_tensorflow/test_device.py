@@ -152,6 +152,21 @@ def test_what_is_not_finite_is_refused_on_all_ranks(pretended):
 
 
 @two_ranks
+def test_what_is_not_finite_is_passed_on_as_asked(pretended):
+    def stepped(device):
+        variables = variables_on(device)
+        optimizer = wrap(compression=EDEN2, nonfinite="propagate", small_tensor_threshold=0)
+        wrong = float("nan") if hvd.rank() == 0 else 1.0
+        apply(optimizer, variables, [0], lambda step: [g * np.float32(wrong) for g in gradients_of(step)])
+        return values(variables)
+
+    expected = stepped("CPU:0")
+    assert np.isnan(expected[0]).all()
+    pretended.begin()
+    assert_equal(stepped(gpu.NAME), expected)
+
+
+@two_ranks
 @pytest.mark.parametrize("period", [1, 2])
 def test_variables_on_two_devices_are_refused_on_all_ranks(period):
     places_of_rank = ["CPU:0", gpu.NAME] if hvd.rank() == 1 else ["CPU:0", "CPU:0"]
