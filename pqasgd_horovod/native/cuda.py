@@ -121,7 +121,6 @@ class Library:
             "gather": [pointer, pointer, i64, i64, pointer, i32],
             "outer": [pointer, f32, f32, f32, i64, pointer, pointer],
             "scale": [pointer, f32, pointer, i64, pointer],
-            "copy": [pointer, pointer, pointer, i64],
             "check": [],
         }
         declared = {f"pq_cuda_{name}": signature for name, signature in signatures.items()}

@@ -415,11 +415,4 @@ int32_t pq_device_scale(int32_t device, pq_stream stream, float scale, const flo
   return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
 }
 
-int32_t pq_device_copy(int32_t device, pq_stream stream, void* to, const void* from, int64_t nbytes) {
-  const Call call(device, stream);
-  if (!call.good()) return PQ_DEVICE_ERROR;
-  if (nbytes < 0 || (nbytes && (!to || !from))) return PQ_BAD_ARGUMENT;
-  return (!nbytes || call.copy(to, from, nbytes)) && call.wait() ? int32_t{PQ_OK} : int32_t{PQ_DEVICE_ERROR};
-}
-
 }  // extern "C"

@@ -113,9 +113,6 @@ PQ_EXPORT int32_t pq_device_outer(int32_t device, pq_stream stream, float decay,
                                   float* delta);
 PQ_EXPORT int32_t pq_device_scale(int32_t device, pq_stream stream, float scale, const float* base, int64_t count, float* mean);
 
-/* Bytes from anywhere to anywhere: host memory or the device's. */
-PQ_EXPORT int32_t pq_device_copy(int32_t device, pq_stream stream, void* to, const void* from, int64_t nbytes);
-
 #ifdef __cplusplus
 }
 #endif
