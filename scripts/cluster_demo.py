@@ -18,7 +18,16 @@ import statistics
 import sys
 from typing import Any, NamedTuple
 
-from cluster import ROOT, Cluster, ClusterError, add_base_arguments, build_image, docker
+from cluster import (
+    ROOT,
+    Cluster,
+    ClusterError,
+    add_base_arguments,
+    build_image,
+    compose_command,
+    docker,
+    require_engine,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--workers and --epochs must be at least 1")
 
     console = Console(width=max(Console().width, 110), highlight=False)
+    require_engine()
+    compose_command()  # now, and not only when the image is built
     console.print("Building the image; the first time takes some minutes.")
     image = build_image("cpu", args.base, args.build_base)
     console.print(f"Starting {args.workers} workers and a launcher of {image}, links at {args.rate}.")

@@ -117,6 +117,19 @@ def test_the_demo_ends_with_the_message_and_without_a_traceback(fake_docker):
     assert "Traceback" not in result.stderr
 
 
+def test_without_compose_nothing_is_built(fake_docker, tmp_path, monkeypatch):
+    calls = fake_docker("case $1 in compose) echo unknown; exit 1 ;; esac")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    compose = tmp_path / "docker-compose"
+    compose.write_text("#!/bin/sh\necho no plugin either >&2\nexit 1\n")
+    compose.chmod(0o755)
+    command = [sys.executable, str(ROOT / "scripts" / "cluster_demo.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "no plugin either" in result.stderr
+    assert "build" not in calls.read_text()
+
+
 # An engine with one launcher and one worker, until they are removed; a job runs for ever.
 ENGINE = """
 case $* in
