@@ -164,6 +164,20 @@ def test_fit_joins_before_it_validates_and_averages_metrics(options):
     assert int(model.optimizer.iterations) == 2 * (most if gradients else len(uneven_batches(0)))
 
 
+@several_ranks
+@pytest.mark.parametrize("options", [{"period": 4}, {}], ids=["replicas", "gradients"])
+def test_a_scaled_loss(options):
+    """The scale grows with each rank's own steps, except where gradients are averaged: there all have made the same."""
+    inner = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1024.0, dynamic_growth_steps=2)
+    model = compiled(wrap(inner, compression=EDEN4, **options))
+    before = values(model.trainable_variables)
+    uneven_fit(model, hvd_keras.callbacks.JoinCallback())
+    assert_replicas_equal(model if options else [*model.trainable_variables, *model.optimizer.variables])
+    assert not np.array_equal(values(model.trainable_variables)[0], before[0])
+    steps = 2 * len(uneven_batches(0) if options else uneven_batches(0, last_rank(0)))
+    assert float(model.optimizer.dynamic_scale) == 1024.0 * 2 ** (steps // 2)
+
+
 def test_a_schedule_of_the_learning_rate_goes_on_from_the_steps_of_all_ranks():
     """SlowMo compares learning rates, which would differ after the first epoch."""
     schedule = keras.optimizers.schedules.InverseTimeDecay(0.1, 1, 0.5)
