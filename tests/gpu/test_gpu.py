@@ -148,7 +148,9 @@ def test_messages_stay_on_the_gpu(monkeypatch):
 
 def test_messages_are_tensors_for_horovod():
     """The same memory; and what Horovod has let the default stream wait for is waited for on any other."""
-    devices = pytest.importorskip("pqasgd_horovod.torch.devices", reason="gpu-check --without-horovod")
+    pytest.importorskip("horovod", reason="gpu-check --without-horovod")
+    from pqasgd_horovod.torch import devices
+
     side = torch.cuda.Stream()
     device = cuda.Device(0, lambda: torch.cuda.current_stream().cuda_stream)
     values = np.arange(1000, dtype=np.uint8)

@@ -17,8 +17,8 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # PyTorch's tests ha
 @pytest.fixture(scope="module")
 def gpu():
     """TensorFlow's name of a GPU."""
-    tensorflow = pytest.importorskip("tensorflow", exc_type=ImportError)
-    pytest.importorskip("horovod.tensorflow", exc_type=ImportError)
+    tensorflow = pytest.importorskip("tensorflow", exc_type=ModuleNotFoundError)
+    pytest.importorskip("horovod.tensorflow", exc_type=ImportError, reason="Horovod was built without TensorFlow")
     if not tensorflow.config.list_physical_devices("GPU"):
         pytest.skip("this TensorFlow has no GPU")
     return "GPU:0"

@@ -71,8 +71,8 @@ Status explain(int64_t explainer, int32_t flags, const uint8_t* data, int64_t nb
 // ---- the kernels for GPUs ----
 
 #define PQ_FOR_EACH_KERNEL(F)                                                                                               \
-  F(allgather_pack) F(allgather_land) F(two_phase_pack) F(two_phase_mean) F(two_phase_land) F(apply) F(rebase) F(gather) F(outer) \
-  F(scale) F(copy)
+  F(allgather_pack) F(allgather_land) F(two_phase_pack) F(two_phase_mean) F(two_phase_relay) F(two_phase_land) F(apply) F(rebase) \
+  F(gather) F(outer) F(scale) F(copy)
 
 struct Kernels {
 #define PQ_KERNEL(name) decltype(&pq_device_##name) name = nullptr;
@@ -181,6 +181,7 @@ class Host {
   PQ_ON_HOST(allgather_land)
   PQ_ON_HOST(two_phase_pack)
   PQ_ON_HOST(two_phase_mean)
+  PQ_ON_HOST(two_phase_relay)
   PQ_ON_HOST(two_phase_land)
   PQ_ON_HOST(apply)
   PQ_ON_HOST(rebase)
@@ -203,12 +204,6 @@ class Host {
   Status distance(OpKernelContext*, const pq_source* source, int64_t start, int64_t count, const float* center, double* distance) const {
     return check(pq_distance(source, start, count, center, distance), "distance");
   }
-  // Lets `on_host` be numbers that the host can read; `memory` is theirs where that is necessary.
-  Status read(const float* numbers, int64_t, std::vector<float>*, const float** on_host) const {
-    *on_host = numbers;
-    return OkStatus();
-  }
-
  private:
   template <class T>
   static Status add(const float* mean, int64_t n, T* anchor) {
@@ -247,24 +242,23 @@ class Device {
   Status distance(OpKernelContext* context, const pq_source* source, int64_t start, int64_t count, const float* center,
                   double* distance) const {
     Tensor gathered;
-    std::vector<float> of_numbers, of_center;
-    const float *numbers = nullptr, *center_on_host = nullptr;
+    std::vector<float> numbers, center_on_host;
     TF_RETURN_IF_ERROR(context->allocate_temp(DT_FLOAT, {count}, &gathered));
     TF_RETURN_IF_ERROR(check(gather(source, start, count, data_of(gathered), (int32_t)PQ_F32), "distance"));
-    TF_RETURN_IF_ERROR(read(floats_of(gathered), count, &of_numbers, &numbers));
-    TF_RETURN_IF_ERROR(read(center, count, &of_center, &center_on_host));
-    const pq_segment segment{(void*)numbers, count, PQ_F32, 0};
+    TF_RETURN_IF_ERROR(read(floats_of(gathered), count, &numbers));
+    TF_RETURN_IF_ERROR(read(center, count, &center_on_host));
+    const pq_segment segment{numbers.data(), count, PQ_F32, 0};
     const int64_t offsets[2] = {0, count};
     const pq_source on_host{&segment, offsets, 1, nullptr, PQ_F32, 0, nullptr, nullptr};
-    return Host().distance(context, &on_host, 0, count, center_on_host, distance);
-  }
-  Status read(const float* numbers, int64_t count, std::vector<float>* memory, const float** on_host) const {
-    memory->resize((size_t)count);
-    *on_host = memory->data();
-    return check(copy(memory->data(), numbers, count * (int64_t)sizeof(float)), "copy");
+    return Host().distance(context, &on_host, 0, count, center_on_host.data(), distance);
   }
 
  private:
+  Status read(const float* numbers, int64_t count, std::vector<float>* on_host) const {
+    on_host->resize((size_t)count);
+    return check(copy(on_host->data(), numbers, count * (int64_t)sizeof(float)), "copy");
+  }
+
   const Kernels* kernels_ = nullptr;
   int32_t index_ = 0;
   pq_stream stream_ = nullptr;
@@ -637,10 +631,8 @@ class RelayOp : public BucketOp {
     const Tensor* mean = arriving->tensor();
     OP_REQUIRES(context, mean->dtype() == DT_FLOAT && mean->NumElements() >= offset_ + count,
                 InvalidArgument("arriving must have at least ", offset_ + count, " float32 elements"));
-    std::vector<float> memory;
-    const float* numbers = nullptr;
-    OP_REQUIRES_OK(context, where.read(mean->flat<float>().data() + offset_, count, &memory, &numbers));
-    OP_REQUIRES_OK(context, check(pq_two_phase_relay(&bucket, flags->flat<int32>()(0), numbers, count, message->flat<uint8>().data(), nbytes),
+    OP_REQUIRES_OK(context, check(where.two_phase_relay(&bucket, flags->flat<int32>()(0), floats_of(*mean) + offset_, count,
+                                                        message->flat<uint8>().data(), nbytes),
                                   "relay"));
   }
 
