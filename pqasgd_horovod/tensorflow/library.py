@@ -1,6 +1,6 @@
 """The core's TensorFlow ops, loaded, and what they say when something is wrong.
 
-The kernels (``ops/ops.cc``) find out that something is wrong; the words stand once, in :mod:`pqasgd_horovod.exchange`.
+The kernels (``ops/``) find out that something is wrong; the words stand once, in :mod:`pqasgd_horovod.exchange`.
 An op that may have something to say carries the number of an *explainer*, a Python function, which is called only then.
 """
 
@@ -28,7 +28,7 @@ _PREFIX = "libpqasgd_tensorflow-"
 Explainer = Callable[[int, NDArray[np.uint8]], None]
 """Given flags and the bytes they are about: raises the error that they stand for, or only takes note."""
 
-# What ops.cc makes a TensorFlow error of.
+# What ops/common.h makes a TensorFlow error of.
 _KINDS: tuple[tuple[type[Exception], int], ...] = (
     (errors.DesynchronizedError, 1),
     (errors.WireFormatError, 2),
