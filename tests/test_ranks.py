@@ -62,11 +62,27 @@ BY_CARRIER = ("functions", "join", "mismatch", "periodic", "quantized", "stock")
     ],
 )
 def test_all_ranks_pass(launcher, size, paths):
-    tests = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
+    tests = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
+    status, output = run(launcher, size, *tests, "-o", "timeout_method=thread", "-o", "timeout=120")
+    assert status == 0, output
+    assert output.count(" passed") == size, output
+
+
+@pytest.mark.parametrize("launcher", ["gloo", "mpi"])
+def test_a_device_that_breaks_in_the_middle_ends_the_job(launcher):
+    status, output = run(launcher, 2, "-m", "tests.ranks.broken_device", timeout=100)
+    assert status != 0
+    assert output.count("training") >= 2, output
+    assert "_pack: CUDA refuses: unspecified launch failure" in output, output
+    assert "not reached" not in output
+
+
+def run(launcher: str, size: int, *arguments: str, timeout: float = TIMEOUT_SECONDS) -> tuple[int, str]:
+    """Run Python on several ranks; return the exit status, and what they printed."""
     # What this process set up for its own one rank is not for theirs.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
     process = subprocess.Popen(
-        [*LAUNCHERS[launcher], "-np", str(size), *tests, "-o", "timeout_method=thread", "-o", "timeout=120"],
+        [*LAUNCHERS[launcher], "-np", str(size), sys.executable, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -75,10 +91,9 @@ def test_all_ranks_pass(launcher, size, paths):
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"still running after {TIMEOUT_SECONDS} s:\n{output}")
-    assert process.returncode == 0, output
-    assert output.count(" passed") == size, output
+        pytest.fail(f"still running after {timeout} s:\n{output}")
+    return process.returncode, output

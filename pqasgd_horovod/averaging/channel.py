@@ -214,7 +214,7 @@ class Channel:
         self._arriving: NDArray[np.float32] = native.zeros(vector.num_elements, device=device)
         self._residuals = Residuals(vector.num_elements, device) if plan.feedback else None
         self._is_of_node = isinstance(carrier, NodesCarrier)  # then the residual is too
-        self._snapshot: AnchorArray | None = None  # made when the first one is taken
+        self._snapshot: AnchorArray | None = None
         self._feeds_back_means = plan.feeds_back_means
         self.velocities = (
             None if plan.correction is None else Velocities(vector.num_elements, plan.correction, plan.masks, device)
@@ -251,11 +251,18 @@ class Channel:
         zeros = native.zeros(self.vector.num_elements, device=self.vector.device)
         return FlatVector([ArrayView("nothing", zeros, self.vector.device)]).source(residuals=residuals)
 
+    def reserve(self, snapshots: bool = False, distances: bool = False) -> None:
+        """Keep memory for what will be asked for, so that no round lacks it."""
+        device = self.vector.device
+        if snapshots:
+            assert self.anchor is not None
+            self._snapshot = native.zeros(self.anchor.size, self.anchor.dtype, device)
+        if distances and device is not None:
+            device.scratch(self.vector.num_elements)
+
     def take_snapshot(self, fragment: int | None = None) -> native.Source:
         """Copy the vector, or a fragment of it, and return the copy as :meth:`source` would the vector."""
-        assert self.anchor is not None
-        if self._snapshot is None:
-            self._snapshot = native.zeros(self.anchor.size, self.anchor.dtype, self.vector.device)
+        assert self._snapshot is not None
         tensors = self.vector.source()
         for span in self._spans(self._buckets_of(fragment)):
             native.gather(tensors, span.start, self._snapshot[span])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .. import __version__
-from ..errors import ArgumentError, MismatchError, PqasgdError
+from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
 from ..exchange.carriers.nodes import find_nodes
 from ..exchange.handshake import verify_same
 from .config import ExchangeConfig
 from .strategy import PeriodicAveraging
+from .together import NO_ERROR, Telling, succeed_together, telling
 
 _constructed: collections.Counter[tuple[int, ...]] = collections.Counter()
 
@@ -74,6 +75,11 @@ class Membership:
         self._process_set = process_set
         self._make_carrier = make_carrier
 
+    @property
+    def tell_in_layout(self) -> Telling | None:
+        """Tells the other ranks of an error where they compare what they average."""
+        return telling(self.carrier, f"{self.name}.layout")
+
     def find_nodes(self) -> None:
         """Let the carrier know which ranks share a node; collective.
 
@@ -89,7 +95,7 @@ class Membership:
             return
 
         # Before anything else: a rank that has failed is on its way to this handshake.
-        verify_same(self.carrier, {"error": None, "hierarchy": "node"}, self.name)
+        verify_same(self.carrier, {**NO_ERROR, "hierarchy": "node"}, self.name)
 
         def make_carrier(ranks: Sequence[int]) -> Carrier | None:
             process_set = process_set_of(horovod, ranks)
@@ -124,18 +130,6 @@ class Membership:
         }
 
 
-@contextlib.contextmanager
-def construct_together(membership: Membership) -> Iterator[None]:
+def construct_together(membership: Membership) -> AbstractContextManager[None]:
     """Construct an optimizer on all ranks or on none: they compare descriptions, or learn of an error that some had."""
-    carrier = membership.carrier
-    try:
-        yield
-    except MismatchError:
-        raise  # in which all ranks have taken part
-    except Exception as error:
-        if carrier is not None:
-            with contextlib.suppress(PqasgdError):
-                verify_same(carrier, {"error": f"{type(error).__name__}: {error}"}, membership.name)
-        raise
-    if carrier is not None:
-        verify_same(carrier, {"error": None, **membership.description}, membership.name)
+    return succeed_together(membership.carrier, membership.name, lambda: membership.description)

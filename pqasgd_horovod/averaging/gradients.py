@@ -6,7 +6,8 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +26,11 @@ from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
 from .tables import SparseSpec, Tables
+from .together import NO_ERROR, refused_together, succeed_together
 from .vector import FlatVector, TensorView, common_device
+
+if TYPE_CHECKING:
+    from ..native.cuda import Device
 
 _NO_ROWS = Rows(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
@@ -92,13 +97,34 @@ class GradientAverager:
 
         Raises MismatchError on every rank if the ranks differ, and ArgumentError for a codec that cannot code rows.
         """
-        common_device(tensors)
+        with self.refused_together():
+            common_device(tensors)
         self._laid_out = (tensors, sparse)
         self._num_elements = sum(tensor.numel for tensor in tensors) + sum(math.prod(spec.shape) for spec in sparse)
         if self._meeting is not None:
-            self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
-            self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
+            self._meet_to_lay_out()
             self._lay_out()
+
+    def refused_together(self) -> AbstractContextManager[None]:
+        """Look at tensors before :meth:`prepare`; the other ranks, on their way there, learn of a refusal.
+
+        One of :data:`~.together.REFUSALS`, with which the ranks raise MismatchError then.
+        """
+
+        def tell(refusal: Mapping[str, Any]) -> None:
+            self._meet_to_lay_out()
+            self._compare_layouts(refusal, None)
+
+        return refused_together(None if self._carrier is None else tell)
+
+    def _meet_to_lay_out(self) -> None:
+        assert self._meeting is not None
+        self._meeting.announce(Purpose.LAYOUT, self.steps, self.steps)
+        self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
+
+    def _compare_layouts(self, description: Mapping[str, Any], device: Device | None) -> tuple[int, bool]:
+        assert self._carrier is not None
+        return verify_and_place(self._carrier, description, device, f"{self._name}.layout")
 
     def _lay_out(self) -> None:
         """Do so, when the ranks have met."""
@@ -107,6 +133,7 @@ class GradientAverager:
         config = self._config.at(self.steps)
         arrays = self._arrays()
         description = {
+            **NO_ERROR,
             "steps": self.steps,
             "exchange": self._config.config(),
             "gradients": {tensor.name: tensor.description for tensor in tensors},
@@ -115,17 +142,16 @@ class GradientAverager:
             "factors": digest_arrays(arrays["factor"]),
             **config.describe_codecs([*tensors, *sparse]),
         }
-        digest, device_messages = verify_and_place(
-            self._carrier, description, common_device(tensors), f"{self._name}.layout"
-        )
+        digest, device_messages = self._compare_layouts(description, common_device(tensors))
         vectors = [(way, FlatVector(members)) for way, members in config.by_way(tensors)]
         plans = [
             plan_channel(vector, config, way, name=self._name, index=index, size=num_parts(self._carrier))
             for index, (way, vector) in enumerate(vectors)
         ]
         warn_of_size(plans, self._carrier, PeriodicAveraging(period=1))
-        self._channels.replace(
-            [
+        tables = None
+        with succeed_together(self._carrier, f"{self._name}.memory"):
+            channels = [
                 Channel(
                     vector,
                     plan,
@@ -137,17 +163,19 @@ class GradientAverager:
                 )
                 for plan, (_, vector) in zip(plans, vectors, strict=True)
             ]
-        )
+            for channel in channels:
+                channel.restore(arrays)
+                channel.reserve(distances=self._clips)
+            if sparse:
+                tables = Tables(sparse, config, self._carrier, name=self._name, digest=digest)
+                tables.restore(arrays["residual"])
+        self._channels.replace(channels)
         if self._tables is not None:
             self.statistics.count_elsewhere(*self._tables.byte_counts())
-        self._tables = None
-        if sparse:
-            self._tables = Tables(sparse, config, self._carrier, name=self._name, digest=digest)
-            self._tables.restore(arrays["residual"])
+        self._tables = tables
         self._restored = no_arrays()
         self._buckets_of = {}
-        for channel in self._channels:
-            channel.restore(arrays)
+        for channel in channels:
             for i, tensor in enumerate(channel.vector.tensors):
                 buckets = [bucket for bucket in range(channel.num_buckets) if i in channel.tensors_in(bucket)]
                 self._buckets_of[tensor.name] = (channel, buckets)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from .. import native
 from ..codecs.base import FLOAT32
@@ -25,7 +26,11 @@ from .pace import Pace, check_learning_rates, rounded, unpack_details
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
+from .together import NO_ERROR, refused_together, succeed_together
 from .vector import AnchorArray, FlatVector, TensorView, common_device
+
+if TYPE_CHECKING:
+    from ..native.cuda import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,8 @@ class PeriodicAverager:
         their present value, which must be the same on every rank. Raises MismatchError on every rank if layout,
         counters or anchors differ, and changes nothing then. An average under way is applied first.
         """
-        common_device([*parameters, *buffers])
+        with self.refused_together():
+            common_device([*parameters, *buffers])
         self._land(HANDSHAKE_TIMEOUT_SECONDS)
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:
@@ -118,6 +124,29 @@ class PeriodicAverager:
             return
         self._lay_out(parameters, buffers, counted)
         self._parameters, self._buffers, self._counted = parameters, buffers, counted
+
+    def refused_together(self, has_met: bool = False) -> AbstractContextManager[None]:
+        """Look at tensors before :meth:`prepare`; the other ranks, on their way there, learn of a refusal.
+
+        One of :data:`~.together.REFUSALS`, with which the ranks raise MismatchError then.
+        """
+
+        def tell(refusal: Mapping[str, Any]) -> None:
+            if self._pending is not None:  # it has the meeting until then
+                self._pending.exchange.wait(HANDSHAKE_TIMEOUT_SECONDS)
+            self._compare_layouts(refusal, None, has_met)
+
+        return refused_together(None if self._carrier is None else tell)
+
+    def _compare_layouts(
+        self, description: Mapping[str, Any], device: Device | None, has_met: bool
+    ) -> tuple[int, bool]:
+        assert self._carrier is not None
+        assert self._meeting is not None
+        if not has_met:
+            self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)
+            self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
+        return verify_and_place(self._carrier, description, device, f"{self._name}.layout")
 
     def _lay_out(
         self,
@@ -132,17 +161,18 @@ class PeriodicAverager:
         buffer_names = frozenset(tensor.name for tensor in buffers)
         layout: list[tuple[FlatVector, AnchorArray, Way]] = []
         digests: dict[str, str] = {}
-        for tensors, dtype, way in group_tensors(parameters, buffers, self._config):
-            vector = FlatVector(tensors)
-            anchor = vector.gather(dtype)
-            for i, tensor in enumerate(tensors):
-                if tensor.name in buffer_names:
-                    # Buffers are averaged as values: the change from zero.
-                    anchor[vector.span(i)] = 0
-                elif tensor.name in anchors:
-                    anchor[vector.span(i)] = anchors[tensor.name]
-            digests.update(digest_tensors(vector, anchor))
-            layout.append((vector, anchor, way))
+        with self.refused_together(has_met):
+            for tensors, dtype, way in group_tensors(parameters, buffers, self._config):
+                vector = FlatVector(tensors)
+                anchor = vector.gather(dtype)
+                for i, tensor in enumerate(tensors):
+                    if tensor.name in buffer_names:
+                        # Buffers are averaged as values: the change from zero.
+                        anchor[vector.span(i)] = 0
+                    elif tensor.name in anchors:
+                        anchor[vector.span(i)] = anchors[tensor.name]
+                digests.update(digest_tensors(vector, anchor))
+                layout.append((vector, anchor, way))
         digest, device_messages = self._agree(
             parameters, buffers, counted, digests, digest_arrays(arrays["factor"]), has_met
         )
@@ -159,8 +189,8 @@ class PeriodicAverager:
             for index, (vector, _, way) in enumerate(layout)
         ]
         warn_of_size(plans, self._carrier, self._averaging)
-        self._channels.replace(
-            [
+        with succeed_together(self._carrier, f"{self._name}.memory"):
+            channels = [
                 Channel(
                     vector,
                     plan,
@@ -172,25 +202,19 @@ class PeriodicAverager:
                 )
                 for plan, (vector, anchor, _) in zip(plans, layout, strict=True)
             ]
-        )
+            for channel in channels:
+                if self._pace.coefficients(0.0) is not None:
+                    _hold_momentum(channel, buffer_names, arrays["momentum"])
+                elif self._stepper is not None:
+                    channel.move_by_outer(_parameter_elements(channel, buffer_names), holds_momentum=False)
+                channel.restore(arrays)
+                channel.reserve(snapshots=self._averaging.delay > 0, distances=self._pace.uses_drift)
+        self._channels.replace(channels)
         self._buffer_names = buffer_names
-        for channel in self._channels:
-            if self._pace.coefficients(0.0) is not None:
-                self._hold_momentum(channel, arrays["momentum"])
-            elif self._stepper is not None:
-                channel.move_by_outer(self._parameter_elements(channel), holds_momentum=False)
-            channel.restore(arrays)
         if self._stepper is not None:
             self._stepper.place({name: anchor for name, (anchor, _) in self._moved().items()})
         self._restored = no_arrays()
         self._prepared = True
-
-    def _hold_momentum(self, channel: Channel, momentum: Mapping[str, AnchorArray]) -> None:
-        """Give the parameters of a channel their place in the outer optimizer."""
-        channel.move_by_outer(self._parameter_elements(channel), holds_momentum=True)
-        for i, name in enumerate(channel.vector.names):
-            if name not in self._buffer_names:
-                channel.momentum[channel.vector.span(i)] = momentum.get(name, 0.0)
 
     def _step_outer(self) -> None:
         """Let an optimizer of the framework move the anchors, if there is one, in place of the means."""
@@ -204,10 +228,6 @@ class PeriodicAverager:
         """Return anchor and mean of each parameter, in their order in memory, for an outer optimizer."""
         return {name: pair for channel in self._channels for name, pair in channel.anchors_and_means().items()}
 
-    def _parameter_elements(self, channel: Channel) -> int:
-        """Return how many elements are those of parameters, which come before buffers."""
-        return channel.vector.offsets[sum(name not in self._buffer_names for name in channel.vector.names)]
-
     def _agree(
         self,
         parameters: Sequence[TensorView],
@@ -219,6 +239,7 @@ class PeriodicAverager:
     ) -> tuple[int, bool]:
         assert self._carrier is not None
         description = {
+            **NO_ERROR,
             "averaging": self._averaging.config(),
             "exchange": self._config.config(),
             "parameters": {tensor.name: tensor.description for tensor in parameters},
@@ -228,12 +249,7 @@ class PeriodicAverager:
             "counted": [f"{layer.name}: {layer.description}" for layer in counted],
             **self._config.describe_codecs(parameters),
         }
-        if not has_met:
-            assert self._meeting is not None
-            self._meeting.announce(Purpose.LAYOUT, self.steps, self.rounds)
-            self._meeting.agree(HANDSHAKE_TIMEOUT_SECONDS)
-        device = common_device([*parameters, *buffers])
-        agreed = verify_and_place(self._carrier, description, device, f"{self._name}.layout")
+        agreed = self._compare_layouts(description, common_device([*parameters, *buffers]), has_met)
         counters = {
             "steps": self.steps,
             "rounds": self.rounds,
@@ -302,7 +318,9 @@ class PeriodicAverager:
         adopt = self._gather_counted(fragment)
         if self._pace.uses_drift:
             # Before an outer optimizer: what counts is how far the ranks are from each other.
-            distances = (channel.distance(self._parameter_elements(channel)) for channel in self._channels)
+            distances = (
+                channel.distance(_parameter_elements(channel, self._buffer_names)) for channel in self._channels
+            )
             self._pace.distance = -1.0 if absent else sum(distances)
         self._step_outer()
         outer = self._pace.coefficients(self._learning_rate)
@@ -379,7 +397,7 @@ class PeriodicAverager:
         self._step_outer()
         outer = self._pace.coefficients(pending.learning_rate)
         for channel, target in targets:
-            channel.apply_since(target, outer, self._parameter_elements(channel))
+            channel.apply_since(target, outer, _parameter_elements(channel, self._buffer_names))
             self._clear_buffer_anchors(channel)
         if pending.steps == self.steps and pending.fragment is None:
             self.steps_since_average = 0
@@ -541,3 +559,16 @@ class PeriodicAverager:
         """Return running totals; see :class:`~pqasgd_horovod.averaging.statistics.CommunicationStatistics`."""
         counts = self._channels.byte_counts() if self._pending is None else self._pending.byte_counts
         return self.statistics.as_dict(*counts)
+
+
+def _parameter_elements(channel: Channel, buffer_names: frozenset[str]) -> int:
+    """Return how many elements are those of parameters, which come before buffers."""
+    return channel.vector.offsets[sum(name not in buffer_names for name in channel.vector.names)]
+
+
+def _hold_momentum(channel: Channel, buffer_names: frozenset[str], momentum: Mapping[str, AnchorArray]) -> None:
+    """Give the parameters of a channel their place in the outer optimizer."""
+    channel.move_by_outer(_parameter_elements(channel, buffer_names), holds_momentum=True)
+    for i, name in enumerate(channel.vector.names):
+        if name not in buffer_names:
+            channel.momentum[channel.vector.span(i)] = momentum.get(name, 0.0)

@@ -98,3 +98,12 @@ def cut_shards(num_elements: int, size: int, block_size: int) -> list[Span]:
     if size < 1:
         raise ArgumentError(f"size has to be at least 1, got {size}")
     return deal(num_elements, size, block_size)
+
+
+def shard_limits(shards: Sequence[Span]) -> list[int]:
+    """Return where each shard begins, and where the last one ends.
+
+    >>> shard_limits(cut_shards(5000, size=3, block_size=1024))
+    [0, 2048, 4096, 5000]
+    """
+    return [0, *(shard.stop for shard in shards)]

@@ -30,7 +30,7 @@ from ..errors import DesynchronizedError, WireFormatError
 from . import wire
 from .base import MEANS_PHASE, Flight, Float32, MessageExchange
 from .carriers import Carrier, Handle, Messages
-from .layout import Span, cut_shards, shard_alignment
+from .layout import Span, cut_shards, shard_alignment, shard_limits
 from .verdict import read_headers
 
 
@@ -77,7 +77,7 @@ class TwoPhaseExchange(MessageExchange):
         self._others = [rank for rank in range(self.size) if rank != self._rank]
         self._buckets = [self._lay_out(f"{name}.b{bucket}", self._cut(bucket)) for bucket in range(len(self.buckets))]
         self._native = self._native_buckets(
-            self.second_codec, [[0, *(shard.stop for shard in bucket.shards)] for bucket in self._buckets]
+            self.second_codec, [shard_limits(bucket.shards) for bucket in self._buckets]
         )
         self._last_payload_nbytes = [
             [self.second_codec.payload_nbytes(shard.num_elements) for shard in bucket.shards]

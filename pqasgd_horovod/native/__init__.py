@@ -552,6 +552,9 @@ class Bucket:
         self._codec, self._second_codec = _Codec(*spec), _Codec(*second_spec)
         self._struct = _Bucket(digest, seed, 0, 0, num_elements, bucket, rank, size, 0)
         self._shards = None if shards is None else (ctypes.c_int64 * (size + 1))(*shards)
+        if device is not None:
+            codecs = ctypes.byref(self._codec), ctypes.byref(self._second_codec)
+            device.reserve(*codecs, ctypes.byref(self._struct), self._shards)
 
     def _arguments(self, step: int, round: int, second: bool = False) -> tuple[Any, ...]:
         self._struct.step, self._struct.round = step, round

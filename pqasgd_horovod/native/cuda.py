@@ -22,7 +22,7 @@ from ..errors import DeviceError, NativeLibraryError
 from ..keys import Keys
 from . import DTYPE_F32, CodecSpec, _Codec, _Keys, _Segment, _Source, check_status
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _DEVICE_ERROR = -16
 _ON_DEVICE, _ON_HOST, _MESSAGES, _DEVICE_MESSAGES = range(4)
 _IDENTITY_NBYTES = 16
@@ -107,6 +107,7 @@ class Library:
         of_devices: dict[str, list[Any]] = {
             "alloc": [i64, i32, pointer],
             "free": [pointer, i32],
+            "reserve": [pointer] * 4,
             "identity": [pointer],
             "copy": [pointer, pointer, pointer, i64],
             "encode": [pointer, pointer, pointer, i64, i64, _Keys, pointer, i64],
@@ -364,6 +365,19 @@ class Device:
         identity = ctypes.create_string_buffer(_IDENTITY_NBYTES)
         self._library.run("identity", self.index, identity)
         return identity.raw
+
+    def reserve(self, *of_bucket: Any) -> None:
+        """Keep the memory that coding a bucket takes, so that no round lacks it; raise DeviceError if there is none.
+
+        ``of_bucket`` are both codecs, the bucket, and its shards or None, as the library knows them.
+        """
+        try:
+            status = self._library.run("reserve", self.index, *of_bucket)
+        except DeviceError as error:
+            raise DeviceError(
+                f"memory to code a bucket on {self}: {error}. Smaller buckets (bucket_cap_mb) take less"
+            ) from None
+        check_status(status, "memory")
 
     def _allocate(self, nbytes: int, kind: int) -> int:
         pointer = ctypes.c_void_p()

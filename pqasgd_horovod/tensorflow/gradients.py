@@ -19,6 +19,7 @@ from ..averaging.feedback import MomentumCorrection
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.tables import SparseSpec
+from ..averaging.together import NO_ERROR, REFUSALS, succeed_together, told
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError, MismatchError
 from ..exchange.carriers import Bytes
@@ -36,7 +37,7 @@ from .residuals import Residuals, Velocity
 from .rows import GraphRows, Landed
 from .state import fitted
 from .traced import Traced, Turns, after, as_written, counter, outside_of_graphs, when
-from .variables import NO_ERROR, REFUSALS, VariableSpec, describe_variables, unwrap
+from .variables import VariableSpec, describe_variables, unwrap
 
 Gradient = Any  # tf.Tensor, tf.IndexedSlices or None
 Groups = int | tuple[tuple[Any, ...], ...]  # how many, or of which variables
@@ -236,7 +237,7 @@ class GradientAverager(abc.ABC):
         if self._carrier is None:
             return
         if self._layout is None:
-            verify_same(self._carrier, {"error": f"{type(error).__name__}: {error}"}, f"{self._name}.layout")
+            verify_same(self._carrier, told(error), f"{self._name}.layout")
         else:
             steps = self._total_steps.numpy()
             self._meeting.tell(Purpose.LAYOUT, steps, steps)
@@ -360,6 +361,10 @@ class CodedGradients(GradientAverager):
             digest = self._agree(
                 layout, exchange=self._config.config(), **self._config.describe_codecs([*dense, *sparse])
             )
+        with succeed_together(self._carrier, f"{self._name}.memory"):
+            self._build_agreed(dense, sparse, digest)
+
+    def _build_agreed(self, dense: Sequence[VariableSpec], sparse: Sequence[SparseSpec], digest: int) -> None:
         position = {spec.name: i for i, spec in enumerate(dense)}
         parts = [members for _, members in self._config.by_way(dense)]
         self._positions = [[position[spec.name] for spec in members] for members in parts]

@@ -15,15 +15,17 @@ from typing import Any
 
 import tensorflow as tf
 
+from .. import native
 from ..averaging.channel import ChannelPlan
 from ..codecs.base import Codec
 from ..errors import WireFormatError
 from ..exchange import wire
 from ..exchange.base import MEANS_PHASE, VALUES_PHASE, NonFinitePolicy
 from ..exchange.carriers import Bytes
-from ..exchange.layout import Span, cut_shards, shard_alignment
+from ..exchange.layout import Span, cut_shards, shard_alignment, shard_limits
 from ..exchange.plan import bytes_of_rank
 from ..exchange.verdict import Kind, Names, Problem, explain, raise_verdict
+from ..native import cuda
 from .carrier import HorovodCarrier, allgather, alltoall
 from .library import ops, register_explainer
 from .places import ON_HOST, Place, on_host
@@ -91,7 +93,7 @@ class Messages:
             "size": self.carrier.size,
             "digest": signed(self.digest),
             "seed": signed(self.seed),
-            "shards": [] if self.shards is None else [0, *(shard.stop for shard in self.shards)],
+            "shards": [] if self.shards is None else shard_limits(self.shards),
             "step": self.step,
             "round": self.round,
         }
@@ -248,6 +250,24 @@ class GraphChannel:
                 (kept, tf.Variable(tf.zeros_like(kept), trainable=False, name=f"{plan.name}.next_residual"))
                 for kept in residuals
             ]
+        if place.gpu is not None:
+            self._reserve(cuda.Device(place.gpu))
+
+    def _reserve(self, device: cuda.Device) -> None:
+        """Keep what memory of the device coding takes, so that no round lacks it."""
+        for bucket, num_elements in enumerate(self.plan.sizes):
+            native.Bucket(
+                self.plan.codec.native_spec,
+                self._second_codec.native_spec,
+                bucket=bucket,
+                num_elements=num_elements,
+                rank=self._carrier.rank,
+                size=self._carrier.size,
+                digest=0,
+                seed=0,
+                shards=None if self.plan.method == "allgather" else shard_limits(self._shards(bucket)),
+                device=device,
+            )
 
     @property
     def residual(self) -> tuple[tf.Variable, tf.Variable] | None:

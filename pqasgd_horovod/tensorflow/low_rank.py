@@ -23,7 +23,7 @@ def make_channel(plan: ChannelPlan, carrier: HorovodCarrier, *arguments: Any, **
     """Return the exchange of a channel; arguments are those of :class:`GraphChannel`."""
     if plan.low_rank is not None:
         place: Place = options.get("place", ON_HOST)
-        if place.is_gpu:
+        if place.gpu is not None:
             plan.refuse_low_rank(place.device)
         return LowRankChannel(plan, carrier, *arguments, **options)
     return (GraphChannel if carrier.nodes is None else NodeChannel)(plan, carrier, *arguments, **options)

@@ -26,6 +26,7 @@ from ..averaging.feedback import Feedback, MomentumCorrection, check_no_momentum
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
+from ..averaging.together import refused_together
 from ..codecs.base import check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
@@ -49,7 +50,7 @@ from .periodic import PeriodicAverager
 from .state import PREFIX, fitted
 from .state import named as saved_names
 from .traced import after, as_written, counter, outside_of_graphs, run_once, when
-from .variables import describe_variables, name_of, refused_together, unwrap
+from .variables import describe_variables, name_of, unwrap
 
 logger = logging.getLogger("pqasgd_horovod")
 
@@ -85,7 +86,7 @@ class DistributedMethods(_Inner):
         variables = list(variables)
         settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
         membership = self._pqasgd_membership.value
-        with outside_of_graphs(), refused_together(membership.carrier, f"{membership.name}.layout"):
+        with outside_of_graphs(), refused_together(membership.tell_in_layout):
             settings["groups"] = place_groups(settings["groups"], variables)
             if settings["policy"]:
                 check_names(settings["policy"], describe_variables(variables))
@@ -335,7 +336,7 @@ class DistributedMethods(_Inner):
         if self.built:
             return
         membership = self._pqasgd_membership.value
-        with refused_together(membership.carrier, f"{membership.name}.layout"):
+        with refused_together(membership.tell_in_layout):
             model = self._find_model()
             if model is None or not model.built:
                 raise ArgumentError(

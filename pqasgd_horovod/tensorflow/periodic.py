@@ -15,6 +15,7 @@ from ..averaging.outer import OuterOptimizer
 from ..averaging.pace import unpack_details
 from ..averaging.schedule import Observed
 from ..averaging.statistics import CommunicationStatistics
+from ..averaging.together import NO_ERROR, refused_together, succeed_together, telling
 from ..averaging.vector import FlatLayout
 from ..errors import CollectiveTimeoutError, MismatchError
 from ..exchange.carriers import Bytes, Carrier, Handle
@@ -31,7 +32,7 @@ from .outer import OuterStepper
 from .places import ON_HOST, Place, choose_place, hosted, on_host, places_of
 from .residuals import Residuals
 from .traced import Traced, after, as_written, counter, outside_of_graphs, when
-from .variables import NO_ERROR, VariableSpec, describe_variables, refused_together, unwrap
+from .variables import VariableSpec, describe_variables, unwrap
 
 _COUNTERS = ("steps", "rounds", "steps_since_average", "steps_since_round", "period", "has_dropped")
 
@@ -177,6 +178,12 @@ class PeriodicAverager:
 
     def _build(self, parameters: Sequence[Any], buffers: Sequence[Any]) -> None:
         specs, digest, place = self._agree_on_layout(parameters, buffers)
+        with succeed_together(self._carrier, f"{self._name}.memory"):
+            self._build_agreed(parameters, buffers, specs, digest, place)
+
+    def _build_agreed(
+        self, parameters: Sequence[Any], buffers: Sequence[Any], specs: list[VariableSpec], digest: int, place: Place
+    ) -> None:
         buffer_specs = specs[len(parameters) :]
         by_name = dict(zip((spec.name for spec in specs), map(unwrap, [*parameters, *buffers]), strict=True))
         self._specs = specs[: len(parameters)]
@@ -266,7 +273,7 @@ class PeriodicAverager:
     ) -> tuple[list[VariableSpec], int, Place]:
         """Return the specs of all variables, the digest of what the ranks agree on, and where averages are made."""
         name = f"{self._name}.layout"
-        with refused_together(self._carrier, name):
+        with refused_together(telling(self._carrier, name)):
             specs = describe_variables([*parameters, *buffers])
             if self._carrier is None:
                 return specs, 0, ON_HOST

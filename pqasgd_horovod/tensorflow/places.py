@@ -48,8 +48,8 @@ class Place:
 
     device: str = HOST
     of_model: str = HOST
-    is_gpu: bool = False
-    """Whether ops that touch these numbers are kernels of a GPU."""
+    gpu: int | None = None
+    """Which GPU of CUDA's has the kernels of ops that touch these numbers, if one has."""
 
     def here(self) -> Any:
         """What is made in this context is where averages keep their numbers."""
@@ -85,7 +85,7 @@ def choose_place(places: dict[str, str], anchor_device: str | None) -> Place:
     if anchor_device == "cpu":
         return Place(HOST, device)
     use_gpu(gpu)
-    return Place(device, device, is_gpu=True)
+    return Place(device, device, gpu)
 
 
 def short_name(device: str) -> str:

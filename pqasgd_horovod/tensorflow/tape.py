@@ -18,6 +18,7 @@ from ..averaging.construction import Membership, check_process_set, construct_to
 from ..averaging.feedback import Feedback, check_not_stock
 from ..averaging.meeting import Purpose
 from ..averaging.policy import Rule, describe_pattern, make_policy
+from ..averaging.together import NO_ERROR, told
 from ..errors import ArgumentError, DesynchronizedError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
@@ -30,7 +31,7 @@ from .gradients import GradientAverager, GradientSettings, check_groups, check_s
 from .meeting import Meeting, Records
 from .optimizer import check_op, make_averager, scaled
 from .traced import Turns, after, as_written, outside_of_graphs
-from .variables import NO_ERROR, describe_variables, name_of, unwrap
+from .variables import describe_variables, name_of, unwrap
 
 
 class TapeState(tf.Module):
@@ -102,7 +103,7 @@ class _Tapes:
 
     def _refuse(self, error: ArgumentError) -> None:
         """Let the others know, whatever they are about to do, that this rank cannot go on; collective."""
-        self._meet({"error": f"ArgumentError: {error}"})
+        self._meet(told(error))
         with construct_together(Membership(horovod, self._process_set, HorovodCarrier)):
             raise error
 

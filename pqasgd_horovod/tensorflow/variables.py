@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from .. import native
-from ..errors import ArgumentError, DeviceError, NativeLibraryError
-from ..exchange.carriers import Carrier
-from ..exchange.handshake import verify_same
+from ..errors import ArgumentError
 
 DTYPES = {
     tf.float32: native.DTYPE_F32,
@@ -80,20 +77,3 @@ def describe_variables(variables: Sequence[Any]) -> list[VariableSpec]:
         shape = tuple(own.shape.as_list())
         specs.append(VariableSpec(name, DTYPES[dtype], own.shape.num_elements(), shape, description))
     return specs
-
-
-REFUSALS = (ArgumentError, DeviceError, NativeLibraryError)
-"""What a rank may have to say of its variables before anything is sent."""
-NO_ERROR = {"error": None}
-"""A part of what ranks compare under the name that :func:`refused_together` was given."""
-
-
-@contextlib.contextmanager
-def refused_together(carrier: Carrier | None, name: str) -> Iterator[None]:
-    """Compare one of :data:`REFUSALS` that some ranks have with what the others describe there, and raise it."""
-    try:
-        yield
-    except REFUSALS as error:
-        if carrier is not None:
-            verify_same(carrier, {"error": f"{type(error).__name__}: {error}"}, name)
-        raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.torch as horovod
@@ -12,6 +12,7 @@ import torch
 
 from .. import native
 from ..averaging import ExchangeConfig, state
+from ..averaging.together import NO_ERROR, refused_together
 from ..errors import ArgumentError
 from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_and_place
 from ..exchange.base import NonFinitePolicy
@@ -62,38 +63,44 @@ def compressed_allreduce(
     >>> hvd.compressed_allreduce(torch.ones(2, 3), compression=hvd.Compression.eden(bits=2)).shape
     torch.Size([2, 3])
     """
-    codec = vector_codec_of(Compression.quantize(bits=4) if compression is None else compression)
-    second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
-    if codec is None or (second_compression is not None and second_codec is None):
-        raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.torch.Compression")
-    if op not in (horovod.Average, horovod.Sum):
-        raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
-    if tensor.device.type not in DEVICE_TYPES or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
-        raise ArgumentError(
-            f"tensor is {tensor.layout} {tensor.dtype} on {tensor.device}; it must be a dense tensor, on the CPU or on "
-            f"a GPU of CUDA's, of {', '.join(map(str, DTYPES))}"
-        )
-    config = ExchangeConfig(codec, second_codec, exchange, seed=seed, nonfinite=nonfinite)
-    result = tensor.detach().clone(memory_format=torch.contiguous_format)
     carrier = HorovodCarrier(process_set)
-    if carrier.size == 1:
-        return result
     name = f"pqasgd.allreduce.{'noname' if name is None else f'named.{name}'}"
     # Only the ranks of a process set count its calls.
     counter = (tuple(process_set.ranks), name)
     call = _calls[counter]
     _calls[counter] += 1
-    sizes = cut_buckets(
-        result.numel(), shard_alignment(codec, second_codec or codec.for_means), config.bucket_cap_bytes
-    )
+
+    def tell(refusal: Mapping[str, Any]) -> None:
+        verify_and_place(carrier, refusal, None, name)
+
+    with refused_together(tell if carrier.size > 1 else None):
+        codec = vector_codec_of(Compression.quantize(bits=4) if compression is None else compression)
+        second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
+        if codec is None or (second_compression is not None and second_codec is None):
+            raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.torch.Compression")
+        if op not in (horovod.Average, horovod.Sum):
+            raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
+        if tensor.device.type not in DEVICE_TYPES or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+            raise ArgumentError(
+                f"tensor is {tensor.layout} {tensor.dtype} on {tensor.device}; it must be a dense tensor, on the CPU "
+                f"or on a GPU of CUDA's, of {', '.join(map(str, DTYPES))}"
+            )
+        config = ExchangeConfig(codec, second_codec, exchange, seed=seed, nonfinite=nonfinite)
+        result = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if carrier.size == 1:
+            return result
+        alignment = shard_alignment(codec, second_codec or codec.for_means)
+        sizes = cut_buckets(result.numel(), alignment, config.bucket_cap_bytes)
+        device = devices.device_of(result)
+        means = [native.zeros(size, device=device) for size in sizes]
     options: dict[str, Any] = {"seed": seed, "method": exchange, "second_codec": second_codec, "nonfinite": nonfinite}
     description = {
+        **NO_ERROR,
         "tensor": describe(result),
         "op": str(op),
         "call": call,
         **describe_exchange(codec, sizes, **options),
     }
-    device = devices.device_of(result)
     digest, device_messages = verify_and_place(carrier, description, device, name)
     averaging = make_exchange(
         codec,
@@ -111,7 +118,6 @@ def compressed_allreduce(
     for bucket, start in enumerate(starts[:-1]):
         averaging.begin(bucket, memory, start, step=call, round=call)
         averaging.advance()
-    means = [native.zeros(size, device=device) for size in sizes]
     averaging.finish(means)
     for mean, start in zip(means, starts[:-1], strict=True):
         if op == horovod.Sum:

@@ -49,9 +49,10 @@ class PeriodicMethods(CommonMethods):
         if self._averager.prepared and len(due) == len(self._placed) and all(p in self._placed for p in due):
             return
         place = self._settings.anchor_device
-        placed = {p: TensorMemory(self._parameter_names[p], functools.partial(_itself, p), place) for p in due}
         model, policy = self._settings.model, self._settings.averaging.buffers
-        buffers = [] if model is None else list(select_buffers(model, policy, place))
+        with self._averager.refused_together():
+            placed = {p: TensorMemory(self._parameter_names[p], functools.partial(_itself, p), place) for p in due}
+            buffers = [] if model is None else list(select_buffers(model, policy, place))
         counted = [] if model is None else select_counted(model, policy)
         self._averager.prepare(list(placed.values()), buffers, counted)
         self._placed = placed

@@ -103,22 +103,24 @@ class GradientMethods(CommonMethods):
         """Give every trainable parameter its place; one that was placed keeps it when it is frozen, and sends zeros."""
         gradients: dict[torch.nn.Parameter, GradientMemory] = {}
         sparse: dict[torch.nn.Parameter, str] = {}
-        for parameter in parameters_of(self):
-            name = self._parameter_names[parameter]
-            if parameter in self._sparse or (
-                parameter not in self._gradients
-                and not self.sparse_as_dense
-                and parameter.grad is not None
-                and parameter.grad.is_sparse
-            ):
-                sparse[parameter] = name
-            elif parameter in self._gradients or parameter.requires_grad:
-                gradients[parameter] = GradientMemory(name, parameter)
-        if sparse and isinstance(self._settings.exchange.feedback, MomentumCorrection):
-            raise ArgumentError(
-                f"gradients of {sorted(sparse.values())} are sparse, with feedback={self._settings.exchange.feedback}: "
-                "only rows that are used in a step are sent, and momentum moves all of them; use sparse_as_dense=True"
-            )
+        with self._averager.refused_together():
+            for parameter in parameters_of(self):
+                name = self._parameter_names[parameter]
+                if parameter in self._sparse or (
+                    parameter not in self._gradients
+                    and not self.sparse_as_dense
+                    and parameter.grad is not None
+                    and parameter.grad.is_sparse
+                ):
+                    sparse[parameter] = name
+                elif parameter in self._gradients or parameter.requires_grad:
+                    gradients[parameter] = GradientMemory(name, parameter)
+            feedback = self._settings.exchange.feedback
+            if sparse and isinstance(feedback, MomentumCorrection):
+                raise ArgumentError(
+                    f"gradients of {sorted(sparse.values())} are sparse, with feedback={feedback}: only rows that are "
+                    "used in a step are sent, and momentum moves all of them; use sparse_as_dense=True"
+                )
         specs = [SparseSpec(name, tuple(p.shape), describe(p)) for p, name in sparse.items()]
         self._averager.prepare(list(gradients.values()), specs)
         self._gradients, self._sparse = gradients, sparse

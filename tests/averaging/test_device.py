@@ -24,7 +24,7 @@ from pqasgd_horovod.averaging import (
     SparseAveraging,
 )
 from pqasgd_horovod.averaging.policy import Rule
-from pqasgd_horovod.errors import ArgumentError, DeviceError, NonFiniteError
+from pqasgd_horovod.errors import ArgumentError, DeviceError, MismatchError, NonFiniteError, PqasgdError
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 
 from ..exchange.test_node import nodes_of
@@ -248,6 +248,65 @@ def test_out_of_memory_says_what_to_do():
     finally:
         library.pq_cuda_on_cpu_limit(-1)
     assert not device.zeros(10000).any()
+
+
+@pytest.fixture
+def limit():
+    """Let GPUs have so many more bytes."""
+    library = load()._library
+    yield library.pq_cuda_on_cpu_limit
+    library.pq_cuda_on_cpu_limit(-1)
+
+
+MANY = 100_000  # so many that a round needs more memory than those of other tests
+
+
+@pytest.mark.parametrize("kind", ["periodic", "gradients"])
+@pytest.mark.parametrize("left", [0, 5 * MANY], ids=["none", "for anchors"])
+def test_all_ranks_learn_of_one_that_has_no_memory(kind, left, limit):
+    device = make_device()
+    array = device.zeros(MANY)
+
+    def program(carrier):
+        averager = (
+            PeriodicAverager(carrier, PeriodicAveraging(period=2), ExchangeConfig(EDEN), name="test")
+            if kind == "periodic"
+            else GradientAverager(carrier, ExchangeConfig(EDEN, feedback=Feedback()), name="test")
+        )
+        of_rank = ArrayView("w", array, device) if carrier.rank == 1 else ArrayView("w", np.zeros(MANY, np.float32))
+        with pytest.raises(PqasgdError, match=r"on cuda:0: .*out of memory.*(anchor_device='cpu'|bucket_cap_mb)") as e:
+            averager.prepare([of_rank])
+        return type(e.value)
+
+    limit(left)
+    errors = on_ranks(RANKS, program)
+    assert errors[0] is errors[2] is MismatchError
+    limit(-1)
+    on_ranks(RANKS, train, [None, device, None], PeriodicAveraging(period=2))
+
+
+@pytest.mark.parametrize("case", [*CASES, "dgc"])
+def test_rounds_need_no_memory(case, limit):
+    devices = [make_device(index=index, host_messages="tested") for index in range(RANKS)]
+
+    def program(carrier):
+        views = [
+            ArrayView(view.name, np.tile(view.array, 4), devices[carrier.rank])
+            for view in make_views(None, seed=carrier.rank if case == "dgc" else 1)
+        ]
+        if case == "dgc":
+            correction = MomentumCorrection(momentum=0.9, clip_norm=1.0)
+            averager = GradientAverager(carrier, ExchangeConfig(codecs.topk(0.05), feedback=correction), name="test")
+        else:
+            strategy, options = CASES[case]
+            averaging = PeriodicAveraging(**{"period": 2, **strategy})
+            averager = PeriodicAverager(carrier, averaging, ExchangeConfig(**{"codec": EDEN, **options}), name="test")
+        averager.prepare(views)
+        limit(0)
+        for _ in range(4):
+            averager.finish() if case == "dgc" else averager.count_step(0.1)
+
+    on_ranks(RANKS, program)
 
 
 def test_memory_is_given_back():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pqasgd_horovod.torch as hvd
-from pqasgd_horovod.errors import ArgumentError, NonFiniteError, PqasgdError
+from pqasgd_horovod.errors import ArgumentError, DeviceError, MismatchError, NonFiniteError, PqasgdError
 from pqasgd_horovod.native.cuda import Device, Library
 from pqasgd_horovod.torch import devices
 from tests.native.cuda_on_cpu import build, upload
@@ -146,6 +146,32 @@ def test_compressed_allreduce_has_the_bits_of_cpus(pretend):
     expected = hvd.compressed_allreduce(tensor, name="cpu")  # each name counts its calls, which key the noise
     pretend([hvd.size() - 1])
     assert torch.equal(hvd.compressed_allreduce(tensor, name="gpu"), expected)
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_all_ranks_learn_of_one_whose_device_cannot_be_used(period, monkeypatch):
+    def refuse(tensor, place=None):
+        raise DeviceError("the kernels cannot run on this one")
+
+    if hvd.rank() == 1:
+        monkeypatch.setattr(devices, "device_of", refuse)
+    with pytest.raises(MismatchError, match=r'error: it is null on rank 0; "DeviceError: the kernels .* rank 1'):
+        train(period)
+    with pytest.raises(MismatchError, match=r'error: it is null on rank 0; "DeviceError: the kernels .* rank 1'):
+        hvd.compressed_allreduce(torch.ones(30))
+    monkeypatch.undo()
+    train(period)
+    hvd.compressed_allreduce(torch.ones(30))
+
+
+def test_all_ranks_learn_of_one_that_has_no_memory(kernels, pretend):
+    pretend([1])
+    kernels._library.pq_cuda_on_cpu_limit(100)
+    try:
+        with pytest.raises(PqasgdError, match=r"DeviceError: .*|.* of memory for averages on cuda:0: .*out of memory"):
+            train(2)
+    finally:
+        kernels._library.pq_cuda_on_cpu_limit(-1)
 
 
 def test_an_anchor_device_that_there_is_not():

@@ -54,6 +54,10 @@ class Pretended:
         """Let the GPU have so many more bytes for what the kernels need; -1: all that there are."""
         self._library.pq_cuda_on_cpu_limit(ctypes.c_int64(nbytes))
 
+    def break_down(self, broken: bool) -> None:
+        """Let the GPU do no work any more, or do it again."""
+        self._library.pq_cuda_on_cpu_break(ctypes.c_int32(broken))
+
     def num_launched(self) -> int:
         """How many kernels were launched."""
         return int(self._library.pq_cuda_on_cpu_launched())

@@ -194,10 +194,27 @@ def test_what_cuda_refuses_is_an_error_of_this_package(pretended):
         variable = tf.Variable(tf.zeros([300_000]))  # more than any other test has
     optimizer = wrap(period=2, compression=EDEN2)
     apply(optimizer, [variable], [0], lambda step: [np.ones(300_000, np.float32)])
+    pretended.limit_memory(0)  # rounds need no more than they have
+    pretended.break_down(True)
+    try:
+        with pytest.raises(DeviceError, match="encode: CUDA refuses: unspecified launch failure"):
+            apply(optimizer, [variable], [1], lambda step: [np.ones(300_000, np.float32)])
+    finally:
+        pretended.break_down(False)
+        pretended.limit_memory(-1)
+
+
+@two_ranks
+@pytest.mark.parametrize("period", [1, 2])
+def test_all_ranks_learn_of_one_that_has_no_memory(pretended, period):
+    pretended.begin()
+    with tf.device(gpu.NAME if hvd.rank() == 1 else "CPU:0"):
+        variable = tf.Variable(tf.zeros([500_000]))  # more than any other test has
+    optimizer, gradients = wrap(period=period, compression=EDEN2), [np.ones(500_000, np.float32)]
     pretended.limit_memory(1000)
     try:
-        with pytest.raises(DeviceError, match="encode: CUDA refuses: out of memory"):
-            apply(optimizer, [variable], [1], lambda step: [np.ones(300_000, np.float32)])
+        with pytest.raises(PqasgdError, match=r"memory to code a bucket on cuda:0: .*out of memory.*bucket_cap_mb"):
+            apply(optimizer, [variable], [0], lambda step: gradients)
     finally:
         pretended.limit_memory(-1)
 

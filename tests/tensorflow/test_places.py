@@ -42,7 +42,7 @@ def library_at(monkeypatch):
 def test_numbers_are_beside_the_model_or_in_host_memory(library_at):
     library_at(build())
     assert choose_place({"w": CPU}, None) == choose_place({"w": CPU}, "cpu") == Place(CPU, CPU)
-    assert choose_place({"w": GPU, "b": GPU}, None) == Place(GPU, GPU, is_gpu=True)
+    assert choose_place({"w": GPU, "b": GPU}, None) == Place(GPU, GPU, gpu=0)
     library_at("none")
     away = choose_place({"w": GPU}, "cpu")
     assert away == Place(places.HOST, GPU)

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kMostDevices = 64;
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kTables = 1 << 16;  // of a thousand segments and more
 
 int64_t aligned(int64_t nbytes) { return (nbytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -89,7 +90,7 @@ struct Uploaded {
 int32_t upload(const Call& call, const pq_source* source, int64_t start, int64_t count, Uploaded* result) {
   if (!good_source(source, start, count)) return PQ_BAD_ARGUMENT;
   const int64_t segments = source->num_segments * (int64_t)sizeof(pq_segment), offsets = (source->num_segments + 1) * 8;
-  uint8_t* const table = call.scratch().table.get(segments + offsets);
+  uint8_t* const table = call.scratch().table.get(std::max(kTables, segments + offsets));
   if (!table || (segments && !call.copy(table, source->segments, segments)) || !call.copy(table + segments, source->offsets, offsets))
     return PQ_DEVICE_ERROR;
   *result = {*source, source->offsets[source->num_segments]};
@@ -241,6 +242,15 @@ class Device {
 // The status of what was put on the stream, when it is done.
 int32_t done(const Call& call, int32_t status) { return call.wait() || status < 0 ? status : int32_t{PQ_DEVICE_ERROR}; }
 
+template <class Work>
+int32_t with_source(int32_t device, pq_stream stream, const pq_source* source, int64_t start, int64_t count, const Work& work) {
+  const Call call(device, stream);
+  if (!call.good()) return PQ_DEVICE_ERROR;
+  Uploaded uploaded;
+  const int32_t status = upload(call, source, start, count, &uploaded);
+  return done(call, status == PQ_OK ? work(uploaded) : status);
+}
+
 // Lets memory that both reach be at home on the device.
 bool settle(int32_t device, void* memory, size_t nbytes) {
 #if CUDART_VERSION >= 13000
@@ -298,6 +308,30 @@ int32_t pq_device_free(int32_t device, void* memory, int32_t kind) {
   const bool is_of_host = kind == PQ_ON_HOST || kind == PQ_MESSAGES;
   if (!call.good() || failed(is_of_host ? cudaFreeHost(memory) : cudaFree(memory))) return PQ_DEVICE_ERROR;
   return PQ_OK;
+}
+
+int32_t pq_device_reserve(int32_t device, const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,
+                          const int64_t* shards) {
+  const Call call(device, nullptr);
+  if (!call.good()) return PQ_DEVICE_ERROR;
+  if (!good_bucket(bucket) || (shards && !good_shards(*bucket, shards))) return PQ_BAD_ARGUMENT;
+  const int64_t size = bucket->size, whole[2] = {0, bucket->num_elements};
+  int64_t payloads = 0, workspace = 0;
+  // Of all that a round codes: each part, as one payload and as one of every rank.
+  for (int64_t part = 0; part < (shards ? size : 1); ++part) {
+    const int64_t* const limits = shards ? shards + part : whole;
+    for (const pq_codec* of : {codec, shards ? second_codec : codec}) {
+      const int64_t nbytes = payload_nbytes(of, limits[1] - limits[0]), values = pq_cuda_workspace_nbytes(of, limits[1] - limits[0]);
+      if (nbytes < 0 || values < 0) return PQ_BAD_ARGUMENT;
+      payloads = std::max(payloads, aligned(std::max<int64_t>(nbytes, 1)) * size);
+      workspace = std::max(workspace, values);
+    }
+  }
+  Scratch& scratch = call.scratch();
+  const bool enough = scratch.payloads.get(payloads) && scratch.workspace.get(std::max(kAlignment, workspace)) &&
+                      scratch.headers.get(size * (int64_t)sizeof(Header)) && scratch.table.get(kTables) &&
+                      scratch.status.get(sizeof(int32_t));
+  return enough ? int32_t{PQ_OK} : int32_t{PQ_DEVICE_ERROR};
 }
 
 int32_t pq_device_identity(int32_t device, uint8_t* identity) {
@@ -374,45 +408,30 @@ int32_t pq_device_two_phase_land(int32_t device, pq_stream stream, const pq_code
 }
 
 int32_t pq_device_apply(int32_t device, pq_stream stream, const float* mean, int64_t start, int64_t count, const pq_source* target) {
-  const Call call(device, stream);
-  if (!call.good()) return PQ_DEVICE_ERROR;
-  Uploaded to;
-  int32_t status = upload(call, target, start, count, &to);
-  if (status == PQ_OK) status = pq_cuda_apply(mean, start, count, &to.source, to.length, stream);
-  return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
+  return with_source(device, stream, target, start, count,
+                     [&](const Uploaded& to) { return pq_cuda_apply(mean, start, count, &to.source, to.length, stream); });
 }
 
 int32_t pq_device_rebase(int32_t device, pq_stream stream, const void* base, int64_t start, int64_t count, const pq_source* target) {
-  const Call call(device, stream);
-  if (!call.good()) return PQ_DEVICE_ERROR;
-  Uploaded to;
-  int32_t status = upload(call, target, start, count, &to);
-  if (status == PQ_OK) status = pq_cuda_rebase(base, start, count, &to.source, to.length, stream);
-  return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
+  return with_source(device, stream, target, start, count,
+                     [&](const Uploaded& to) { return pq_cuda_rebase(base, start, count, &to.source, to.length, stream); });
 }
 
 int32_t pq_device_gather(int32_t device, pq_stream stream, const pq_source* source, int64_t start, int64_t count, void* destination,
                          int32_t dtype) {
-  const Call call(device, stream);
-  if (!call.good()) return PQ_DEVICE_ERROR;
-  Uploaded from;
-  int32_t status = upload(call, source, start, count, &from);
-  if (status == PQ_OK) status = pq_cuda_gather(&from.source, from.length, start, count, destination, dtype, stream);
-  return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
+  return with_source(device, stream, source, start, count, [&](const Uploaded& from) {
+    return pq_cuda_gather(&from.source, from.length, start, count, destination, dtype, stream);
+  });
 }
 
 int32_t pq_device_outer(int32_t device, pq_stream stream, float decay, float a, float b, int64_t count, float* momentum, float* delta) {
   const Call call(device, stream);
-  if (!call.good()) return PQ_DEVICE_ERROR;
-  const int32_t status = pq_cuda_outer(decay, a, b, count, momentum, delta, stream);
-  return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
+  return call.good() ? done(call, pq_cuda_outer(decay, a, b, count, momentum, delta, stream)) : int32_t{PQ_DEVICE_ERROR};
 }
 
 int32_t pq_device_scale(int32_t device, pq_stream stream, float scale, const float* base, int64_t count, float* mean) {
   const Call call(device, stream);
-  if (!call.good()) return PQ_DEVICE_ERROR;
-  const int32_t status = pq_cuda_scale(scale, base, count, mean, stream);
-  return status == PQ_OK && !call.wait() ? int32_t{PQ_DEVICE_ERROR} : status;
+  return call.good() ? done(call, pq_cuda_scale(scale, base, count, mean, stream)) : int32_t{PQ_DEVICE_ERROR};
 }
 
 }  // extern "C"

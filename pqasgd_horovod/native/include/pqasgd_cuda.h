@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define PQ_CUDA_ABI_VERSION 2
+#define PQ_CUDA_ABI_VERSION 3
 typedef void* pq_stream; /* a cudaStream_t */
 
 PQ_EXPORT int32_t pq_cuda_abi_version(void);
@@ -78,6 +78,11 @@ enum pq_memory {
 };
 PQ_EXPORT int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** memory); /* zeros */
 PQ_EXPORT int32_t pq_device_free(int32_t device, void* memory, int32_t kind);
+
+/* Memory of their own, as much as calls with this bucket need: they ask for no more then. Without shards it is that of an allgather,
+ * and the second codec is not looked at. */
+PQ_EXPORT int32_t pq_device_reserve(int32_t device, const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,
+                                    const int64_t* shards);
 
 /* 16 bytes that no other device has, on this machine or another. */
 PQ_EXPORT int32_t pq_device_identity(int32_t device, uint8_t* identity);

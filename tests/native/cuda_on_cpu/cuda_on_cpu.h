@@ -281,9 +281,9 @@ T atomicAdd(T* to, U x) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-// The runtime: whatever is put on a stream is done at once. `memory_left` can be made little.
+// The runtime: whatever is put on a stream is done at once. `memory_left` can be made little, and devices break.
 typedef void* cudaStream_t;
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInvalidDevice };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInvalidDevice, cudaErrorLaunchFailure };
 enum cudaMemcpyKind { cudaMemcpyDefault };
 enum cudaDeviceAttr { cudaDevAttrConcurrentManagedAccess };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
@@ -304,6 +304,7 @@ inline int64_t memory_left = INT64_MAX;
 inline int64_t allocated = 0;  // how many pieces of memory there are
 inline int64_t launched = 0;   // how many kernels were
 inline int current_device = 0;
+inline bool broken = false;  // then no work is done any more
 constexpr int kDevices = 4;
 
 inline cudaError_t allocate(void** memory, size_t nbytes, bool is_of_device) {
@@ -322,7 +323,8 @@ inline cudaError_t release(void* memory) {
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "invalid device ordinal";
+  const char* const texts[] = {"no error", "out of memory", "invalid device ordinal", "unspecified launch failure"};
+  return texts[error];
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_cpu::current_device;
@@ -353,6 +355,7 @@ inline cudaError_t cudaFree(void* memory) { return cuda_on_cpu::release(memory);
 inline cudaError_t cudaFreeHost(void* memory) { return cuda_on_cpu::release(memory); }
 inline cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, int) { return cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind, cudaStream_t) {
+  if (cuda_on_cpu::broken) return cudaErrorLaunchFailure;
   const cuda_on_cpu::Reach reach;
   std::memcpy(to, from, nbytes);
   return cudaSuccess;
@@ -378,5 +381,6 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 #define PQ_CUDA_ON_CPU_EXPORT extern "C" __attribute__((visibility("default"), weak))
 PQ_CUDA_ON_CPU_EXPORT void pq_cuda_on_cpu_order(unsigned seed) { cuda_on_cpu::order_seed = seed; }
 PQ_CUDA_ON_CPU_EXPORT void pq_cuda_on_cpu_limit(int64_t nbytes) { cuda_on_cpu::memory_left = nbytes < 0 ? INT64_MAX : nbytes; }
+PQ_CUDA_ON_CPU_EXPORT void pq_cuda_on_cpu_break(int32_t broken) { cuda_on_cpu::broken = broken != 0; }
 PQ_CUDA_ON_CPU_EXPORT int64_t pq_cuda_on_cpu_launched() { return cuda_on_cpu::launched; }
 PQ_CUDA_ON_CPU_EXPORT int64_t pq_cuda_on_cpu_allocated() { return cuda_on_cpu::allocated; }
