@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .. import native
 from ..codecs.base import FLOAT32, Codec
 from ..codecs.low_rank import PowerSgd
-from ..errors import ArgumentError, MismatchError, NonFiniteError, WireFormatError
+from ..errors import MismatchError, NonFiniteError, WireFormatError
 from ..exchange import Exchange, LowRankExchange, make_exchange
 from ..exchange.carriers import Carrier
 from ..exchange.carriers.nodes import NodesCarrier
@@ -83,14 +83,6 @@ class ChannelPlan:
         buckets = [self.tensors_in(bucket) for bucket in range(len(self.sizes))]
         return [sum(factors[i][side] for i in bucket) for bucket in buckets for side in (0, 1)]
 
-    def refuse_low_rank(self, device: str) -> None:
-        """Raise ArgumentError if there are matrices of low rank, for numbers on a GPU."""
-        if self.low_rank is not None:
-            raise ArgumentError(
-                f"compression is {self.low_rank} with tensors on {device}; its factors are made on CPUs only: use "
-                "another codec, such as Compression.topk() or Compression.eden(bits=2), or keep the model on the CPU"
-            )
-
     def make_exchange(
         self,
         carrier: Carrier,
@@ -107,9 +99,7 @@ class ChannelPlan:
             "method": self.method,
             "nonfinite": config.nonfinite,
         }
-        if self.low_rank is not None:
-            if device is not None:
-                self.refuse_low_rank(str(device))
+        if self.low_rank is not None:  # whose factors are made on CPUs
             matrices = [self.matrices_in(bucket) for bucket in range(len(self.sizes))]
             return LowRankExchange(self.low_rank.approximation_rank, carrier, matrices, **options)
         return make_exchange(
@@ -212,7 +202,13 @@ class Channel:
         # With a float32 anchor what arrives is the next anchor, anchor + mean, and the two arrays change places: one
         # walk over memory less, and an error leaves the anchor as it was.
         self._arriving: NDArray[np.float32] = native.zeros(vector.num_elements, device=device)
-        self._residuals = Residuals(vector.num_elements, device) if plan.feedback else None
+        self._coder = None if plan.low_rank is not None else device
+        """What codes the numbers, None for CPUs; if it is not what they are on, it codes copies of them."""
+        self._copy: NDArray[np.float32] | None = None
+        if device is not None and self._coder is None:
+            logger.info("%s: the factors of tensors on %s are made on the CPU", plan.name, device)
+            self._copy = device.host_messages_memory(4 * vector.num_elements).view(np.float32)
+        self._residuals = Residuals(vector.num_elements, self._coder) if plan.feedback else None
         self._is_of_node = isinstance(carrier, NodesCarrier)  # then the residual is too
         self._snapshot: AnchorArray | None = None
         self._feeds_back_means = plan.feeds_back_means
@@ -242,14 +238,21 @@ class Channel:
         """Return the vector as it is in memory now, minus the anchor, plus what was not sent before."""
         return self.vector.source(self.anchor, self._residuals)
 
+    def coded(self, source: native.Source) -> native.Source:
+        """Return what is coded of :meth:`source`: itself, or a copy of it as it is now where its coder is."""
+        if self._copy is None:
+            return source
+        native.gather(source.without_residual(), 0, self._copy)
+        return FlatVector([ArrayView("copy", self._copy)]).source(residuals=self._residuals)
+
     def nothing(self) -> native.Source:
-        """Return zeros in place of :meth:`source`, for a rank that is absent, which keeps what was not sent before."""
+        """Return zeros in place of :meth:`coded`, for a rank that is absent, which keeps what was not sent before."""
         residuals = self._residuals
         if residuals is not None and not self._is_of_node:
             # For what expects one; of zeros nothing is left.
-            residuals = Residuals(self.vector.num_elements, self.vector.device)
-        zeros = native.zeros(self.vector.num_elements, device=self.vector.device)
-        return FlatVector([ArrayView("nothing", zeros, self.vector.device)]).source(residuals=residuals)
+            residuals = Residuals(self.vector.num_elements, self._coder)
+        zeros = native.zeros(self.vector.num_elements, device=self._coder)
+        return FlatVector([ArrayView("nothing", zeros, self._coder)]).source(residuals=residuals)
 
     def reserve(self, snapshots: bool = False, distances: bool = False) -> None:
         """Keep memory for what will be asked for, so that no round lacks it."""
@@ -261,12 +264,12 @@ class Channel:
             device.scratch(self.vector.num_elements)
 
     def take_snapshot(self, fragment: int | None = None) -> native.Source:
-        """Copy the vector, or a fragment of it, and return the copy as :meth:`source` would the vector."""
+        """Copy the vector, or a fragment of it, and return the copy as :meth:`coded` would the vector."""
         assert self._snapshot is not None
         tensors = self.vector.source()
         for span in self._spans(self._buckets_of(fragment)):
             native.gather(tensors, span.start, self._snapshot[span])
-        copy = ArrayView("snapshot", self._snapshot, self.vector.device)
+        copy = ArrayView("snapshot", self._snapshot, self._coder)
         return FlatVector([copy]).source(self.anchor, self._residuals)
 
     def since_snapshot(self) -> native.Source:
@@ -277,7 +280,7 @@ class Channel:
         return range(self.num_buckets) if fragment is None else self.fragments[fragment]
 
     def begin(self, source: native.Source, step: int, round: int, fragment: int | None = None) -> None:
-        """Encode every bucket of :meth:`source`, or of one fragment of it, and launch its exchange."""
+        """Encode every bucket of :meth:`coded`, or of one fragment of it, and launch its exchange."""
         anchor = None if self.outer_elements else self._float_anchor
         for bucket in self._buckets_of(fragment):
             start, stop = self.starts[bucket], self.starts[bucket + 1]
@@ -289,12 +292,15 @@ class Channel:
         """Encode one bucket and launch its exchange; there is no anchor, and only its own tensors need to be there."""
         tensors = self.tensors_in(bucket)
         start = self.starts[bucket] - self.vector.offsets[tensors.start]
-        if self.velocities is None:
-            source = self.vector.source(residuals=self._residuals, part=tensors)
-        else:
-            span = slice(self.starts[bucket], self.starts[bucket + 1])
+        span = slice(self.starts[bucket], self.starts[bucket + 1])
+        if self.velocities is not None:
             self.velocities.advance(self.vector.source(part=tensors), start, span)
-            source, start = self.velocities.source(self._residuals), span.start
+            source, start = self.velocities.source(self._residuals, self._coder), span.start
+        elif self._copy is not None:
+            native.gather(self.vector.source(part=tensors), start, self._copy[span])
+            source, start = FlatVector([ArrayView("copy", self._copy)]).source(residuals=self._residuals), span.start
+        else:
+            source = self.vector.source(residuals=self._residuals, part=tensors)
         self.exchange.begin(bucket, source, start, step=step, round=round)
         self.exchange.advance()
 

@@ -236,11 +236,11 @@ class Velocities:
         np.copyto(velocity, self.kept[span])
         native.outer(*self._coefficients, velocity, increment, self._device)
 
-    def source(self, residuals: Residuals | None) -> native.Source:
-        """Return what is to be sent: the increment, plus what was not sent before."""
+    def source(self, residuals: Residuals | None, coder: Device | None) -> native.Source:
+        """Return what is to be sent: the increment, plus what was not sent before; ``coder`` codes it, None: a CPU."""
         segment = (self._increment.ctypes.data, native.DTYPE_F32, self._increment.size)
         pointers = None if residuals is None else residuals.pointers()
-        return native.Source([segment], None, (self._increment, residuals), pointers, self._device)
+        return native.Source([segment], None, (self._increment, residuals), pointers, coder)
 
     def keep(self, starts: Sequence[int], averaged: Sequence[int], residuals: Residuals | None) -> None:
         """After a round, and before :meth:`Residuals.keep`: keep the velocity of the buckets that have a mean."""

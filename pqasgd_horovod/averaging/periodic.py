@@ -313,7 +313,7 @@ class PeriodicAverager:
         absent = self._carrier is not None and met is not None and met.is_absent(self._carrier.rank)
         # Every source first: it fails if a tensor has changed, and nothing may be in flight then.
         targets = [(channel, channel.source()) for channel in self._channels]
-        sources = [(channel, channel.nothing()) for channel in self._channels] if absent else targets
+        sources = [(channel, channel.nothing() if absent else channel.coded(target)) for channel, target in targets]
         met = self._exchange(sources, self.steps, fragment, met)
         adopt = self._gather_counted(fragment)
         if self._pace.uses_drift:

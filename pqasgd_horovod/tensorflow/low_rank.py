@@ -11,6 +11,7 @@ import tensorflow as tf
 from .. import native
 from ..averaging.channel import ChannelPlan
 from ..averaging.vector import FlatLayout
+from ..errors import ArgumentError
 from .carrier import HorovodCarrier
 from .graph import GraphChannel, Problems, Scale, signed
 from .library import ops
@@ -24,7 +25,10 @@ def make_channel(plan: ChannelPlan, carrier: HorovodCarrier, *arguments: Any, **
     if plan.low_rank is not None:
         place: Place = options.get("place", ON_HOST)
         if place.gpu is not None:
-            plan.refuse_low_rank(place.device)
+            raise ArgumentError(
+                f"compression is {plan.low_rank} with variables on {place.device}; its factors are made on CPUs: pass "
+                "anchor_device='cpu', so that averages are made there, or use another codec"
+            )
         return LowRankChannel(plan, carrier, *arguments, **options)
     return (GraphChannel if carrier.nodes is None else NodeChannel)(plan, carrier, *arguments, **options)
 

@@ -30,7 +30,7 @@ from pqasgd_horovod.exchange.carriers.threads import run_ranks
 from ..exchange.test_node import nodes_of
 from ..native.cuda_on_cpu import DeviceCarrier, load, make_device
 
-SHAPES = {"w": (9000, "float32"), "b": (7, "float32"), "d": (1500, "float64"), "h": (1200, "float16")}
+SHAPES = {"w": ((90, 100), "float32"), "b": (7, "float32"), "d": (1500, "float64"), "h": ((30, 40), "float16")}
 RANKS = 3
 EDEN = codecs.eden(bits=2)
 
@@ -46,7 +46,7 @@ def make_views(device, seed):
     for name, (size, dtype) in SHAPES.items():
         array = generator.standard_normal(size).astype(dtype)
         if device is not None:
-            copy = device.zeros(size, dtype)
+            copy = device.zeros(array.size, dtype).reshape(size)
             copy[:] = array
             array = copy
         views.append(ArrayView(name, array, device))
@@ -62,7 +62,7 @@ def train(carrier, devices, averaging, num_steps=9, **options):
     for step in range(num_steps):
         for view in views:
             noise = np.random.default_rng([carrier.rank, step, view.numel])
-            view.array += (0.01 * noise.standard_normal(view.numel)).astype(view.array.dtype)
+            view.array += (0.01 * noise.standard_normal(view.array.shape)).astype(view.array.dtype)
         averager.count_step(0.1)
     averager.flush()
     state = averager.state_dict()
@@ -79,6 +79,8 @@ CASES = {
     "feedback": ({}, {"feedback": Feedback()}),
     "topk": ({}, {"codec": codecs.topk(0.1), "feedback": Feedback()}),
     "randomk": ({}, {"codec": codecs.randomk(0.1), "feedback": Feedback(), "method": "two_phase"}),
+    "powersgd": ({}, {"codec": codecs.powersgd(2), "feedback": Feedback()}),
+    "powersgd-delay": ({"delay": 1}, {"codec": codecs.powersgd(2), "feedback": Feedback()}),
     "policy": ({}, {"policy": (Rule("w", codecs.natural()), Rule("*", codecs.onebit()))}),
     "nesterov": ({"outer": Nesterov()}, {}),
     "adaptive": ({"period": AdaptivePeriod(first=2, calibration_steps=4)}, {}),
@@ -134,9 +136,9 @@ def step_gradients(carrier, devices, num_steps=4, poison=None, **options):
     found = []
     for step in range(num_steps):
         for view in views:
-            view.array[:] = np.random.default_rng([carrier.rank, step, view.numel]).standard_normal(view.numel)
+            view.array[:] = np.random.default_rng([carrier.rank, step, view.numel]).standard_normal(view.array.shape)
         if poison == (carrier.rank, step):
-            views[0].array[5] = np.inf
+            views[0].array.flat[5] = np.inf
         for view in reversed(views):
             averager.ready(view.name)
         try:
@@ -154,8 +156,10 @@ def step_gradients(carrier, devices, num_steps=4, poison=None, **options):
         {"method": "allgather", "feedback": Feedback()},
         {"codec": codecs.topk(0.05), "feedback": MomentumCorrection(momentum=0.9, clip_norm=1.0)},
         {"codec": codecs.signsgd(majority_vote=True, scaled=False)},
+        {"codec": codecs.powersgd(2), "feedback": Feedback()},
+        {"codec": codecs.powersgd(2), "feedback": MomentumCorrection(momentum=0.9)},
     ],
-    ids=["two_phase", "feedback", "dgc", "vote"],
+    ids=["two_phase", "feedback", "dgc", "vote", "powersgd", "powersgd-dgc"],
 )
 def test_gradients_have_the_bits_of_cpus(options):
     cpus = on_ranks(RANKS, step_gradients, [None] * RANKS, **options)
@@ -214,6 +218,44 @@ def test_messages_on_devices_change_nothing(program, options):
     assert min(sent) > 0
 
 
+class Distant(ArrayView):
+    """An array in memory of a GPU that the host does not reach, as a framework's tensors are: to touch it is fatal."""
+
+    def __init__(self, view):
+        super().__init__(view.name, view.array, make_device())
+        self._memory = self.device.device_messages_memory(view.array.nbytes)
+        self._copy(self._memory.pointer, self.array.ctypes.data)
+
+    def pointer(self):
+        return self._memory.pointer
+
+    def fetch(self):
+        self._copy(self.array.ctypes.data, self._memory.pointer)
+        return self.array.tobytes()
+
+    def _copy(self, to, origin):
+        self.device.run("copy", to, origin, self.array.nbytes)
+
+
+@pytest.mark.parametrize("codec", [EDEN, codecs.topk(0.1), codecs.powersgd(2)], ids=str)
+def test_tensors_are_not_touched_by_the_host(codec):
+    def program(carrier, is_distant):
+        config = ExchangeConfig(codec, feedback=Feedback())
+        periodic = PeriodicAverager(carrier, PeriodicAveraging(period=1, outer=Nesterov()), config, name="periodic")
+        gradients = GradientAverager(carrier, config, name="gradients")
+        found = []
+        for averager in (periodic, gradients):
+            views = make_views(None, seed=1 if averager is periodic else carrier.rank)
+            views = [Distant(view) for view in views] if is_distant else views
+            averager.prepare(views)
+            for _ in range(2):
+                averager.count_step(0.1) if averager is periodic else averager.finish()
+            found.append([view.fetch() if is_distant else view.array.tobytes() for view in views])
+        return found
+
+    assert on_ranks(2, program, True) == on_ranks(2, program, False)
+
+
 def test_mixed_tensors_are_refused():
     views = [*make_views(make_device(), 1)[:1], *make_views(None, 1)[1:]]
 
@@ -221,16 +263,6 @@ def test_mixed_tensors_are_refused():
         averager = PeriodicAverager(carrier, PeriodicAveraging(period=2), ExchangeConfig(EDEN), name="test")
         with pytest.raises(ArgumentError, match="b is on cpu, w is on cuda:0; all tensors of an optimizer must be on"):
             averager.prepare([views[0], views[1]])
-
-    run_ranks(2, program)
-
-
-def test_powersgd_is_refused():
-    def program(carrier):
-        averager = GradientAverager(carrier, ExchangeConfig(codecs.powersgd(), feedback=Feedback()), name="test")
-        array = make_device().zeros(9000).reshape(90, 100)
-        with pytest.raises(ArgumentError, match="its factors are made on CPUs only"):
-            averager.prepare([ArrayView("w", array, make_device())])
 
     run_ranks(2, program)
 

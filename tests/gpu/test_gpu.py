@@ -100,34 +100,38 @@ def test_numbers_that_are_not_finite_are_found(codec):
     assert not kernels.library.check_found(int(kernels.status), "encode")
 
 
-def train(carrier, place):
+EDEN = codecs.eden(bits=2)
+
+
+def train(carrier, place, codec=EDEN):
     device = None if place == "host" else cuda.Device(0, numbers_on_host=place == "cpu")
     averager = PeriodicAverager(
         carrier,
         PeriodicAveraging(period=2),
-        ExchangeConfig(codecs.eden(bits=2), feedback=Feedback()),
+        ExchangeConfig(codec, feedback=Feedback()),
         name="test",
         check_consistency=True,
     )
     views = []
-    for size in (30000, 7):
-        array = native.zeros(size, device=device)
-        array[:] = np.random.default_rng(size).standard_normal(size)
-        views.append(ArrayView(f"w{size}", array, device))
+    for rows, cols in ((300, 100), (1, 7)):
+        array = native.zeros(rows * cols, device=device).reshape(rows, cols)
+        array[:] = np.random.default_rng(rows).standard_normal((rows, cols))
+        views.append(ArrayView(f"w{rows}", array, device))
     averager.prepare(views)
     for step in range(5):
         for view in views:
-            view.array += np.random.default_rng([carrier.rank, step]).standard_normal(view.numel).astype(np.float32)
+            view.array += np.random.default_rng([carrier.rank, step]).standard_normal(view.shape).astype(np.float32)
         averager.count_step()
     averager.flush()
     return [view.array.tobytes() for view in views]
 
 
+@pytest.mark.parametrize("codec", [EDEN, codecs.powersgd(2)], ids=str)
 @pytest.mark.parametrize("place", ["gpu", "cpu"])
-def test_averages_have_the_bits_of_cpus(place):
-    expected = run_ranks(2, lambda carrier: train(carrier, "host"))
-    assert run_ranks(2, lambda carrier: train(carrier, place)) == expected
-    assert run_ranks(2, lambda carrier: train(carrier, place if carrier.rank else "host")) == expected
+def test_averages_have_the_bits_of_cpus(place, codec):
+    expected = run_ranks(2, lambda carrier: train(carrier, "host", codec))
+    assert run_ranks(2, lambda carrier: train(carrier, place, codec)) == expected
+    assert run_ranks(2, lambda carrier: train(carrier, place if carrier.rank else "host", codec)) == expected
 
 
 def test_messages_stay_on_the_gpu(monkeypatch):
