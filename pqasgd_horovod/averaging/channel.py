@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pqasgd_horovod")
 
+_ZEROS = 1 << 20  # so many are kept, and stand for as many as there are
+
 Spec = TypeVar("Spec", bound=TensorSpec)
 
 
@@ -207,8 +209,11 @@ class Channel:
         self._copy: NDArray[np.float32] | None = None
         if device is not None and self._coder is None:
             logger.info("%s: the factors of tensors on %s are made on the CPU", plan.name, device)
-            self._copy = device.host_messages_memory(4 * vector.num_elements).view(np.float32)
+            if plan.correction is None:  # else it is the velocity that is coded
+                self._copy = device.host_messages_memory(4 * vector.num_elements).view(np.float32)
         self._residuals = Residuals(vector.num_elements, self._coder) if plan.feedback else None
+        self._needs_residuals = plan.low_rank is not None
+        self._zeros: NDArray[np.float32] = native.zeros(min(vector.num_elements, _ZEROS), device=self._coder)
         self._is_of_node = isinstance(carrier, NodesCarrier)  # then the residual is too
         self._snapshot: AnchorArray | None = None
         self._feeds_back_means = plan.feeds_back_means
@@ -247,16 +252,22 @@ class Channel:
 
     def nothing(self) -> native.Source:
         """Return zeros in place of :meth:`coded`, for a rank that is absent, which keeps what was not sent before."""
-        residuals = self._residuals
-        if residuals is not None and not self._is_of_node:
-            # For what expects one; of zeros nothing is left.
-            residuals = Residuals(self.vector.num_elements, self._coder)
-        zeros = native.zeros(self.vector.num_elements, device=self._coder)
-        return FlatVector([ArrayView("nothing", zeros, self._coder)]).source(residuals=residuals)
+        count = self.vector.num_elements
+        residuals = self._residuals if self._is_of_node else None
+        if residuals is None and self._needs_residuals:
+            residuals = Residuals(count)  # of zeros nothing is left
+        segments = [
+            (self._zeros.ctypes.data, native.DTYPE_F32, min(_ZEROS, count - start)) for start in range(0, count, _ZEROS)
+        ]
+        pointers = None if residuals is None else residuals.pointers()
+        return native.Source(segments, None, (self._zeros, residuals), pointers, self._coder)
 
     def reserve(self, snapshots: bool = False, distances: bool = False) -> None:
         """Keep memory for what will be asked for, so that no round lacks it."""
         device = self.vector.device
+        if device is not None:
+            # Of tensors, and of zeros in their place.
+            device.reserve_tables(max(len(self.vector.tensors), self.vector.num_elements // _ZEROS + 1))
         if snapshots:
             assert self.anchor is not None
             self._snapshot = native.zeros(self.anchor.size, self.anchor.dtype, device)

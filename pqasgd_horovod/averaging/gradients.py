@@ -106,9 +106,9 @@ class GradientAverager:
             self._lay_out()
 
     def refused_together(self) -> AbstractContextManager[None]:
-        """Look at tensors before :meth:`prepare`; the other ranks, on their way there, learn of a refusal.
+        """Look at tensors before :meth:`prepare`: the other ranks, on their way there, learn of an error.
 
-        One of :data:`~.together.REFUSALS`, with which the ranks raise MismatchError then.
+        They raise MismatchError, which tells it, and this one the error itself.
         """
 
         def tell(refusal: Mapping[str, Any]) -> None:

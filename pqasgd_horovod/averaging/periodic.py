@@ -26,7 +26,7 @@ from .pace import Pace, check_learning_rates, rounded, unpack_details
 from .state import ARRAYS, STATE_VERSION, Arrays, check_state, copied, no_arrays, owner_of, saved_config, taken_over
 from .statistics import CommunicationStatistics
 from .strategy import PeriodicAveraging
-from .together import NO_ERROR, refused_together, succeed_together
+from .together import NO_ERROR, refused_together, succeed_together, telling
 from .vector import AnchorArray, FlatVector, TensorView, common_device
 
 if TYPE_CHECKING:
@@ -114,8 +114,6 @@ class PeriodicAverager:
         their present value, which must be the same on every rank. Raises MismatchError on every rank if layout,
         counters or anchors differ, and changes nothing then. An average under way is applied first.
         """
-        with self.refused_together():
-            common_device([*parameters, *buffers])
         self._land(HANDSHAKE_TIMEOUT_SECONDS)
         self._num_parameters = sum(tensor.numel for tensor in parameters)
         if self._carrier is None:
@@ -126,14 +124,13 @@ class PeriodicAverager:
         self._parameters, self._buffers, self._counted = parameters, buffers, counted
 
     def refused_together(self, has_met: bool = False) -> AbstractContextManager[None]:
-        """Look at tensors before :meth:`prepare`; the other ranks, on their way there, learn of a refusal.
+        """Look at tensors before :meth:`prepare`: the other ranks, on their way there, learn of an error.
 
-        One of :data:`~.together.REFUSALS`, with which the ranks raise MismatchError then.
+        They raise MismatchError, which tells it, and this one the error itself.
         """
 
         def tell(refusal: Mapping[str, Any]) -> None:
-            if self._pending is not None:  # it has the meeting until then
-                self._pending.exchange.wait(HANDSHAKE_TIMEOUT_SECONDS)
+            self._land(HANDSHAKE_TIMEOUT_SECONDS)  # as they do
             self._compare_layouts(refusal, None, has_met)
 
         return refused_together(None if self._carrier is None else tell)
@@ -162,6 +159,7 @@ class PeriodicAverager:
         layout: list[tuple[FlatVector, AnchorArray, Way]] = []
         digests: dict[str, str] = {}
         with self.refused_together(has_met):
+            device = common_device([*parameters, *buffers])
             for tensors, dtype, way in group_tensors(parameters, buffers, self._config):
                 vector = FlatVector(tensors)
                 anchor = vector.gather(dtype)
@@ -174,7 +172,7 @@ class PeriodicAverager:
                 digests.update(digest_tensors(vector, anchor))
                 layout.append((vector, anchor, way))
         digest, device_messages = self._agree(
-            parameters, buffers, counted, digests, digest_arrays(arrays["factor"]), has_met
+            parameters, buffers, counted, device, digests, digest_arrays(arrays["factor"]), has_met
         )
         plans = [
             plan_channel(
@@ -233,6 +231,7 @@ class PeriodicAverager:
         parameters: Sequence[TensorView],
         buffers: Sequence[TensorView],
         counted: Sequence[CountedStatistics],
+        device: Device | None,
         digests: Mapping[str, str],
         factors: Mapping[str, str],
         has_met: bool,
@@ -249,7 +248,7 @@ class PeriodicAverager:
             "counted": [f"{layer.name}: {layer.description}" for layer in counted],
             **self._config.describe_codecs(parameters),
         }
-        agreed = self._compare_layouts(description, common_device([*parameters, *buffers]), has_met)
+        agreed = self._compare_layouts(description, device, has_met)
         counters = {
             "steps": self.steps,
             "rounds": self.rounds,
@@ -416,7 +415,10 @@ class PeriodicAverager:
     def _place_moments(self, carrier: Carrier) -> None:
         """Lay out the moments that all ranks have, as buffers, if they are not those of the last average."""
         assert self._moments is not None
-        moments = common_moments(carrier, self._moments.views(), f"{self._name}.moments")
+        name = f"{self._name}.moments"
+        with refused_together(telling(carrier, name)):
+            own = self._moments.views()
+        moments = common_moments(carrier, own, name)
         buffers = [*self._buffers, *moments]
         if {tensor.name for tensor in buffers} != self._buffer_names:
             self._lay_out(self._parameters, buffers, self._counted)

@@ -7,12 +7,10 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..errors import ArgumentError, DeviceError, MismatchError, NativeLibraryError, PqasgdError
+from ..errors import MismatchError, PqasgdError
 from ..exchange.carriers import Carrier
 from ..exchange.handshake import verify_same
 
-REFUSALS = (ArgumentError, DeviceError, NativeLibraryError)
-"""What a rank may have to say of its tensors before anything is sent."""
 NO_ERROR = {"error": None}
 """A part of what ranks compare where one of them may have an error to tell instead."""
 
@@ -33,12 +31,13 @@ def telling(carrier: Carrier | None, name: str) -> Telling | None:
 
 @contextlib.contextmanager
 def refused_together(tell: Telling | None) -> Iterator[None]:
-    """Tell the other ranks of one of :data:`REFUSALS`, where they compare what they have; None: there are no others."""
+    """Tell the other ranks of an error, where they compare what they have, and raise it; None: there are no others."""
     try:
         yield
-    except REFUSALS as error:
+    except Exception as error:
         if tell is not None:
-            tell(told(error))
+            with contextlib.suppress(PqasgdError):  # that the others have not the same error
+                tell(told(error))
         raise
 
 

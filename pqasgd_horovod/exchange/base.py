@@ -339,6 +339,7 @@ class MessageExchange(Exchange):
                 seed=self._seed,
                 shards=None if shards is None else shards[bucket],
                 device=self._device,
+                device_messages=self._device_messages,
             )
             for bucket, num_elements in enumerate(self.buckets)
         ]

@@ -138,7 +138,7 @@ def describe_difference(descriptions: Sequence[Mapping[str, Any]]) -> str:
     for path in paths:
         values = [table.get(path, "absent") for table in tables]
         if len(set(values)) > 1:
-            listing = format_by_rank(enumerate(map(_shorten, values)))
+            listing = format_by_rank(enumerate(values if path == "error" else map(_shorten, values)))
             return f"the ranks have to agree on {path}: it is {listing}"
     return "the ranks have to agree on their settings: these have the same fields, nested differently"
 

@@ -531,7 +531,8 @@ class Bucket:
     ``shards`` are the limits of the ranks' shards in a two-phase exchange, ``size + 1`` numbers from 0 to
     ``num_elements``. What the methods return is 0, or flags of what is wrong with the bucket in this round:
     ``exchange/wire.py`` explains them. Arguments that are wrong themselves raise ArgumentError. With a ``device``
-    sources, means, bases and residuals are memory that it reaches, and messages are the host's or its own.
+    sources, means, bases and residuals are memory that it reaches, and messages are the host's or, with
+    ``device_messages``, its own.
     """
 
     def __init__(
@@ -547,6 +548,7 @@ class Bucket:
         seed: int,
         shards: Sequence[int] | None = None,
         device: Device | None = None,
+        device_messages: bool = False,
     ) -> None:
         self._device = device
         self._codec, self._second_codec = _Codec(*spec), _Codec(*second_spec)
@@ -554,7 +556,7 @@ class Bucket:
         self._shards = None if shards is None else (ctypes.c_int64 * (size + 1))(*shards)
         if device is not None:
             codecs = ctypes.byref(self._codec), ctypes.byref(self._second_codec)
-            device.reserve(*codecs, ctypes.byref(self._struct), self._shards)
+            device.reserve(*codecs, ctypes.byref(self._struct), self._shards, device_messages)
 
     def _arguments(self, step: int, round: int, second: bool = False) -> tuple[Any, ...]:
         self._struct.step, self._struct.round = step, round

@@ -107,7 +107,8 @@ class Library:
         of_devices: dict[str, list[Any]] = {
             "alloc": [i64, i32, pointer],
             "free": [pointer, i32],
-            "reserve": [pointer] * 4,
+            "reserve": [*[pointer] * 4, i32],
+            "reserve_tables": [i64],
             "identity": [pointer],
             "copy": [pointer, pointer, pointer, i64],
             "encode": [pointer, pointer, pointer, i64, i64, _Keys, pointer, i64],
@@ -359,7 +360,7 @@ class Device:
         """Do with numbers of this device what a function of the core does, and wait until it is done."""
         return self._library.run(name, self.index, self._stream(), *arguments)
 
-    @property
+    @functools.cached_property
     def identity(self) -> bytes:
         """16 bytes that no other GPU has, on this machine or another; not all are 0."""
         identity = ctypes.create_string_buffer(_IDENTITY_NBYTES)
@@ -369,10 +370,18 @@ class Device:
     def reserve(self, *of_bucket: Any) -> None:
         """Keep the memory that coding a bucket takes, so that no round lacks it; raise DeviceError if there is none.
 
-        ``of_bucket`` are both codecs, the bucket, and its shards or None, as the library knows them.
+        ``of_bucket`` are both codecs, the bucket, its shards or None, and whether messages are in this device's memory,
+        as the library knows them.
         """
+        self._reserve("reserve", *of_bucket)
+
+    def reserve_tables(self, num_tensors: int) -> None:
+        """Keep the memory that it takes to know where so many tensors are."""
+        self._reserve("reserve_tables", num_tensors)
+
+    def _reserve(self, name: str, *arguments: Any) -> None:
         try:
-            status = self._library.run("reserve", self.index, *of_bucket)
+            status = self._library.run(name, self.index, *arguments)
         except DeviceError as error:
             raise DeviceError(
                 f"memory to code a bucket on {self}: {error}. Smaller buckets (bucket_cap_mb) take less"

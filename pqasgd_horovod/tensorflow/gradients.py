@@ -19,7 +19,7 @@ from ..averaging.feedback import MomentumCorrection
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.tables import SparseSpec
-from ..averaging.together import NO_ERROR, REFUSALS, succeed_together, told
+from ..averaging.together import NO_ERROR, succeed_together, told
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError, MismatchError
 from ..exchange.carriers import Bytes
@@ -179,7 +179,7 @@ class GradientAverager(abc.ABC):
             self._check_layout(layout, gradients)
             if self._layout is None:
                 self._place = self._choose_place([specs[i] for i in present], [variables[i] for i in present])
-        except REFUSALS as error:
+        except Exception as error:
             with outside_of_graphs():
                 self._tell_of(error)
             raise
@@ -401,6 +401,7 @@ class CodedGradients(GradientAverager):
             for number, spec in enumerate(sparse)
         ]
         warn_of_size(stages[0], self._carrier.nodes or self._carrier, PeriodicAveraging(period=1))
+        self._stages = []
         for stage, of_stage in enumerate(stages):
             others = self._stages[0] if self._stages else [None] * len(plans)
             self._stages.append(

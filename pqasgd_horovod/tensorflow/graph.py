@@ -21,7 +21,7 @@ from ..codecs.base import Codec
 from ..errors import WireFormatError
 from ..exchange import wire
 from ..exchange.base import MEANS_PHASE, VALUES_PHASE, NonFinitePolicy
-from ..exchange.carriers import Bytes
+from ..exchange.carriers import Bytes, Carrier
 from ..exchange.layout import Span, cut_shards, shard_alignment, shard_limits
 from ..exchange.plan import bytes_of_rank
 from ..exchange.verdict import Kind, Names, Problem, explain, raise_verdict
@@ -251,23 +251,37 @@ class GraphChannel:
                 for kept in residuals
             ]
         if place.gpu is not None:
-            self._reserve(cuda.Device(place.gpu))
+            device = cuda.Device(place.gpu)
+            device.reserve_tables(len(plan.layout.names))
+            for bucket in range(len(plan.sizes)):
+                self._reserve(device, bucket)
 
-    def _reserve(self, device: cuda.Device) -> None:
-        """Keep what memory of the device coding takes, so that no round lacks it."""
-        for bucket, num_elements in enumerate(self.plan.sizes):
-            native.Bucket(
-                self.plan.codec.native_spec,
-                self._second_codec.native_spec,
-                bucket=bucket,
-                num_elements=num_elements,
-                rank=self._carrier.rank,
-                size=self._carrier.size,
-                digest=0,
-                seed=0,
-                shards=None if self.plan.method == "allgather" else shard_limits(self._shards(bucket)),
-                device=device,
-            )
+    def _reserve(self, device: cuda.Device, bucket: int) -> None:
+        """Keep what memory of the device coding a bucket takes, so that no round lacks it."""
+        shards = self._shards(bucket) if self.plan.method == "two_phase" else None
+        self._reserve_part(device, self.plan.codec, self._second_codec, self._carrier, bucket, shards)
+
+    def _reserve_part(
+        self,
+        device: cuda.Device,
+        codec: Codec,
+        second_codec: Codec,
+        carrier: Carrier,
+        bucket: int,
+        shards: Sequence[Span] | None,
+    ) -> None:
+        native.Bucket(
+            codec.native_spec,
+            second_codec.native_spec,
+            bucket=bucket,
+            num_elements=self.plan.sizes[bucket],
+            rank=carrier.rank,
+            size=carrier.size,
+            digest=0,
+            seed=0,
+            shards=None if shards is None else shard_limits(shards),
+            device=device,
+        )
 
     @property
     def residual(self) -> tuple[tf.Variable, tf.Variable] | None:

@@ -27,7 +27,7 @@ def make_channel(plan: ChannelPlan, carrier: HorovodCarrier, *arguments: Any, **
         if place.gpu is not None:
             raise ArgumentError(
                 f"compression is {plan.low_rank} with variables on {place.device}; its factors are made on CPUs: pass "
-                "anchor_device='cpu', so that averages are made there, or use another codec"
+                "anchor_device='cpu' to DistributedOptimizer, so that averages are made there, or use another codec"
             )
         return LowRankChannel(plan, carrier, *arguments, **options)
     return (GraphChannel if carrier.nodes is None else NodeChannel)(plan, carrier, *arguments, **options)

@@ -13,6 +13,7 @@ from ..exchange.carriers.nodes import NodesCarrier
 from ..exchange.layout import Span, cut_shards, shard_alignment
 from ..exchange.plan import bytes_inside_node, bytes_of_rank
 from ..exchange.verdict import FLAGGED, Names, Problem
+from ..native import cuda
 from .carrier import HorovodCarrier
 from .graph import GraphChannel, Messages, Scale
 from .library import ops
@@ -56,6 +57,13 @@ class NodeChannel(GraphChannel):
             is_owned = self._owned(bucket) is not None
             limits += [start + own.start, start + (own.stop if is_owned else own.start)]
         return limits
+
+    def _reserve(self, device: cuda.Device, bucket: int) -> None:
+        plain, nodes = NoCompression(), self._nodes
+        self._reserve_part(device, plain, plain, nodes.local, bucket, self._cut(bucket))
+        if self._owned(bucket) is not None:
+            shards = self._shards(bucket) if self.plan.method == "two_phase" else None
+            self._reserve_part(device, self.plan.codec, self._second_codec, nodes.across, bucket, shards)
 
     def bytes_per_round(self, fragment: int | None = None) -> tuple[int, int]:
         """Return the bytes sent to and received from other nodes."""

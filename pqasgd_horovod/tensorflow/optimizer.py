@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -26,7 +26,7 @@ from ..averaging.feedback import Feedback, MomentumCorrection, check_no_momentum
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
-from ..averaging.together import refused_together
+from ..averaging.together import Telling, refused_together
 from ..codecs.base import check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
@@ -66,6 +66,7 @@ class DistributedMethods(_Inner):
     """What a wrapped optimizer does differently; the class of the user's optimizer comes after this one."""
 
     _inner_class: type[keras.optimizers.Optimizer]
+    built: bool
 
     def _distribute(self, settings: dict[str, Any], membership: Membership, averager: Any, model: Any) -> None:
         self._pqasgd_settings = _Hidden(settings)
@@ -73,6 +74,7 @@ class DistributedMethods(_Inner):
         self._pqasgd_averager = _Hidden(averager)
         self._pqasgd_model = _Hidden(model)
         self._pqasgd_local = _Hidden([])
+        self._pqasgd_failure = _Hidden(None)
         if isinstance(averager, GradientAverager):
             self._pqasgd_state: Any = averager.state
 
@@ -81,6 +83,10 @@ class DistributedMethods(_Inner):
     @as_written
     def build(self, variables: Sequence[Any]) -> None:
         """Make the optimizer's variables, and agree with the other ranks on what is averaged; collective."""
+        if self._pqasgd_failure.value is not None:
+            raise ArgumentError(
+                f"the optimizer could not be built, for {self._pqasgd_failure.value}; make another one, on every rank"
+            )
         if self.built:
             return
         variables = list(variables)
@@ -92,7 +98,17 @@ class DistributedMethods(_Inner):
                 check_names(settings["policy"], describe_variables(variables))
         if isinstance(averager, GradientAverager):
             averager.regroup(settings["groups"])
-        super().build(variables)
+        try:
+            with refused_together(_outside(membership.tell_in_layout)):
+                super().build(variables)
+            self._build_averages(variables)
+        except Exception as error:  # some of it is there now, on every rank
+            self._pqasgd_failure.value = f"{type(error).__name__}: {error}"
+            self.built = False
+            raise
+
+    def _build_averages(self, variables: list[Any]) -> None:
+        settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
         with outside_of_graphs():
             if settings["backward_passes_per_step"] > 1:
                 self._pqasgd_sums = [
@@ -438,6 +454,17 @@ def _check_saved(saved: dict[str, Any], expected: dict[str, tf.Variable]) -> Non
             f"the saved optimizer is not like this one: {'; '.join(differences)}. It was saved in a world of another "
             "size, with other settings or for another model: build the optimizer as it was, or load the weights alone"
         )
+
+
+def _outside(tell: Telling | None) -> Telling | None:
+    """Return what tells it also while a graph is made."""
+
+    def tell_now(refusal: Mapping[str, Any]) -> None:
+        assert tell is not None
+        with outside_of_graphs():
+            tell(refusal)
+
+    return None if tell is None else tell_now
 
 
 class _Hidden:

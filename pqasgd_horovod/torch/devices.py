@@ -32,14 +32,16 @@ def device_of(tensor: torch.Tensor, anchor_device: str | None = None) -> cuda.De
 def _device(index: int, numbers_on_host: bool) -> cuda.Device:
     library = cuda.load()
     library.check_device(f"cuda:{index}, {torch.cuda.get_device_name(index)}", index)
-    logger.info("tensors on cuda:%d are coded there", index)
-    return cuda.Device(
+    device = cuda.Device(
         index,
         lambda: torch.cuda.current_stream(index).cuda_stream,
         numbers_on_host,
         library,
         host_messages=why_host_messages(),
     )
+    _ = device.identity  # asked now, where an error is told to all ranks
+    logger.info("tensors on cuda:%d are coded there", index)
+    return device
 
 
 def why_host_messages() -> str:

@@ -12,7 +12,7 @@ import torch
 
 from .. import native
 from ..averaging import ExchangeConfig, state
-from ..averaging.together import NO_ERROR, refused_together
+from ..averaging.together import NO_ERROR, refused_together, succeed_together
 from ..errors import ArgumentError
 from ..exchange import cut_buckets, describe_exchange, make_exchange, verify_and_place
 from ..exchange.base import NonFinitePolicy
@@ -102,16 +102,17 @@ def compressed_allreduce(
         **describe_exchange(codec, sizes, **options),
     }
     digest, device_messages = verify_and_place(carrier, description, device, name)
-    averaging = make_exchange(
-        codec,
-        carrier,
-        sizes,
-        name=name,
-        digest=digest,
-        device=device,
-        device_messages=device_messages,
-        **options,
-    )
+    with succeed_together(carrier, f"{name}.memory"):
+        averaging = make_exchange(
+            codec,
+            carrier,
+            sizes,
+            name=name,
+            digest=digest,
+            device=device,
+            device_messages=device_messages,
+            **options,
+        )
     segments = [(result.data_ptr(), DTYPES[result.dtype], result.numel())]
     memory = native.Source(segments, owner=result, device=device)
     starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()

@@ -312,13 +312,15 @@ def test_all_ranks_learn_of_one_that_has_no_memory(kind, left, limit):
 
     limit(left)
     errors = on_ranks(RANKS, program)
-    assert errors[0] is errors[2] is MismatchError
+    assert errors == [MismatchError, DeviceError, MismatchError]
     limit(-1)
     on_ranks(RANKS, train, [None, device, None], PeriodicAveraging(period=2))
 
 
-@pytest.mark.parametrize("case", [*CASES, "dgc"])
-def test_rounds_need_no_memory(case, limit):
+@pytest.mark.parametrize(
+    ("case", "joins"), [*((case, False) for case in [*CASES, "dgc"]), ("feedback", True), ("dgc", True)]
+)
+def test_rounds_need_no_memory(case, joins, limit):
     devices = [make_device(index=index, host_messages="tested") for index in range(RANKS)]
 
     def program(carrier):
@@ -335,10 +337,84 @@ def test_rounds_need_no_memory(case, limit):
             averager = PeriodicAverager(carrier, averaging, ExchangeConfig(**{"codec": EDEN, **options}), name="test")
         averager.prepare(views)
         limit(0)
-        for _ in range(4):
+        for _ in range(4 + 2 * carrier.rank if joins else 4):
             averager.finish() if case == "dgc" else averager.count_step(0.1)
+        if joins:
+            averager.join()
 
     on_ranks(RANKS, program)
+
+
+def test_rounds_of_many_tensors_need_no_memory(limit):
+    device = make_device()
+
+    def program(carrier):
+        averager = GradientAverager(carrier, ExchangeConfig(EDEN), name="test")
+        averager.prepare([ArrayView(f"w{i}", device.zeros(1), device) for i in range(3000)])
+        limit(0)
+        averager.finish()
+
+    on_ranks(2, program)
+
+
+def test_a_layout_that_fails_leaves_others_their_memory(limit):
+    device = make_device()
+
+    def program(carrier):
+        averagers = [GradientAverager(carrier, ExchangeConfig(EDEN), name=name) for name in ("small", "large")]
+        views = [[ArrayView("w", device.zeros(size), device)] for size in (3 * MANY, 5 * MANY)]
+        averagers[0].prepare(views[0])
+        limit(100)
+        with pytest.raises(DeviceError, match="out of memory"):
+            averagers[1].prepare(views[1])
+        averagers[0].finish()
+
+    on_ranks(2, program)
+
+
+def test_a_refusal_while_an_average_is_under_way():
+    device = make_device()
+
+    def program(carrier):
+        averaging = PeriodicAveraging(period=2, delay=1)
+        averager = PeriodicAverager(carrier, averaging, ExchangeConfig(EDEN), name="test", check_consistency=True)
+        view = ArrayView("w", np.zeros(100, np.float32))
+        averager.prepare([view])
+        for _ in range(2):
+            averager.count_step()
+        other = ArrayView("v", device.zeros(5), device) if carrier.rank else ArrayView("v", np.zeros(5, np.float32))
+        with pytest.raises(PqasgdError, match="w is on cpu, v is on cuda:0; all tensors") as e:
+            averager.prepare([view, other])
+        averager.prepare([view])
+        averager.count_step()
+        return type(e.value)
+
+    assert on_ranks(2, program) == [MismatchError, ArgumentError]
+
+
+def test_a_moment_on_another_device():
+    class Moments:
+        def __init__(self, device):
+            self._view = ArrayView("m", make_device().zeros(5) if device else np.zeros(5, np.float32), device)
+
+        def views(self):
+            return [self._view]
+
+    def program(carrier):
+        averager = PeriodicAverager(
+            carrier,
+            PeriodicAveraging(period=2, moments="average"),
+            ExchangeConfig(EDEN),
+            name="test",
+            moments=Moments(make_device() if carrier.rank else None),
+        )
+        averager.prepare([ArrayView("w", np.zeros(100, np.float32))])
+        averager.count_step()
+        with pytest.raises(PqasgdError, match="w is on cpu, m is on cuda:0; all tensors") as e:
+            averager.count_step()
+        return type(e.value)
+
+    assert on_ranks(2, program) == [MismatchError, ArgumentError]
 
 
 def test_memory_is_given_back():

@@ -162,16 +162,21 @@ def test_residuals_of_nodes_resume_and_are_not_combined():
         hvd.combine_states(everybody(state))
 
 
-@pytest.mark.parametrize("period", [1, 2])
-def test_on_a_gpu_it_has_the_bits_of_cpus(period, monkeypatch):
+@pytest.mark.parametrize(("period", "exchange"), [(1, "allgather"), (2, "two_phase")])
+def test_on_a_gpu_it_has_the_bits_of_cpus(period, exchange, monkeypatch):
+    pretended = gpu.Pretended(monkeypatch)
+
     def trained(device):
         with tf.device(device):
             variables = make_variables()
-        apply(wrap(period=period, **FED_BACK), variables, range(3))
+        optimizer = wrap(period=period, exchange=exchange, **FED_BACK)
+        apply(optimizer, variables, [0])
+        pretended.limit_memory(0)  # rounds need no more than they have
+        apply(optimizer, variables, [1, 2])
+        pretended.limit_memory(-1)
         return values(variables)
 
     expected = trained("CPU:0")
-    pretended = gpu.Pretended(monkeypatch)
     before = pretended.num_launched()
     pretended.begin()
     assert_equal(trained(gpu.NAME), expected)

@@ -209,14 +209,19 @@ def test_what_cuda_refuses_is_an_error_of_this_package(pretended):
 def test_all_ranks_learn_of_one_that_has_no_memory(pretended, period):
     pretended.begin()
     with tf.device(gpu.NAME if hvd.rank() == 1 else "CPU:0"):
-        variable = tf.Variable(tf.zeros([500_000]))  # more than any other test has
-    optimizer, gradients = wrap(period=period, compression=EDEN2), [np.ones(500_000, np.float32)]
+        variable = tf.Variable(tf.zeros([period * 500_000]))  # more than any other test has
+    optimizer, gradients = wrap(period=period, compression=EDEN2), [np.ones(period * 500_000, np.float32)]
     pretended.limit_memory(1000)
     try:
         with pytest.raises(PqasgdError, match=r"memory to code a bucket on cuda:0: .*out of memory.*bucket_cap_mb"):
             apply(optimizer, [variable], [0], lambda step: gradients)
     finally:
         pretended.limit_memory(-1)
+    if period == 1:
+        apply(optimizer, [variable], [0], lambda step: gradients)
+    else:  # some of it was built
+        with pytest.raises(ArgumentError, match=r"the optimizer could not be built, for .*; make another one"):
+            apply(optimizer, [variable], [0], lambda step: gradients)
 
 
 @two_ranks

@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kMostDevices = 64;
 constexpr int64_t kAlignment = 256;
-constexpr int64_t kTables = 1 << 16;  // of a thousand segments and more
 
 int64_t aligned(int64_t nbytes) { return (nbytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -26,11 +25,9 @@ class Buffer {
   // At least nbytes; what was in it is lost. NULL if there is no more to be had.
   uint8_t* get(int64_t nbytes) {
     if (nbytes <= size_) return memory_;
-    cudaFree(memory_);
-    memory_ = nullptr;
-    size_ = 0;
     void* memory;
-    if (failed(cudaMalloc(&memory, (size_t)nbytes))) return nullptr;
+    if (failed(cudaMalloc(&memory, (size_t)nbytes))) return nullptr;  // what others have reserved stays
+    cudaFree(memory_);
     size_ = nbytes;
     return memory_ = (uint8_t*)memory;
   }
@@ -87,10 +84,12 @@ struct Uploaded {
 };
 
 // PQ_OK, or what is wrong.
+int64_t table_nbytes(int64_t num_segments) { return num_segments * (int64_t)sizeof(pq_segment) + (num_segments + 1) * 8; }
+
 int32_t upload(const Call& call, const pq_source* source, int64_t start, int64_t count, Uploaded* result) {
   if (!good_source(source, start, count)) return PQ_BAD_ARGUMENT;
   const int64_t segments = source->num_segments * (int64_t)sizeof(pq_segment), offsets = (source->num_segments + 1) * 8;
-  uint8_t* const table = call.scratch().table.get(std::max(kTables, segments + offsets));
+  uint8_t* const table = call.scratch().table.get(table_nbytes(source->num_segments));
   if (!table || (segments && !call.copy(table, source->segments, segments)) || !call.copy(table + segments, source->offsets, offsets))
     return PQ_DEVICE_ERROR;
   *result = {*source, source->offsets[source->num_segments]};
@@ -310,8 +309,14 @@ int32_t pq_device_free(int32_t device, void* memory, int32_t kind) {
   return PQ_OK;
 }
 
+int32_t pq_device_reserve_tables(int32_t device, int64_t num_segments) {
+  const Call call(device, nullptr);
+  if (num_segments < 0) return PQ_BAD_ARGUMENT;
+  return call.good() && call.scratch().table.get(table_nbytes(num_segments)) ? int32_t{PQ_OK} : int32_t{PQ_DEVICE_ERROR};
+}
+
 int32_t pq_device_reserve(int32_t device, const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,
-                          const int64_t* shards) {
+                          const int64_t* shards, int32_t device_messages) {
   const Call call(device, nullptr);
   if (!call.good()) return PQ_DEVICE_ERROR;
   if (!good_bucket(bucket) || (shards && !good_shards(*bucket, shards))) return PQ_BAD_ARGUMENT;
@@ -328,8 +333,8 @@ int32_t pq_device_reserve(int32_t device, const pq_codec* codec, const pq_codec*
     }
   }
   Scratch& scratch = call.scratch();
-  const bool enough = scratch.payloads.get(payloads) && scratch.workspace.get(std::max(kAlignment, workspace)) &&
-                      scratch.headers.get(size * (int64_t)sizeof(Header)) && scratch.table.get(kTables) &&
+  const bool enough = (device_messages || scratch.payloads.get(payloads)) && scratch.workspace.get(std::max(kAlignment, workspace)) &&
+                      scratch.headers.get(size * (int64_t)sizeof(Header)) && scratch.table.get(table_nbytes(1)) &&
                       scratch.status.get(sizeof(int32_t));
   return enough ? int32_t{PQ_OK} : int32_t{PQ_DEVICE_ERROR};
 }

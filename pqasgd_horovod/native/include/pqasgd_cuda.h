@@ -79,10 +79,11 @@ enum pq_memory {
 PQ_EXPORT int32_t pq_device_alloc(int32_t device, int64_t nbytes, int32_t kind, void** memory); /* zeros */
 PQ_EXPORT int32_t pq_device_free(int32_t device, void* memory, int32_t kind);
 
-/* Memory of their own, as much as calls with this bucket need: they ask for no more then. Without shards it is that of an allgather,
- * and the second codec is not looked at. */
+/* Memory of their own, as much as calls with this bucket need, and with sources of so many segments: they ask for no more then.
+ * Without shards it is that of an allgather, and the second codec is not looked at. `device_messages`: messages are the device's. */
 PQ_EXPORT int32_t pq_device_reserve(int32_t device, const pq_codec* codec, const pq_codec* second_codec, const pq_bucket* bucket,
-                                    const int64_t* shards);
+                                    const int64_t* shards, int32_t device_messages);
+PQ_EXPORT int32_t pq_device_reserve_tables(int32_t device, int64_t num_segments);
 
 /* 16 bytes that no other device has, on this machine or another. */
 PQ_EXPORT int32_t pq_device_identity(int32_t device, uint8_t* identity);
