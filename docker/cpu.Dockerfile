@@ -8,6 +8,14 @@
 ARG BASE_IMAGE=python:3.11.9-slim-bookworm
 ARG BUILD_IMAGE=${BASE_IMAGE}
 
+# First, so that a base that does not fit is told before anything is compiled. Ubuntu's has a user 1000 already.
+FROM ${BASE_IMAGE} AS base
+COPY docker/system.sh /tmp/
+RUN sh /tmp/system.sh run && rm /tmp/system.sh \
+    && { owner=$(getent passwd 1000 | cut -d: -f1) && [ -z "$owner" ] || userdel --remove "$owner"; } \
+    && useradd --create-home --uid 1000 --shell /bin/sh trainer \
+    && install -d -o trainer -g trainer -m 755 /cluster
+
 FROM ${BUILD_IMAGE} AS system
 COPY docker/system.sh /tmp/
 RUN sh /tmp/system.sh build
@@ -17,21 +25,17 @@ WORKDIR /opt/pqasgd_horovod
 ENV PQASGD_CACHE=/tmp/cache
 COPY build/docker/cache /tmp/cache
 COPY scripts/setup_env.py scripts/apply_patch.py scripts/*.txt scripts/*.patch scripts/
-RUN python3 scripts/setup_env.py --until horovod || { tail -n 100 build/setup/*.log; exit 1; }
+RUN python3 scripts/setup_env.py --until horovod
 COPY setup.py setup.cfg pyproject.toml README.md LICENSE ./
 COPY pqasgd_horovod pqasgd_horovod
 COPY scripts scripts
 # Headers are for building only. Users of the image cannot write bytecode, and without it each rank compiles for itself;
 # packages have some files that are no Python 3.
-RUN { python3 scripts/setup_env.py || { tail -n 100 build/setup/*.log; exit 1; }; } \
-    && rm -rf build .venv/lib/python3*/site-packages/*/include \
+RUN python3 scripts/setup_env.py \
+    && rm -rf build .venv/lib/python3*/site-packages/*/include .venv/lib/python3*/site-packages/nvidia/*/include \
     && { .venv/bin/python -m compileall -qq -j 2 .venv/lib pqasgd_horovod scripts || true; }
 
-FROM ${BASE_IMAGE} AS run
-COPY docker/system.sh /tmp/
-RUN sh /tmp/system.sh run && rm /tmp/system.sh \
-    && useradd --create-home --uid 1000 --shell /bin/sh trainer \
-    && install -d -o trainer -g trainer -m 755 /cluster
+FROM base AS run
 COPY --from=build /opt/pqasgd_horovod /opt/pqasgd_horovod
 COPY docker/node.sh /usr/local/bin/node.sh
 COPY docker/ssh.conf /etc/ssh/ssh_config.d/cluster.conf

@@ -1,15 +1,15 @@
 #!/bin/sh
 # Make sure that a base image has the programs that a stage of ours needs; installs only what is missing.
 #
-#   system.sh run|build             in the image
+#   system.sh run|build|build-cuda  in the image; build-cuda also takes a CUDA toolkit, which only the base can bring
 #   system.sh run|build --packages  print the Debian packages, for debian_base.sh
 #
 # A base that has them all needs no network here.
 set -eu
 
 case ${1:-} in
-run | build) stage=$1 ;;
-*) echo "usage: system.sh run|build [--packages]" >&2 && exit 2 ;;
+run | build | build-cuda) stage=$1 ;;
+*) echo "usage: system.sh run|build|build-cuda [--packages]" >&2 && exit 2 ;;
 esac
 
 fail() {
@@ -37,6 +37,11 @@ has() {
     *) command -v "$1" ;;
     esac > /dev/null 2>&1
 }
+
+if [ "$stage" = build-cuda ] && ! command -v nvcc > /dev/null; then
+    fail "the base image lacks nvcc, the compiler of the CUDA toolkit" \
+        "pass --build-arg BUILD_IMAGE with a base that has it, such as CUDA=FOLDER docker/debian_base.sh makes"
+fi
 
 missing=
 for package in $packages; do

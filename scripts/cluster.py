@@ -39,7 +39,11 @@ BUILD_SECONDS = 7200
 
 OWN_BASE = (
     "make bases from a Debian mirror, `sudo docker/debian_base.sh`, and pass "
-    "BASE_IMAGE=pqasgd_horovod-base:run BUILD_IMAGE=pqasgd_horovod-base:build"
+    "BASE_IMAGE=pqasgd_horovod-base:run BUILD_IMAGE=pqasgd_horovod-base:build (CUDA=FOLDER makes :cuda, for GPUs)"
+)
+CUDA_BASE = (
+    "pass a BUILD_IMAGE with nvcc in PATH; `sudo CUDA=/usr/local/cuda docker/debian_base.sh` makes "
+    "pqasgd_horovod-base:cuda of the toolkit in that folder"
 )
 # What the engine may say, what it means, and what then helps. The first that matches is shown.
 EXPLANATIONS = (
@@ -63,6 +67,7 @@ EXPLANATIONS = (
         "the engine has no addresses left for another network",
         "remove networks that nothing uses: docker network prune",
     ),
+    (r"the base image lacks nvcc", "the base image has no CUDA toolkit", CUDA_BASE),
     (r"the base image lacks|the base image's Python", "the base image does not fit", OWN_BASE),
     (r"/bin/sh.*(no such file|not found)", "the base image has no shell, and no Python", OWN_BASE),
     (
@@ -73,7 +78,7 @@ EXPLANATIONS = (
     (
         r"[Nn]o space left on device",
         "the disk is full",
-        "`docker system df` tells what takes the space; 8 GB are needed",
+        "`docker system df` tells what takes the space; 8 GB are needed, for GPUs 22",
     ),
     (
         r"RTNETLINK|Specified qdisc",
@@ -92,7 +97,7 @@ class ClusterError(Exception):
 
 def explain(command: Sequence[str], output: str) -> ClusterError:
     """Return the error for a command that failed, by what it printed."""
-    tail = "\n".join(output.strip().splitlines()[-15:])
+    tail = "\n".join(output.strip().splitlines()[-40:])
     for pattern, meaning, remedy in EXPLANATIONS:
         if re.search(pattern, output, re.DOTALL):
             return ClusterError(f"{meaning}; `{shlex.join(command[:4])}` said:\n{tail}", remedy)

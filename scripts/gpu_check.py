@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apply_patch import apply_patch
-from setup_env import HOROVOD_SDIST_SHA256, HOROVOD_VERSION
+from setup_env import HOROVOD_SDIST_SHA256, HOROVOD_VERSION, nccl_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
@@ -116,24 +116,11 @@ def install_packages() -> None:
 
 
 def find_nccl() -> dict[str, str]:
-    """Return what Horovod is built with to use NCCL: the system's, or that which came with PyTorch; empty: neither."""
-    chosen = {"HOROVOD_GPU_OPERATIONS": "NCCL"}
-    for home in (os.environ.get("HOROVOD_NCCL_HOME"), cuda_home(), "/usr"):
-        if home and Path(home, "include", "nccl.h").is_file():
-            return chosen | {"HOROVOD_NCCL_HOME": home}
+    """Return what Horovod is built with to use the NCCL of HOROVOD_NCCL_HOME, or PyTorch's; empty: there is none."""
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
-    package = Path(torch.origin).parents[1] / "nvidia" / "nccl"
-    library = package / "lib" / "libnccl.so.2"
-    if not (package / "include" / "nccl.h").is_file() or not library.is_file():
-        return {}
-    renamed = BUILD / "nccl"  # with the names that a linker looks for
-    shutil.rmtree(renamed, ignore_errors=True)
-    (renamed / "lib").mkdir(parents=True)
-    (renamed / "include").symlink_to(package / "include")
-    (renamed / "lib" / "libnccl.so").symlink_to(library)
-    return chosen | {"HOROVOD_NCCL_HOME": str(renamed), "HOROVOD_NCCL_LINK": "SHARED"}
+    return nccl_flags(Path(torch.origin).parents[1], BUILD / "nccl")
 
 
 def build_horovod() -> None:
@@ -176,7 +163,7 @@ def say_what_of_nccl() -> None:
         [sys.executable, "-c", question], env=environment(), capture_output=True, text=True, check=True
     )
     built, num_devices = map(int, asked.stdout.split())
-    reason = "" if built else "Horovod was built without it, as neither the toolkit, /usr nor PyTorch has nccl.h"
+    reason = "" if built else "Horovod was built without it: PyTorch brought none, and HOROVOD_NCCL_HOME names no other"
     if built and num_devices < 2:
         reason = "two ranks share one GPU, which it refuses; messages travel through host memory"
     print(f"== NCCL: {f'not run, {reason}' if reason else f'version {built}, two GPUs'}", flush=True)

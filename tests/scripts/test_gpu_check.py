@@ -21,7 +21,8 @@ def gpu_check(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu_check, "BUILD", tmp_path / "build")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    monkeypatch.delenv("HOROVOD_NCCL_HOME", raising=False)
+    for name in ("HOROVOD_NCCL_HOME", "LDFLAGS"):
+        monkeypatch.delenv(name, raising=False)
     spec = SimpleNamespace(origin=str(tmp_path / "site" / "torch" / "__init__.py"))
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: spec)
     return gpu_check
@@ -33,14 +34,8 @@ def touch(*paths):
         path.touch()
 
 
-def test_the_toolkits_nccl_is_found(gpu_check, tmp_path):
-    touch(tmp_path / "cuda" / "include" / "nccl.h")
-    home = str(tmp_path / "cuda")
-    assert gpu_check.find_nccl() == {"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_HOME": home}
-
-
-@pytest.mark.skipif(Path("/usr/include/nccl.h").exists(), reason="/usr has NCCL, which comes first")
-def test_pytorchs_nccl_is_found(gpu_check, tmp_path):
+def test_pytorchs_nccl_is_taken_and_not_the_toolkits(gpu_check, tmp_path):
+    touch(tmp_path / "cuda" / "include" / "nccl.h")  # a process that loads PyTorch would hold two
     assert gpu_check.find_nccl() == {}
     package = tmp_path / "site" / "nvidia" / "nccl"
     touch(package / "include" / "nccl.h", package / "lib" / "libnccl.so.2")
@@ -49,7 +44,16 @@ def test_pytorchs_nccl_is_found(gpu_check, tmp_path):
         home = Path(found["HOROVOD_NCCL_HOME"])
         assert (home / "include" / "nccl.h").is_file()
         assert (home / "lib" / "libnccl.so").resolve() == (package / "lib" / "libnccl.so.2").resolve()
+        assert found["HOROVOD_GPU_OPERATIONS"] == "NCCL"
         assert found["HOROVOD_NCCL_LINK"] == "SHARED"
+        assert found["LDFLAGS"] == f"-Wl,-rpath,'{package / 'lib'}'"
+
+
+def test_an_nccl_that_is_named_goes_first(gpu_check, monkeypatch, tmp_path):
+    package = tmp_path / "site" / "nvidia" / "nccl"
+    touch(package / "include" / "nccl.h", package / "lib" / "libnccl.so.2")
+    monkeypatch.setenv("HOROVOD_NCCL_HOME", "/opt/nccl")
+    assert gpu_check.find_nccl() == {"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_HOME": "/opt/nccl"}
 
 
 def check(**environment):

@@ -47,7 +47,7 @@ def test_bases_are_arguments_with_a_pinned_default(kind):
         if match := re.fullmatch(r"FROM (\S+) AS (\w+)", instruction):
             stages.append(match[2])
             assert match[1] in ("${BASE_IMAGE}", "${BUILD_IMAGE}", *stages), instruction
-    assert stages == ["system", "build", "run"]
+    assert stages == ["base", "system", "build", "run"]  # unfit bases end a build before it has compiled anything
     assert set(bases) == {"BASE_IMAGE", "BUILD_IMAGE"}
     for name, base in bases.items():
         assert base == "${BASE_IMAGE}" or re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+-\S+", base), (name, base)
@@ -56,7 +56,7 @@ def test_bases_are_arguments_with_a_pinned_default(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_run_by_an_ordinary_user_and_tests_itself_as_that_user(kind):
     own = instructions(kind)
-    run = own[own.index("FROM ${BASE_IMAGE} AS run") :]
+    run = own[own.index("FROM base AS run") :]
     (user,) = (index for index, line in enumerate(run) if line.startswith("USER "))
     assert run[user] == "USER trainer"
     (check,) = (index for index, line in enumerate(run) if "horovodrun --check-build" in line)
@@ -87,8 +87,21 @@ def test_what_an_image_copies_is_there_and_not_ignored(kind):
 
 def test_the_images_differ_in_cuda_only():
     cpu, gpu = (instructions(kind) for kind in KINDS)
-    differences = [f"{ours} | {theirs}" for ours, theirs in zip(cpu, gpu, strict=True) if ours != theirs]
-    assert [line.split()[0] for line in differences] == ["ARG", "ARG", "ENV", "ENV", "LABEL"], differences
+    differences = [(ours, theirs) for ours, theirs in zip(cpu, gpu, strict=True) if ours != theirs]
+    kinds = [ours.split()[0] for ours, _ in differences]
+    assert kinds == ["ARG", "ARG", "RUN", "ENV", "ENV", "RUN", "LABEL"], differences
+    (system, system_with_cuda), (check, check_with_nccl) = (pair for pair in differences if pair[0].startswith("RUN"))
+    assert system_with_cuda == f"{system}-cuda"
+    assert check_with_nccl.startswith(check)  # that of the other image, and then its own
+
+
+def test_the_gpu_image_fails_to_build_without_nccl_or_kernels():
+    (check,) = (line for line in instructions("gpu") if "horovodrun --check-build" in line)
+    # TensorFlow first: PyTorch would have loaded NCCL for it.
+    assert "import horovod.tensorflow as f, horovod.torch as t; assert f.nccl_built() and t.nccl_built()" in check
+    assert "pqasgd_horovod.native.cuda" in check
+    assert "||" not in check
+    assert ";" not in re.sub(r'"[^"]*"', "", check)
 
 
 # -- compose.yaml --
@@ -153,6 +166,18 @@ def test_a_base_that_cannot_install_is_an_error_that_says_what_to_do(tmp_path):
     assert "docker/debian_base.sh" in output
 
 
+def test_a_base_without_nvcc_is_an_error_of_the_gpu_image_only(tmp_path):
+    apt = str(program(tmp_path / "bin", "apt-get", "exit 100"))
+    code, output = shell(DOCKER / "system.sh", "build-cuda", path=apt)
+    assert code == 1
+    assert "the base image lacks nvcc" in output
+    assert "BUILD_IMAGE" in output
+    assert "CUDA=FOLDER docker/debian_base.sh" in output
+    assert "nvcc" not in shell(DOCKER / "system.sh", "build", path=apt)[1]
+    program(tmp_path / "bin", "nvcc", "exit 0")
+    assert "the base image lacks python3" in shell(DOCKER / "system.sh", "build-cuda", path=apt)[1]
+
+
 def test_packages_for_building_include_those_for_running():
     run, build = (shell(DOCKER / "system.sh", stage, "--packages")[1].split() for stage in ("run", "build"))
     assert set(run) < set(build)
@@ -186,3 +211,8 @@ def test_bases_need_root_and_their_tools(tmp_path):
     code, output = shell(DOCKER / "debian_base.sh", path=str(path))
     assert code == 1
     assert "debootstrap is not there" in output
+    program(path, "debootstrap", "exit 0")
+    program(path, "docker", "exit 0")
+    code, output = shell(DOCKER / "debian_base.sh", path=str(path), CUDA=str(tmp_path))
+    assert code == 1
+    assert f"CUDA={tmp_path} is no CUDA toolkit: it has no bin/nvcc" in output

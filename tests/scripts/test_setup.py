@@ -67,54 +67,77 @@ def test_nothing_names_a_package_index():
 
 # -- Horovod's patch --
 
-BEFORE = {
-    "CMakeLists.txt": (19, "set(CMAKE_CXX_STANDARD 14)"),
-    "horovod/torch/CMakeLists.txt": (67, "    set(CMAKE_CXX_STANDARD 14)"),
-    "horovod/tensorflow/CMakeLists.txt": (
-        79,
-        'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")',
-    ),
+# For each file, by the number of a line in Horovod's source: the line, and what takes its place.
+EDITS = {
+    "CMakeLists.txt": {19: ("set(CMAKE_CXX_STANDARD 14)", ["set(CMAKE_CXX_STANDARD 17)"])},
+    "horovod/torch/CMakeLists.txt": {67: ("    set(CMAKE_CXX_STANDARD 14)", ["    set(CMAKE_CXX_STANDARD 17)"])},
+    "horovod/tensorflow/CMakeLists.txt": {
+        79: (
+            'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")',
+            [
+                "execute_process(COMMAND ${PY_EXE} -c "
+                '"import tensorflow as tf; print(int(tf.test.is_built_with_gpu_support()))"',
+                "                OUTPUT_VARIABLE Tensorflow_GPU OUTPUT_STRIP_TRAILING_WHITESPACE)",
+                "add_definitions(-DTENSORFLOW_GPU=${Tensorflow_GPU})",
+            ],
+        )
+    },
+    "horovod/tensorflow/mpi_ops.cc": {
+        68: (
+            "#endif // HAVE_GPU",
+            [
+                "inline GpuStreamHandle stream_executor::gpu::AsGpuStreamValue(Stream* stream) {",
+                "  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);",
+                "}",
+                "#endif // HAVE_GPU",
+            ],
+        ),
+        1202: ("#if HOROVOD_GPU_BROADCAST", ["#if HOROVOD_GPU_BROADCAST && TENSORFLOW_GPU"]),
+        1240: ("#if HOROVOD_GPU_BROADCAST", ["#if HOROVOD_GPU_BROADCAST && TENSORFLOW_GPU"]),
+    },
 }
 
 
 @pytest.fixture
 def source(tmp_path):
-    """The three files, with the lines around Horovod's edits as they are in its source, and fillers elsewhere."""
+    """The four files, with the lines around Horovod's edits as they are in its source, and fillers elsewhere."""
     patch = setup_env.HOROVOD_PATCH.read_text()
-    for name, (number, line) in BEFORE.items():
-        hunk = patch.partition(f"+++ b/{name}\n")[2].partition("\n--- ")[0].splitlines()
-        start = int(hunk[0].split()[1].split(",")[0].lstrip("-"))
-        lines = [f"filler {i}" for i in range(1, start)] + [text[1:] for text in hunk[1:] if not text.startswith("+")]
-        assert lines[number - 1] == line
+    for name, edits in EDITS.items():
+        lines = []
+        hunks = patch.partition(f"+++ b/{name}\n")[2].partition("\n--- ")[0].split("\n@@ -")
+        for hunk in hunks:
+            header, *changes = hunk.removeprefix("@@ -").splitlines()
+            start = int(header.split(",")[0])
+            lines += [f"filler {i}" for i in range(len(lines) + 1, start)]
+            lines += [text[1:] for text in changes if not text.startswith("+")]
+        for number, (line, _) in edits.items():
+            assert lines[number - 1] == line
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     return tmp_path
 
 
-def test_the_patch_makes_three_edits(source):
-    before = {name: (source / name).read_text().splitlines() for name in BEFORE}
+def test_the_patch_makes_its_edits_and_no_others(source):
+    before = {name: (source / name).read_text().splitlines() for name in EDITS}
     changed = apply_patch.apply_patch(setup_env.HOROVOD_PATCH, source)
-    assert sorted(changed) == sorted(source / name for name in BEFORE)
-    for name, (number, line) in BEFORE.items():
-        after = (source / name).read_text().splitlines()
-        expected = list(before[name])
-        if "14" in line:
-            expected[number - 1] = line.replace("14", "17")
-        else:
-            del expected[number - 1]
-        assert after == expected
+    assert sorted(changed) == sorted(source / name for name in EDITS)
+    for name, edits in EDITS.items():
+        expected = [
+            text for number, line in enumerate(before[name], start=1) for text in edits.get(number, ("", [line]))[1]
+        ]
+        assert (source / name).read_text().splitlines() == expected
 
 
 def test_another_source_is_refused_and_left_alone(source):
     path = source / "horovod" / "torch" / "CMakeLists.txt"
     path.write_text(path.read_text().replace("CMAKE_CXX_STANDARD 14", "CMAKE_CXX_STANDARD 20"))
-    before = {name: (source / name).read_text() for name in BEFORE}
+    before = {name: (source / name).read_text() for name in EDITS}
     with pytest.raises(
         apply_patch.PatchError, match=r"torch/CMakeLists.txt, line 67: expected .* 14\)', found .* 20\)'"
     ):
         apply_patch.apply_patch(setup_env.HOROVOD_PATCH, source)
-    assert {name: (source / name).read_text() for name in BEFORE} == before
+    assert {name: (source / name).read_text() for name in EDITS} == before
 
 
 def test_a_second_application_is_refused(source):
@@ -213,6 +236,15 @@ def test_a_failing_step_names_its_log_and_what_to_try(monkeypatch, capsys, outpu
     assert not (setup_env.STAMPS / "broken").exists()
 
 
+@pytest.mark.usefixtures("sandbox")
+def test_the_first_error_is_shown_though_much_follows_it(monkeypatch, capsys):
+    failing(monkeypatch, "echo 'a.cc:1:2: fatal error: b.h: No such file'; seq 1000 1040; exit 2")
+    shown = capsys.readouterr().err.splitlines()
+    assert "a.cc:1:2: fatal error: b.h: No such file" in shown
+    assert "1020" not in shown
+    assert "1040" in shown
+
+
 def test_missing_tools_are_all_named(monkeypatch):
     monkeypatch.setattr(
         setup_env, "first_line", lambda command: "cmake version 3.10.2" if command[0] == "cmake" else ""
@@ -254,6 +286,100 @@ def test_a_built_horovod_is_keyed_by_what_it_was_built_against(monkeypatch, chan
         version = setup_env.installed_version
         monkeypatch.setattr(setup_env, "installed_version", lambda name: "99" if name == changed else version(name))
     assert setup_env.horovod_wheels() != before
+
+
+# -- for GPUs --
+
+
+def test_without_nvcc_a_build_for_gpus_does_not_begin(monkeypatch):
+    monkeypatch.setattr(setup_env, "WITH_CUDA", True)
+    monkeypatch.setattr(setup_env, "nvcc", lambda: "")
+    with pytest.raises(setup_env.SetupError, match=r"missing: nvcc, .*install the CUDA toolkit"):
+        setup_env.check_tools()
+    monkeypatch.setattr(setup_env, "nvcc", lambda: "nvcc V13.0.88")
+    assert "nvcc V13.0.88" in setup_env.check_tools()
+
+
+def test_the_release_of_nvcc_is_asked(monkeypatch, tmp_path):
+    path = tmp_path / "nvcc"
+    path.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    setup_env.nvcc.cache_clear()
+    assert setup_env.nvcc() == "nvcc V13.0.88"
+    setup_env.nvcc.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert setup_env.nvcc() == ""
+    setup_env.nvcc.cache_clear()
+
+
+@pytest.fixture
+def gpu_build(tmp_path, monkeypatch):
+    """A build of Horovod for GPUs that stops before it compiles, and what it is given then."""
+    monkeypatch.setattr(setup_env, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(setup_env, "WITH_NCCL", True)
+    for name in ("HOROVOD_NCCL_HOME", "LDFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setup_env, "horovod_sdist", lambda log: tmp_path / "sdist.tar.gz")
+    monkeypatch.setattr(setup_env.shutil, "unpack_archive", lambda *arguments: None)
+    monkeypatch.setattr(setup_env, "apply_patch", lambda *arguments: None)
+    given = {}
+
+    def run(command, log, env):
+        given.update(env)
+        raise setup_env.SetupError("stopped")
+
+    monkeypatch.setattr(setup_env, "run", run)
+
+    def build():
+        setup_env.build_horovod_wheel(tmp_path / "build", tmp_path / "log")
+
+    return build, given
+
+
+def test_without_any_nccl_a_build_for_gpus_is_an_error(gpu_build):
+    build, given = gpu_build
+    with pytest.raises(setup_env.SetupError, match=r"torch .* has brought no NCCL") as raised:
+        build()
+    assert "HOROVOD_NCCL_HOME" in raised.value.remedy
+    assert not given
+
+
+def test_horovod_finds_pytorchs_nccl_wherever_the_environment_is(gpu_build):
+    build, given = gpu_build
+    package = setup_env.site_packages() / "nvidia" / "nccl"
+    for path in (package / "include" / "nccl.h", package / "lib" / "libnccl.so.2"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with pytest.raises(setup_env.SetupError, match="stopped"):
+        build()
+    assert given["HOROVOD_NCCL_LINK"] == "SHARED"
+    assert Path(given["HOROVOD_NCCL_HOME"], "lib", "libnccl.so").resolve() == package / "lib" / "libnccl.so.2"
+    rpaths = given["LDFLAGS"].replace("-Wl,-rpath,", "").replace("'", "").split()
+    assert rpaths == [setup_env.NCCL_RPATH, setup_env.HOROVOD_RPATH]
+    for front_end in ("torch", "tensorflow"):
+        folder = setup_env.site_packages() / "horovod" / front_end
+        found = [Path(os.path.normpath(rpath.replace("$ORIGIN", str(folder)))) for rpath in rpaths]
+        assert found == [package / "lib", setup_env.VENV / "lib"]
+
+
+def test_an_nccl_that_is_named_is_left_to_horovod(gpu_build, monkeypatch):
+    build, given = gpu_build
+    monkeypatch.setenv("HOROVOD_NCCL_HOME", "/opt/nccl")
+    with pytest.raises(setup_env.SetupError, match="stopped"):
+        build()
+    assert given["HOROVOD_NCCL_HOME"] == "/opt/nccl"
+    assert "HOROVOD_NCCL_LINK" not in given
+    assert setup_env.NCCL_RPATH not in given["LDFLAGS"]
+
+
+def test_kernels_are_a_must_where_horovod_is_for_gpus(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(setup_env, "run", lambda command, log, env=None, cwd=None: given.append(env or {}))
+    for chosen in (True, False):
+        monkeypatch.setattr(setup_env, "WITH_CUDA", chosen)
+        setup_env.install_package(tmp_path / "log")
+        assert given[-2].get("PQASGD_WITH_CUDA") == ("1" if chosen else os.environ.get("PQASGD_WITH_CUDA"))
 
 
 # -- for an image --
