@@ -95,12 +95,17 @@ EDITS = {
         1202: ("#if HOROVOD_GPU_BROADCAST", ["#if HOROVOD_GPU_BROADCAST && TENSORFLOW_GPU"]),
         1240: ("#if HOROVOD_GPU_BROADCAST", ["#if HOROVOD_GPU_BROADCAST && TENSORFLOW_GPU"]),
     },
+    "horovod/common/common.h": {22: ("#include <memory>", ["#include <memory>", "#include <stdexcept>"])},
+    "horovod/common/group_table.h": {17: ("#include <queue>", ["#include <queue>", "#include <string>"])},
+    "third_party/flatbuffers/include/flatbuffers/stl_emulation.h": {
+        628: ("  const size_type count_;", ["  size_type count_;"])
+    },
 }
 
 
 @pytest.fixture
 def source(tmp_path):
-    """The four files, with the lines around Horovod's edits as they are in its source, and fillers elsewhere."""
+    """The files, with the lines around Horovod's edits as they are in its source, and fillers elsewhere."""
     patch = setup_env.HOROVOD_PATCH.read_text()
     for name, edits in EDITS.items():
         lines = []
