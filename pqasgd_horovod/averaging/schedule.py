@@ -240,10 +240,10 @@ class AdaptivePeriod(Schedule):
         known = (seen.drift >= 0) & (seen.drift < np.inf) & (seen.learning_rate > 0)
         ratio = seen.drift / xp.where(seen.learning_rate > 0, seen.learning_rate, 1.0)
         calibrating = known & ((seen.steps <= self.calibration_steps) | (count < 1))
+        compares = known & (seen.steps > self.calibration_steps) & (count >= 1)
         total = xp.where(calibrating, total + ratio, total)
         count = xp.where(calibrating, count + 1, count)
         usual = total / xp.where(count > 0, count, 1.0)
-        compares = known & ~calibrating
         longer = compares & (ratio < self.low * usual) & (seen.period < self.last)
         shorter = compares & (ratio > self.high * usual) & (seen.period > 1)
         period = xp.where(longer, seen.period + 1, xp.where(shorter, seen.period - 1, seen.period))
