@@ -57,6 +57,9 @@ if [ -n "$missing" ]; then
         fail "$lacks, and apt-get could not install them (no network?)" "$base"
     fi
     rm -rf /var/lib/apt/lists/*
+    for package in $missing; do
+        has "$package" || fail "the base image lacks $package, and apt-get did not change that" "$base"
+    done
 fi
 python3 -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), sys.version' ||
     fail "the base image's Python is too old or too new: $(python3 --version)" "use a base with Python 3.10 to 3.13"

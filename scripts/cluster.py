@@ -97,11 +97,13 @@ class ClusterError(Exception):
 
 def explain(command: Sequence[str], output: str) -> ClusterError:
     """Return the error for a command that failed, by what it printed."""
-    tail = "\n".join(output.strip().splitlines()[-40:])
+    lines = output.strip().splitlines()
     for pattern, meaning, remedy in EXPLANATIONS:
         if re.search(pattern, output, re.DOTALL):
-            return ClusterError(f"{meaning}; `{shlex.join(command[:4])}` said:\n{tail}", remedy)
-    return ClusterError(f"`{shlex.join(command)}` failed:\n{tail}", "see what it said above")
+            said = "\n".join(lines[-15:])
+            return ClusterError(f"{meaning}; `{shlex.join(command[:4])}` said:\n{said}", remedy)
+    said = "\n".join(lines[-40:])  # the report of a set-up that failed in an image is that long
+    return ClusterError(f"`{shlex.join(command)}` failed:\n{said}", "see what it said above")
 
 
 def run(command: Sequence[str], *, timeout: float = COMMAND_SECONDS, env: dict[str, str] | None = None) -> str:

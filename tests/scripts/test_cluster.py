@@ -99,6 +99,12 @@ def test_other_errors_are_shown_as_they_are(fake_docker):
         cluster.require_engine()
 
 
+def test_the_report_of_a_set_up_that_failed_in_an_image_is_shown_whole(fake_docker):
+    fake_docker("echo first error; seq 30; exit 1")
+    with pytest.raises(cluster.ClusterError, match="first error"):
+        cluster.require_engine()
+
+
 def test_without_docker_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(cluster.ClusterError, match=r"docker is not there\n  try: install Docker Engine"):

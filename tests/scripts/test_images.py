@@ -166,6 +166,14 @@ def test_a_base_that_cannot_install_is_an_error_that_says_what_to_do(tmp_path):
     assert "docker/debian_base.sh" in output
 
 
+def test_a_base_that_apt_does_not_mend_is_an_error_that_names_what_is_missing(tmp_path):
+    tools = program(tmp_path / "bin", "apt-get", "exit 0")
+    program(tools, "rm", "exit 0")
+    code, output = shell(DOCKER / "system.sh", "run", path=str(tools))
+    assert code == 1
+    assert "the base image lacks python3, and apt-get did not change that" in output
+
+
 def test_a_base_without_nvcc_is_an_error_of_the_gpu_image_only(tmp_path):
     apt = str(program(tmp_path / "bin", "apt-get", "exit 100"))
     code, output = shell(DOCKER / "system.sh", "build-cuda", path=apt)
