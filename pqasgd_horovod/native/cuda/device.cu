@@ -83,9 +83,9 @@ struct Uploaded {
   int64_t length;
 };
 
-// PQ_OK, or what is wrong.
 int64_t table_nbytes(int64_t num_segments) { return num_segments * (int64_t)sizeof(pq_segment) + (num_segments + 1) * 8; }
 
+// PQ_OK, or what is wrong.
 int32_t upload(const Call& call, const pq_source* source, int64_t start, int64_t count, Uploaded* result) {
   if (!good_source(source, start, count)) return PQ_BAD_ARGUMENT;
   const int64_t segments = source->num_segments * (int64_t)sizeof(pq_segment), offsets = (source->num_segments + 1) * 8;
