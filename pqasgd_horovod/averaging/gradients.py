@@ -108,7 +108,7 @@ class GradientAverager:
     def refused_together(self) -> AbstractContextManager[None]:
         """Look at tensors before :meth:`prepare`: the other ranks, on their way there, learn of an error.
 
-        They raise MismatchError, which tells it, and this one the error itself.
+        All raise MismatchError then, unless all have the same one.
         """
 
         def tell(refusal: Mapping[str, Any]) -> None:

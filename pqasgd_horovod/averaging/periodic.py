@@ -126,7 +126,7 @@ class PeriodicAverager:
     def refused_together(self, has_met: bool = False) -> AbstractContextManager[None]:
         """Look at tensors before :meth:`prepare`: the other ranks, on their way there, learn of an error.
 
-        They raise MismatchError, which tells it, and this one the error itself.
+        All raise MismatchError then, unless all have the same one.
         """
 
         def tell(refusal: Mapping[str, Any]) -> None:

@@ -31,13 +31,15 @@ def telling(carrier: Carrier | None, name: str) -> Telling | None:
 
 @contextlib.contextmanager
 def refused_together(tell: Telling | None) -> Iterator[None]:
-    """Tell the other ranks of an error, where they compare what they have, and raise it; None: there are no others."""
+    """Tell the other ranks of an error, where they compare what they have; None: there are no others.
+
+    All raise MismatchError then, unless all have the same one, which is raised itself.
+    """
     try:
         yield
     except Exception as error:
         if tell is not None:
-            with contextlib.suppress(PqasgdError):  # that the others have not the same error
-                tell(told(error))
+            tell(told(error))
         raise
 
 

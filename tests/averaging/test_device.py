@@ -312,7 +312,8 @@ def test_all_ranks_learn_of_one_that_has_no_memory(kind, left, limit):
 
     limit(left)
     errors = on_ranks(RANKS, program)
-    assert errors == [MismatchError, DeviceError, MismatchError]
+    assert errors[0] is errors[2] is MismatchError
+    assert errors[1] in (MismatchError, DeviceError)  # before, or after the ranks have compared layouts
     limit(-1)
     on_ranks(RANKS, train, [None, device, None], PeriodicAveraging(period=2))
 
@@ -389,7 +390,7 @@ def test_a_refusal_while_an_average_is_under_way():
         averager.count_step()
         return type(e.value)
 
-    assert on_ranks(2, program) == [MismatchError, ArgumentError]
+    assert on_ranks(2, program) == [MismatchError, MismatchError]
 
 
 def test_a_moment_on_another_device():
@@ -414,7 +415,7 @@ def test_a_moment_on_another_device():
             averager.count_step()
         return type(e.value)
 
-    assert on_ranks(2, program) == [MismatchError, ArgumentError]
+    assert on_ranks(2, program) == [MismatchError, MismatchError]
 
 
 def test_memory_is_given_back():
