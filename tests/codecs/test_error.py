@@ -72,7 +72,7 @@ def test_quantize_has_the_lowest_q(bits, gaussian):
 
 def test_q_in_the_documentation_of_quantize(gaussian):
     number = r" +([\d.e-]+)"
-    rows = re.findall(rf"^ +(\d){5 * number}$", codecs.quantize.__doc__, re.MULTILINE)
+    rows = re.findall(rf"^ *(\d){5 * number}$", codecs.quantize.__doc__, re.MULTILINE)
     assert [int(row[0]) for row in rows] == list(range(1, 9))
     for row in rows:
         bits = int(row[0])
