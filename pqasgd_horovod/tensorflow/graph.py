@@ -270,6 +270,7 @@ class GraphChannel:
         bucket: int,
         shards: Sequence[Span] | None,
     ) -> None:
+        # To make one reserves what it takes; ops have the same bucket in their attributes.
         native.Bucket(
             codec.native_spec,
             second_codec.native_spec,
