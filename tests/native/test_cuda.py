@@ -71,6 +71,25 @@ def test_same_bytes_and_floats(codec, in_any_order):
         assert destination.tobytes() == sum_of_core.tobytes(), size
 
 
+@pytest.mark.parametrize("block_size", [64, 128, 192, 256, 512, 576, 1024, 1536, 2048, 4096, 8192])
+def test_blocks_of_any_size(block_size, in_any_order):
+    """A warp has a small block, several have a large one; a number's place in memory depends on it."""
+    makers = [codecs.maxscale, codecs.qsgd, codecs.terngrad, codecs.signsgd, codecs.onebit]
+    some = [make(block_size=block_size) for make in makers]
+    if block_size & (block_size - 1) == 0:
+        some += [codecs.eden(bits=bits, block_size=block_size) for bits in (1, 4, 5)]
+        some += [codecs.eden(bits=2, block_size=block_size, rounding="stochastic")]
+    size = 2 * block_size + 77
+    on_device, source = make_source([numbers(size)])
+    for codec in some:
+        payload, _ = in_any_order.encode(codec, on_device, 0, size, KEYS)
+        assert payload.tobytes() == of_the_core(codec, source, 0, size)[0].tobytes(), codec
+        decoded, of_core = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        in_any_order.decode_add(codec, payload, decoded, KEYS, 1.0)
+        native.decode_add(codec.native_spec, payload, size, KEYS, 1.0, of_core)
+        assert decoded.tobytes() == of_core.tobytes(), codec
+
+
 @every_codec
 @pytest.mark.parametrize("anchor_dtype", [None, np.float32, np.float64])
 def test_segments_anchors_and_residuals(codec, anchor_dtype, kernels):

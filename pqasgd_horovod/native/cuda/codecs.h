@@ -1,18 +1,20 @@
 // The codecs that are not sparse, block by block, as src/kernels.cc has them for a CPU.
 //
-// encode_block(plan, n, padded, key, block, v, codes, scales, out) -> finite: v holds the numbers, then zeros to `padded`.
-// decode_block(plan, in, n, key, block, scales, weight, z, add) -> good codes: calls add(k, i, x) for this thread's numbers i.
-// place(i) is where number i lies in v; it is called by all threads of a group, and what it returns is alike on all but `good codes`.
+// encode_block(plan, n, key, block, x, memory, codes, scales, out) -> finite: x are the thread's own numbers, then zeros.
+// decode_block(plan, in, n, key, block, scales, weight, memory, add) -> good codes: calls add(k, x) for the thread's own numbers.
+// prepare(plan) is called once, before the first block. All threads of a group call these, and what they return is alike on all but
+// `good codes`. `memory` is shared, and `codes`, of one byte for each number.
 #pragma once
 #include <cfloat>
 #include <cmath>
 
+#include "bytes.h"
 #include "group.h"
 
 namespace pqasgd {
 namespace gpu {
 
-#define PQ_TABLE static __device__
+#define PQ_TABLE static __constant__
 #include "lloyd_max.inc"  // written by the build: kLloydMax[8][128], of b bits in row b - 1
 
 __device__ inline int fraction_bits(int bits) { return bits == 8 ? 15 : 16; }
@@ -23,45 +25,61 @@ __device__ inline uint8_t level(float scaled, uint32_t u, int32_t offset, int F)
   return (uint8_t)((t + ((int32_t)(u >> (16 - F)) + (offset - 0x4B400000))) >> F);
 }
 
-struct InPlace {
-  static __device__ int padded(const Plan&, int n) { return (n + 63) / 64 * 64; }
-  static __device__ int place(int i) { return i; }
-};
+// An integer below 2^23 as a number, plus an integer: exact, and faster than a conversion.
+__device__ inline float plus(uint32_t code, float offset) { return from_bits(0x4B000000u | code) + (offset - 8388608.0f); }
 
-struct AddsItself {
+template <class OfThreads>
+struct Codec {
+  typedef OfThreads Group;  // who works on a block
+  // Shared memory for a block of so many numbers.
+  static constexpr int encode_nbytes(int) { return 0; }
+  static constexpr int decode_nbytes(int) { return 0; }
+
+  static __device__ void prepare(const Plan&) {}
   static __device__ float own(const Plan&, float x, float weight) { return x * weight; }
 };
 
-struct Uniform : InPlace, AddsItself {
-  static __device__ bool encode_block(const Plan& plan, int n, int padded, uint64_t key, uint32_t block, float* v, uint8_t* codes,
-                                      float* scales, uint8_t* out) {
+template <class OfThreads>
+struct Uniform : Codec<OfThreads> {
+  typedef OfThreads Group;
+  static constexpr int encode_nbytes(int numbers) { return 2 * numbers; }
+  static constexpr int decode_nbytes(int numbers) { return numbers; }
+
+  static __device__ bool encode_block(const Plan& plan, int n, uint64_t key, uint32_t block, const Numbers& x, float* memory,
+                                      uint8_t* codes, float* scales, uint8_t* out) {
     const bool ternary = plan.codec.kind == PQ_TERNGRAD, l2 = plan.codec.kind == PQ_QSGD;
     const int bits = ternary ? 2 : plan.codec.bits, F = fraction_bits(bits);
     const int32_t s = (1 << (bits - 1)) - 1;
+    Pair* const words = (Pair*)memory;
     float size;
     if (l2) {
-      size = sum64(padded, [&](int i) { return v[i] * v[i]; });
+      size = Group::sum64([&](int k) { return x[k] * x[k]; });
     } else {
       uint32_t top = 0;
-      for (int i = threadIdx.x; i < padded; i += blockDim.x) top = magnitude(v[i]) > top ? magnitude(v[i]) : top;
-      size = from_bits(group_max(top));
+      each_own([&](int k) { top = larger(magnitude(x[k]), top); });
+      size = from_bits(group_max<Group>(top));
     }
     if (!(size <= (l2 ? FLT_MAX : 0x1p127f))) return false;
     const bool zero = size < 0x1p-100f;
     if (l2) size = sqrtf(size);
     scales[0] = zero ? 0.0f : size;
-    const float limit = (float)(s << F), inv = limit / size;
-    each_uniform16(padded, key, block, [&](int i, uint32_t u) {
-      float scaled = v[i] * inv;
-      if (l2) scaled = fmaxf(fminf(scaled, limit), -limit);
-      codes[i] = i >= n ? 0 : zero ? (uint8_t)s : level(scaled, u, s << F, F);
+    const float limit = (float)(s << F), inv = zero ? 0.0f : limit / size;
+    draw_uniform16<Group>(n, key, block, words);
+    const int left = n - Group::first();
+    uint8_t* const own_codes = codes + Group::first();
+    Numbers scaled;
+    each_own([&](int k) { scaled[k] = x[k] * inv; });
+    if (l2) each_own([&](int k) { scaled[k] = fmaxf(fminf(scaled[k], limit), -limit); });
+    each_own([&](int k) {
+      const uint8_t code = level(scaled[k], uniform16<Group>(words, k), s << F, F);
+      own_codes[k * Group::kStep] = k * Group::kStep < left ? code : 0;
     });
-    __syncthreads();
+    Group::meet();
     if (!ternary) {
-      pack(codes, n, bits, out);
+      with_bits(bits, [&](auto width) { pack<Group>(codes, n, width, out); });
     } else {
       const int stride = (n + 4) / 5;
-      for (int j = threadIdx.x; j < stride; j += blockDim.x) {
+      for (int j = Group::thread(); j < stride; j += Group::threads()) {
         uint32_t byte = 0, power = 1;
         for (int i = j; i < n; i += stride, power *= 3) byte += power * codes[i];
         out[j] = (uint8_t)byte;
@@ -72,60 +90,139 @@ struct Uniform : InPlace, AddsItself {
 
   template <class F>
   static __device__ bool decode_block(const Plan& plan, const uint8_t* in, int n, uint64_t, uint32_t, const float* scales, float weight,
-                                      float*, F add) {
+                                      float* memory, F add) {
     const bool ternary = plan.codec.kind == PQ_TERNGRAD;
-    const int bits = ternary ? 2 : plan.codec.bits, stride = (n + 4) / 5;
+    const int bits = ternary ? 2 : plan.codec.bits;
     const int32_t s = (1 << (bits - 1)) - 1;
     const float gw = scales[0] / (float)s * weight;
     bool good = true;
-    each_own(n, [&](int k, int i) {
-      int32_t code;
-      if (ternary) {
-        int digit = 0, at = i;
-        for (; at >= stride; at -= stride) ++digit;
-        uint32_t byte = in[at];
+    if (ternary) {
+      uint8_t* const codes = (uint8_t*)memory;
+      const int stride = (n + 4) / 5;
+      for (int j = Group::thread(); j < stride; j += Group::threads()) {
+        uint32_t byte = in[j];
         good &= byte <= 242;
-        for (; digit > 0; --digit) byte /= 3;
-        code = (int32_t)(byte % 3);
-      } else {
-        code = (int32_t)code_at(in, i, bits);
-        good &= code <= 2 * s;
+        for (int i = j; i < n; i += stride, byte /= 3) codes[i] = (uint8_t)(byte % 3);
       }
-      add(k, i, (float)(code - s) * gw);
-    });
+      Group::meet();
+      uint32_t own_codes[kPerThread];
+      read_own<Group>(codes, n, own_codes);
+      each_own([&](int k) { add(k, plus(own_codes[k], -1.0f) * gw); });
+      Group::meet();
+    } else {
+      with_bits(bits, [&](auto width) {
+        each_code<Group>(in, n, width, [&](int k, uint32_t code) {
+          good &= code <= 2 * (uint32_t)s;
+          add(k, plus(code, (float)-s) * gw);
+        });
+      });
+    }
     return good;
   }
 };
 
 // ---- EDEN ----
 
-struct Eden : AddsItself {
+struct Eden : Codec<Parts> {
   static __device__ int padded(const Plan& plan, int n) { return (int)eden_padded(n, plan.codec.block_size); }
-  static __device__ int place(int i) { return i + (i >> 4); }  // so that 16 neighbours of every thread lie in other banks
 
-  // The random signs of a block: word (i / 512) * 16 + i % 16 has that of number i in bit i / 16 % 32.
-  static __device__ uint32_t* draw_signs(uint64_t key, uint32_t block, int P) {
-    __shared__ uint32_t words[kMaxBlock / 32];
-    for (int w = threadIdx.x; w < (P + 1023) / 1024 * 16; w += blockDim.x) {
-      const Pair drawn = threefry<kStreamRounds>(key, 0x80000000u + (uint32_t)w, block);
-      words[w / 16 * 32 + w % 16] = drawn.x0;
-      words[w / 16 * 32 + 16 + w % 16] = drawn.x1;
+  // Where number i of a block is in shared memory: none of the ways in which a warp reads or writes below comes to a bank twice.
+  static PQ_BOTH constexpr int place(int i) { return i + i / 32 * 4 + i / 256 * 16; }
+  static constexpr int encode_nbytes(int numbers) { return 4 * place(numbers); }
+  static constexpr int decode_nbytes(int numbers) { return 4 * place(numbers); }
+  static __device__ float& own_place(float* z, int k) { return z[place(Group::first()) + place(k * Group::kStep)]; }
+
+  // What the codes stand for, up to the scale.
+  static __device__ float* values() {
+    __shared__ float table[256];
+    return table;
+  }
+  static __device__ void prepare(const Plan& plan) {
+    const int bits = plan.codec.bits, levels = 1 << (bits - 1), top = (1 << bits) - 1;
+    for (int code = Group::thread(); code <= top; code += Group::threads())
+      values()[code] = plan.codec.flags & PQ_STOCHASTIC
+                           ? (float)(2 * code - top)
+                           : from_bits(to_bits(kLloydMax[bits - 1][code & (levels - 1)]) | (uint32_t)(code >= levels) << 31);
+    Group::meet();
+  }
+
+  // The random signs of a block, word (i / 512) * 16 + i % 16 has that of number i in bit i / 16 % 32: those of the own numbers.
+  struct Signs {
+    uint32_t words[2];
+    __device__ Signs(uint64_t key, uint32_t block) {
+      const Pair drawn = threefry<kStreamRounds>(key, 0x80000000u + (uint32_t)(Group::part() * 16 + Group::lane() % 16), block);
+      words[0] = drawn.x0 >> (Group::lane() / 16);
+      words[1] = drawn.x1 >> (Group::lane() / 16);
     }
-    __syncthreads();
-    return words;
-  }
-  static __device__ float with_sign(float x, const uint32_t* signs, int i) {
-    return from_bits(to_bits(x) ^ signs[i / 512 * 16 + i % 16] >> (i / 16 % 32) << 31);
+    __device__ float times(float x, int k) const { return from_bits(to_bits(x) ^ (words[k / 8] << (31 - k % 8 * 4) & 0x80000000u)); }
+  };
+
+  // One stage of the transform: of numbers h apart in x their sum and their difference.
+  template <int h>
+  static __device__ void butterfly(Numbers& x) {
+#pragma unroll
+    for (int r = 0; r < kPerThread; ++r)
+      if (!(r & h)) {
+        const float a = x[r], b = x[r + h];
+        x[r] = a + b;
+        x[r + h] = a - b;
+      }
   }
 
-  // Stages of strides stride, 2 stride, .., R / 2 stride.
+  struct alignas(16) Four {
+    float x[4];
+  };
+  static __device__ float* sixteen(float* z) { return z + place(16 * Group::thread()); }
+
+  // Fast Walsh-Hadamard transform, unnormalised, strides in rising order. Before, x are the numbers 16 threadIdx.x + r of a block
+  // of P, after it the thread's own. Every thread calls it; all may write to z when it returns.
+  static __device__ void transform(float* z, int P, Numbers& x) {
+    const int t = Group::thread(), begin = t / 16 * 256 + t % 16;
+    butterfly<1>(x), butterfly<2>(x), butterfly<4>(x), butterfly<8>(x);
+    if (16 * t < P) {
+#pragma unroll
+      for (int r = 0; r < kPerThread; r += 4) *(Four*)(sixteen(z) + r) = {{x[r], x[r + 1], x[r + 2], x[r + 3]}};
+    }
+    Group::meet();
+    if (begin < P) {  // numbers begin + 16 r; past P there is no sense in them, and no harm
+#pragma unroll
+      for (int r = 0; r < kPerThread; ++r) x[r] = z[place(begin) + place(16 * r)];
+      butterfly<1>(x), butterfly<2>(x);
+      if (P > 64) butterfly<4>(x);
+      if (P > 128) butterfly<8>(x);
+#pragma unroll
+      for (int r = 0; r < kPerThread; ++r) z[place(begin) + place(16 * r)] = x[r];
+    }
+    Group::meet();
+    from_memory(z, P, x);
+    if (P > 256) butterfly<4>(x);
+    if (P > 512) butterfly<8>(x);
+    if (P > Parts::kPart) {
+      each_within<Group>(P, [&](int k, int) { own_place(z, k) = x[k]; });
+      Group::meet();
+      switch (P / Parts::kPart) {
+        case 2: between_parts<2>(z); break;
+        case 4: between_parts<4>(z); break;
+        case 8: between_parts<8>(z); break;
+      }
+      Group::meet();
+      from_memory(z, P, x);
+    }
+    Group::meet();
+  }
+  static __device__ void from_memory(float* z, int P, Numbers& x) {
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) x[k] = 0.0f;
+    each_within<Group>(P, [&](int k, int) { x[k] = own_place(z, k); });
+  }
+
+  // The stages of strides 1024 and more, in a block of R parts.
   template <int R>
-  static __device__ void transform_pass(float* z, int P, int stride) {
-    for (int w = threadIdx.x; w < P / R; w += blockDim.x) {
-      const int j = w & (stride - 1), base = (w - j) * R + j;
+  static __device__ void between_parts(float* z) {
+    for (int i = Group::thread(); i < Parts::kPart; i += Group::threads()) {
       float x[R];
 #pragma unroll
-      for (int r = 0; r < R; ++r) x[r] = z[place(base + r * stride)];
+      for (int r = 0; r < R; ++r) x[r] = z[place(i + r * Parts::kPart)];
 #pragma unroll
       for (int h = 1; h < R; h *= 2) {
 #pragma unroll
@@ -137,118 +234,138 @@ struct Eden : AddsItself {
           }
       }
 #pragma unroll
-      for (int r = 0; r < R; ++r) z[place(base + r * stride)] = x[r];
-    }
-    __syncthreads();
-  }
-
-  // Fast Walsh-Hadamard transform, unnormalised, strides in rising order.
-  static __device__ void hadamard(float* z, int P) {
-    int stride = 1;
-    for (; P / stride >= 16; stride *= 16) transform_pass<16>(z, P, stride);
-    switch (P / stride) {
-      case 8: transform_pass<8>(z, P, stride); break;
-      case 4: transform_pass<4>(z, P, stride); break;
-      case 2: transform_pass<2>(z, P, stride); break;
+      for (int r = 0; r < R; ++r) z[place(i + r * Parts::kPart)] = x[r];
     }
   }
 
-  static __device__ bool encode_block(const Plan& plan, int n, int P, uint64_t key, uint32_t block, float* z, uint8_t* codes,
-                                      float* scales, uint8_t* out) {
-    (void)n;
-    const int bits = plan.codec.bits;
-    const uint32_t* signs = draw_signs(key, block, P);
-    for (int i = threadIdx.x; i < P; i += blockDim.x) z[place(i)] = with_sign(z[place(i)], signs, i);
-    __syncthreads();
-    hadamard(z, P);
-    const float n2 = sum64(P, [&](int i) { return z[place(i)] * z[place(i)]; });
+  static __device__ bool encode_block(const Plan& plan, int n, uint64_t key, uint32_t block, Numbers& x, float* z,
+                                      uint8_t* codes, float* scales, uint8_t* out) {
+    const int bits = plan.codec.bits, P = padded(plan, n);
+    const Signs signs(key, block);
+    each_own([&](int k) { x[k] = signs.times(x[k], k); });
+    each_within<Group>(P, [&](int k, int) { own_place(z, k) = x[k]; });
+    Group::meet();
+#pragma unroll
+    for (int r = 0; r < kPerThread; r += 4) {
+      if (16 * Group::thread() >= P) break;
+      const Four four = *(const Four*)(sixteen(z) + r);
+      for (int q = 0; q < 4; ++q) x[r + q] = four.x[q];
+    }
+    transform(z, P, x);
+    const float n2 = Group::sum64([&](int k) { return x[k] * x[k]; });
     if (!(n2 < INFINITY)) return false;
     if (n2 < 0x1p-80f) {
       scales[0] = 0.0f;
-      for (int i = threadIdx.x; i < P * bits / 8; i += blockDim.x) out[i] = 0;
+      for (int i = Group::thread(); i < P * bits / 8; i += Group::threads()) out[i] = 0;
       return true;
     }
     if (plan.codec.flags & PQ_STOCHASTIC) {
       const int F = fraction_bits(bits);
       const int32_t top = (1 << bits) - 1;
+      Pair* const words = (Pair*)z;
       uint32_t most = 0;
-      for (int i = threadIdx.x; i < P; i += blockDim.x) most = magnitude(z[place(i)]) > most ? magnitude(z[place(i)]) : most;
-      const float peak = from_bits(group_max(most)), inv = (float)top * (float)(1 << (F - 1)) / peak;
+      each_own([&](int k) { most = larger(magnitude(x[k]), most); });
+      const float peak = from_bits(group_max<Group>(most)), inv = (float)top * (float)(1 << (F - 1)) / peak;
       scales[0] = peak / ((float)top * (float)P);
-      each_uniform16(P, key, block, [&](int i, uint32_t u) { codes[i] = level(z[place(i)] * inv, u, top << (F - 1), F); });
+      draw_uniform16<Group>(P, key, block, words);
+      uint8_t* const own_codes = codes + Group::first();
+      each_own([&](int k) {
+        own_codes[k * Group::kStep] = level(x[k] * inv, uniform16<Group>(words, k), top << (F - 1), F);
+      });
     } else {
-      const float energy = n2 / (float)P;
-      scales[0] = energy / quantize(bits, z, P, sqrtf(energy), codes);
+      const float energy = n2 / (float)P, sigma = sqrtf(energy);
+      switch (bits) {
+        case 1: {
+          const float only = values()[0];
+          scales[0] = energy / Group::sum64([&](int k) { return from_bits(magnitude(x[k])) * only; });
+          pack_bits<Group>(P, out, [&](int k) { return to_bits(x[k]) >> 31; });
+          return true;
+        }
+        case 2: scales[0] = energy / quantize<2>(P, x, sigma, codes); break;
+        case 3: scales[0] = energy / quantize<3>(P, x, sigma, codes); break;
+        case 4: scales[0] = energy / quantize<4>(P, x, sigma, codes); break;
+        default: scales[0] = energy / quantize_finely(bits, P, x, sigma, z, codes);
+      }
     }
-    __syncthreads();
-    pack(codes, P, bits, out);
+    Group::meet();
+    with_bits(bits, [&](auto width) { pack<Group>(codes, P, width, out); });
     return true;
   }
 
-  // Codes of the nearest centroids; returns the sum of |z| times centroid.
-  static __device__ float quantize(int bits, float* z, int P, float sigma, uint8_t* codes) {
-    __shared__ float centroids[128], thresholds[128];
-    const int levels = 1 << (bits - 1);
-    for (int m = threadIdx.x; m < levels; m += blockDim.x) {
-      centroids[m] = kLloydMax[bits - 1][m];
-      if (m + 1 < levels) thresholds[m] = (kLloydMax[bits - 1][m] + kLloydMax[bits - 1][m + 1]) * 0.5f * sigma;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < P; i += blockDim.x) {
-      const float x = z[place(i)], a = from_bits(magnitude(x));
+  // The threshold between levels m and m + 1.
+  static __device__ float threshold(int bits, int m, float sigma) {
+    return (kLloydMax[bits - 1][m] + kLloydMax[bits - 1][m + 1]) * 0.5f * sigma;
+  }
+
+  // Codes of the nearest centroids; returns the sum of |x| times centroid.
+  template <int bits>
+  static __device__ float quantize(int P, const Numbers& x, float sigma, uint8_t* codes) {
+    constexpr int levels = 1 << (bits - 1);
+    float thresholds[levels - 1];
+#pragma unroll
+    for (int m = 0; m + 1 < levels; ++m) thresholds[m] = threshold(bits, m, sigma);
+    uint8_t* const own_codes = codes + Group::first();
+    return Group::sum64([&](int k) {
+      const float a = from_bits(magnitude(x[k]));
       int m = 0;  // how many thresholds a reaches
-      if (levels <= 8) {
-        for (int k = 0; k + 1 < levels; ++k) m += a >= thresholds[k];
-      } else {
-        for (int step = levels / 2; step > 0; step /= 2)
-          if (a >= thresholds[m + step - 1]) m += step;
-      }
-      codes[i] = (uint8_t)((uint32_t)m | to_bits(x) >> 31 << (bits - 1));
-      z[place(i)] = a * centroids[m];
-    }
-    __syncthreads();
-    return sum64(P, [&](int i) { return z[place(i)]; });
+#pragma unroll
+      for (int t = 0; t + 1 < levels; ++t) m += a >= thresholds[t];
+      own_codes[k * Group::kStep] = (uint8_t)((uint32_t)m | to_bits(x[k]) >> 31 << (bits - 1));
+      return a * values()[m];
+    });
+  }
+  static __device__ float quantize_finely(int bits, int P, const Numbers& x, float sigma, float* thresholds, uint8_t* codes) {
+    const int levels = 1 << (bits - 1);
+    for (int m = Group::thread(); m + 1 < levels; m += Group::threads()) thresholds[m] = threshold(bits, m, sigma);
+    Group::meet();
+    uint8_t* const own_codes = codes + Group::first();
+    return Group::sum64([&](int k) {
+      const float a = from_bits(magnitude(x[k]));
+      int m = 0;
+      for (int step = levels / 2; step > 0; step /= 2)
+        if (a >= thresholds[m + step - 1]) m += step;
+      own_codes[k * Group::kStep] = (uint8_t)((uint32_t)m | to_bits(x[k]) >> 31 << (bits - 1));
+      return a * values()[m];
+    });
   }
 
   template <class F>
   static __device__ bool decode_block(const Plan& plan, const uint8_t* in, int n, uint64_t key, uint32_t block, const float* scales,
                                       float weight, float* z, F add) {
-    const int bits = plan.codec.bits, P = padded(plan, n), levels = 1 << (bits - 1);
-    const int32_t top = (1 << bits) - 1;
-    const bool stochastic = plan.codec.flags & PQ_STOCHASTIC;
-    const uint32_t* signs = draw_signs(key, block, P);
-    for (int i = threadIdx.x; i < P; i += blockDim.x) {
-      const int code = (int)code_at(in, i, bits);
-      z[place(i)] = stochastic ? (float)(2 * code - top)
-                               : from_bits(to_bits(kLloydMax[bits - 1][code & (levels - 1)]) | (uint32_t)(code >= levels) << 31);
-    }
-    __syncthreads();
-    hadamard(z, P);
+    const int P = padded(plan, n);
+    Numbers x = {};
+    if (16 * Group::thread() < P)
+      with_bits(plan.codec.bits, [&](auto bits) {
+        const uint8_t* const at = in + 2 * bits * Group::thread();
+        const uint64_t words[2] = {load_bytes(at, bits), load_bytes(at + bits, bits)};
+#pragma unroll
+        for (int r = 0; r < kPerThread; ++r) {
+          const uint32_t four = (uint32_t)(r % 8 < 4 ? words[r / 8] : words[r / 8] >> (4 * bits));
+          x[r] = values()[four >> (r % 4 * bits) & ((1u << bits) - 1)];
+        }
+      });
+    transform(z, P, x);
     const float gw = scales[0] * weight;
-    each_own(n, [&](int k, int i) { add(k, i, with_sign(z[place(i)], signs, i) * gw); });
-    __syncthreads();  // before z and the signs are those of the next block
+    const Signs signs(key, block);
+    each_own([&](int k) { add(k, signs.times(x[k], k) * gw); });
     return true;
   }
 };
 
 // ---- one bit for each number, and what else there may be ----
 
-struct SignSgd : InPlace {
-  static __device__ bool encode_block(const Plan& plan, int n, int padded, uint64_t, uint32_t, float* v, uint8_t* codes, float* scales,
-                                      uint8_t* out) {
-    bool finite = true;
-    for (int i = threadIdx.x; i < padded; i += blockDim.x) {
-      codes[i] = (uint8_t)(to_bits(v[i] + 0.0f) >> 31);  // -0 + 0 is 0
-      finite &= magnitude(v[i]) < kInfBits;
-    }
+struct SignSgd : Codec<Parts> {
+  static __device__ bool encode_block(const Plan& plan, int n, uint64_t, uint32_t, const Numbers& x, float*, uint8_t*,
+                                      float* scales, uint8_t* out) {
     if (plan.scales_per_block) {
-      scales[0] = sum64(padded, [&](int i) { return from_bits(magnitude(v[i])); }) / (float)n;
+      scales[0] = Group::sum64([&](int k) { return from_bits(magnitude(x[k])); }) / (float)n;
       if (!(scales[0] < INFINITY)) return false;
-    } else if (group_any(!finite)) {
-      return false;
+    } else {
+      bool finite = true;
+      each_own([&](int k) { finite &= magnitude(x[k]) < kInfBits; });
+      if (Group::any(!finite)) return false;
     }
-    __syncthreads();
-    pack(codes, n, 1, out);
+    pack_bits<Group>(n, out, [&](int k) { return to_bits(x[k] + 0.0f) >> 31; });  // -0 + 0 is 0
     return true;
   }
 
@@ -256,7 +373,7 @@ struct SignSgd : InPlace {
   static __device__ bool decode_block(const Plan& plan, const uint8_t* in, int n, uint64_t, uint32_t, const float* scales, float weight,
                                       float*, F add) {
     const float level = plan.scales_per_block ? scales[0] * weight : weight;
-    each_own(n, [&](int k, int i) { add(k, i, code_at(in, i, 1) ? -level : level); });
+    each_code<Group>(in, n, Bits<1>(), [&](int k, uint32_t code) { add(k, code ? -level : level); });
     return true;
   }
 
@@ -266,20 +383,17 @@ struct SignSgd : InPlace {
   }
 };
 
-struct OneBit : InPlace, AddsItself {
-  static __device__ bool encode_block(const Plan&, int n, int padded, uint64_t, uint32_t, float* v, uint8_t* codes, float* scales,
+struct OneBit : Codec<Parts> {
+  static __device__ bool encode_block(const Plan&, int n, uint64_t, uint32_t, const Numbers& x, float*, uint8_t*, float* scales,
                                       uint8_t* out) {
     int below = 0;
-    for (int i = threadIdx.x; i < padded; i += blockDim.x) {
-      codes[i] = v[i] < 0.0f;
-      below += codes[i];
-    }
-    below = group_sum(below);
+    each_own([&](int k) { below += x[k] < 0.0f; });
+    below = group_sum<Group>(below);
     const int above = n - below;
-    scales[0] = sum64(padded, [&](int i) { return v[i] < 0.0f ? 0.0f : v[i]; }) / (float)(above > 1 ? above : 1);
-    scales[1] = sum64(padded, [&](int i) { return v[i] < 0.0f ? -v[i] : 0.0f; }) / (float)(below > 1 ? below : 1);
+    scales[0] = Group::sum64([&](int k) { return x[k] < 0.0f ? 0.0f : x[k]; }) / (float)(above > 1 ? above : 1);
+    scales[1] = Group::sum64([&](int k) { return x[k] < 0.0f ? -x[k] : 0.0f; }) / (float)(below > 1 ? below : 1);
     if (!(scales[0] < INFINITY && scales[1] < INFINITY)) return false;  // a NaN is above
-    pack(codes, n, 1, out);
+    pack_bits<Group>(n, out, [&](int k) { return x[k] < 0.0f; });
     return true;
   }
 
@@ -287,24 +401,28 @@ struct OneBit : InPlace, AddsItself {
   static __device__ bool decode_block(const Plan&, const uint8_t* in, int n, uint64_t, uint32_t, const float* scales, float weight, float*,
                                       F add) {
     const float above = scales[0] * weight, below = -scales[1] * weight;
-    each_own(n, [&](int k, int i) { add(k, i, code_at(in, i, 1) ? below : above); });
+    each_code<Group>(in, n, Bits<1>(), [&](int k, uint32_t code) { add(k, code ? below : above); });
     return true;
   }
 };
 
-struct Natural : InPlace, AddsItself {
-  static __device__ bool encode_block(const Plan&, int n, int padded, uint64_t key, uint32_t block, float* v, uint8_t* codes, float*,
-                                      uint8_t* out) {
+struct Natural : Codec<Parts> {
+  static constexpr int encode_nbytes(int numbers) { return 2 * numbers; }
+  static __device__ bool encode_block(const Plan&, int n, uint64_t key, uint32_t block, const Numbers& x, float* memory, uint8_t*,
+                                      float*, uint8_t* out) {
+    Pair* const words = (Pair*)memory;
     uint8_t* const exponents = out + (n + 7) / 8;
     bool finite = true;
-    each_uniform16(padded, key, block, [&](int i, uint32_t u) {
-      const uint32_t m = magnitude(v[i]);
+    draw_uniform16<Group>(n, key, block, words);
+    uint32_t exponent[kPerThread];
+    each_own([&](int k) {
+      const uint32_t m = magnitude(x[k]);
       finite &= m <= 0x7f000000;
-      codes[i] = (uint8_t)(to_bits(v[i]) >> 31);
-      if (i < n) exponents[i] = (uint8_t)((((m + 64) >> 7) + u) >> 16);
+      exponent[k] = (((m + 64) >> 7) + uniform16<Group>(words, k)) >> 16;
     });
-    if (group_any(!finite)) return false;
-    pack(codes, n, 1, out);
+    write_own<Group>(exponent, n, exponents);
+    if (Group::any(!finite)) return false;
+    pack_bits<Group>(n, out, [&](int k) { return to_bits(x[k]) >> 31; });
     return true;
   }
 
@@ -313,9 +431,11 @@ struct Natural : InPlace, AddsItself {
                                       F add) {
     const uint8_t* const exponents = in + (n + 7) / 8;
     bool good = true;
-    each_own(n, [&](int k, int i) {
-      good &= exponents[i] != 255;
-      add(k, i, from_bits((uint32_t)exponents[i] << 23 | code_at(in, i, 1) << 31) * weight);
+    uint32_t exponent[kPerThread];
+    read_own<Group>(exponents, n, exponent);
+    each_code<Group>(in, n, Bits<1>(), [&](int k, uint32_t sign) {
+      good &= exponent[k] != 255;
+      add(k, from_bits(exponent[k] << 23 | sign << 31) * weight);
     });
     return good;
   }
@@ -323,33 +443,36 @@ struct Natural : InPlace, AddsItself {
 
 // ---- casts ----
 
-struct Cast : AddsItself {
-  static __device__ int padded(const Plan&, int n) { return n; }
-  static __device__ int place(int i) { return i; }
-
-  static __device__ bool encode_block(const Plan& plan, int n, int, uint64_t, uint32_t, float* v, uint8_t*, float*, uint8_t* out) {
+struct Cast : Codec<Parts> {
+  static __device__ bool encode_block(const Plan& plan, int n, uint64_t, uint32_t, const Numbers& x, float*, uint8_t*, float*,
+                                      uint8_t* out) {
     const int kind = plan.codec.kind;
     // A value that rounds to Inf is as lost as one that is Inf.
     const uint32_t limit = kind == PQ_FP16 ? 0x477ff000 : kind == PQ_BF16 ? 0x7f7f8000 : kInfBits;
     bool finite = true;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      finite &= magnitude(v[i]) < limit;
-      if (kind == PQ_NONE) store_bytes(out + 4 * i, to_bits(v[i]), 4);
-      else store_bytes(out + 2 * i, kind == PQ_FP16 ? float_to_half(v[i]) : float_to_bfloat(v[i]), 2);
-    }
-    return !group_any(!finite);
+    uint32_t words[kPerThread];
+    each_own([&](int k) {
+      finite &= magnitude(x[k]) < limit;
+      words[k] = kind == PQ_NONE ? to_bits(x[k]) : kind == PQ_FP16 ? float_to_half(x[k]) : float_to_bfloat(x[k]);
+    });
+    if (kind == PQ_NONE) write_words<Group, uint32_t>(words, n, out);
+    else write_words<Group, uint16_t>(words, n, out);
+    return !Group::any(!finite);
   }
 
   template <class F>
   static __device__ bool decode_block(const Plan& plan, const uint8_t* in, int n, uint64_t, uint32_t, const float*, float weight, float*,
                                       F add) {
     const int kind = plan.codec.kind;
-    each_own(n, [&](int k, int i) {
-      float x;
-      if (kind == PQ_NONE) x = from_bits(load_bytes(in + 4 * i, 4));
-      else if (kind == PQ_FP16) x = half_to_float((uint16_t)load_bytes(in + 2 * i, 2));
-      else x = bfloat_to_float((uint16_t)load_bytes(in + 2 * i, 2));
-      add(k, i, x * weight);
+    uint32_t words[kPerThread];
+    if (kind == PQ_NONE) read_words<Group, uint32_t>(in, n, words);
+    else read_words<Group, uint16_t>(in, n, words);
+    each_own([&](int k) {
+      const uint32_t word = words[k];
+      const float x = kind == PQ_NONE   ? from_bits(word)
+                      : kind == PQ_FP16 ? half_to_float((uint16_t)word)
+                                        : bfloat_to_float((uint16_t)word);
+      add(k, x * weight);
     });
     return true;
   }

@@ -3,10 +3,12 @@
 
 #include <algorithm>
 
+#include "bytes.h"
 #include "codecs.h"
 #include "error.h"
 #include "group.h"
 #include "sparse.h"
+#include "tensors.h"
 
 namespace pqasgd {
 namespace gpu {
@@ -15,43 +17,39 @@ enum Found : int32_t { kNonfinite = 1, kBadScale = 2, kBadCode = 4 };
 
 // ---- kernels: each group of threads takes one block of the codec after the other ----
 
-// Two groups of the largest blocks at once on a multiprocessor: so that one computes while the other waits for memory.
-#define PQ_BLOCKS __launch_bounds__(kMostThreads, 2)
 
 template <class Codec>
-__device__ void load_block(const Vector& source, int64_t at, int n, int padded, float* v) {
-  for_values(source, at, n, [&](int i, float x) { v[Codec::place(i)] = x; });
-  for (int i = n + (int)threadIdx.x; i < padded; i += blockDim.x) v[Codec::place(i)] = 0.0f;
-  __syncthreads();
-}
-
-template <class Codec>
-__global__ void PQ_BLOCKS encode(Plan plan, Vector source, int64_t start, uint64_t key, uint8_t* payload, int codes_at, int32_t* status) {
+__global__ void encode(Plan plan, const __grid_constant__ Vector source, int64_t start, uint64_t key, uint8_t* payload, int codes_at,
+                       int nbytes, int32_t* status) {
+  typedef typename Codec::Group Group;
   PQ_SHARED_MEMORY(shared);
-  float* const v = (float*)shared;
-  uint8_t* const codes = shared + codes_at;
-  for (int64_t block = blockIdx.x; block < plan.num_blocks; block += gridDim.x) {
-    const int n = (int)plan.block_elements(block), padded = Codec::padded(plan, n);
+  float* const memory = (float*)(shared + Group::in_thread_block() * nbytes);
+  uint8_t* const codes = (uint8_t*)memory + codes_at;
+  Codec::prepare(plan);
+  for (int64_t block = Group::index(); block < plan.num_blocks; block += Group::count()) {
+    const int n = (int)plan.block_elements(block);
     const int64_t at = start + block * plan.codec.block_size;
     uint8_t* const out = payload + plan.scales_nbytes + block * plan.block_nbytes;
     float scales[kMaxScales] = {};
-    load_block<Codec>(source, at, n, padded, v);
-    if (!Codec::encode_block(plan, n, padded, key, (uint32_t)block, v, codes, scales, out)) {
-      if (threadIdx.x == 0) atomicOr(status, kNonfinite);
+    Numbers x;
+    load_own<Group>(source, at, n, x);
+    if (!Codec::encode_block(plan, n, key, (uint32_t)block, x, memory, codes, scales, out)) {
+      if (Group::thread() == 0) atomicOr(status, kNonfinite);
     } else {
-      if (threadIdx.x == 0)
+      if (Group::thread() == 0)
         for (int k = 0; k < kMaxScales; ++k)
           if (k < plan.scales_per_block)
             store_bytes(payload + 4 * (block * plan.scales_per_block + k), to_bits(scales[k]), 4);
       if (source.tensors.next_residual) {
-        float* const rest = source.tensors.next_residual + at;
-        __syncthreads();  // the codes are written, and read again
-        Codec::decode_block(plan, out, n, key, (uint32_t)block, scales, 1.0f, v, [&](int, int i, float x) { rest[i] = 0.0f + x; });
-        __syncthreads();
-        for_values(source, at, n, [&](int i, float x) { rest[i] = x - rest[i]; });
+        Numbers sent;
+        Group::meet();  // the codes are written, and read again
+        Codec::decode_block(plan, out, n, key, (uint32_t)block, scales, 1.0f, memory, [&](int k, float y) { sent[k] = 0.0f + y; });
+        load_own<Group>(source, at, n, x);
+        each_own([&](int k) { x[k] = x[k] - sent[k]; });
+        write_own<Group>(x, n, source.tensors.next_residual + at);
       }
     }
-    __syncthreads();
+    Group::meet();
   }
 }
 
@@ -64,21 +62,22 @@ struct Payloads {
 };
 
 template <class Codec>
-__global__ void PQ_BLOCKS reduce(Plan plan, Payloads payloads, float weight, Vector own, int64_t own_start, bool adds, const float* base,
-                       float* destination, int32_t* status) {
+__global__ void reduce(Plan plan, Payloads payloads, float weight, const __grid_constant__ Vector own, int64_t own_start, bool adds,
+                       const float* base, float* destination, int32_t* status) {
+  typedef typename Codec::Group Group;
   PQ_SHARED_MEMORY(shared);
-  float* const z = (float*)shared;
-  for (int64_t block = blockIdx.x; block < plan.num_blocks; block += gridDim.x) {
+  float* const memory = (float*)(shared + Group::in_thread_block() * Codec::decode_nbytes(Group::threads() * kPerThread));
+  Codec::prepare(plan);
+  for (int64_t block = Group::index(); block < plan.num_blocks; block += Group::count()) {
     const int n = (int)plan.block_elements(block);
     const int64_t at = block * plan.codec.block_size;
-    float sum[kMostPerThread];
-    each_own(n, [&](int k, int i) { sum[k] = adds ? destination[at + i] : 0.0f; });
+    Numbers sum = {}, x;
+    if (adds) read_own<Group>(destination + at, n, sum);
     for (int r = 0; r < payloads.count; ++r) {
       const uint8_t* const payload = payloads.payload[r];
       if (!payload) {
-        load_block<Codec>(own, own_start + at, n, n, z);
-        each_own(n, [&](int k, int i) { sum[k] = sum[k] + Codec::own(plan, z[Codec::place(i)], weight); });
-        __syncthreads();
+        load_own<Group>(own, own_start + at, n, x);
+        each_own([&](int k) { sum[k] = sum[k] + Codec::own(plan, x[k], weight); });
         continue;
       }
       float scales[kMaxScales];
@@ -89,15 +88,19 @@ __global__ void PQ_BLOCKS reduce(Plan plan, Payloads payloads, float weight, Vec
         good &= scales[k] >= 0.0f && scales[k] < INFINITY;
       }
       if (!good) {
-        if (threadIdx.x == 0) atomicOr(status, kBadScale);
+        if (Group::thread() == 0) atomicOr(status, kBadScale);
         continue;
       }
       const uint8_t* const codes = payload + plan.scales_nbytes + block * plan.block_nbytes;
-      if (!Codec::decode_block(plan, codes, n, payloads.key[r], (uint32_t)block, scales, weight, z,
-                               [&](int k, int, float x) { sum[k] = sum[k] + x; }))
+      if (!Codec::decode_block(plan, codes, n, payloads.key[r], (uint32_t)block, scales, weight, memory,
+                               [&](int k, float y) { sum[k] = sum[k] + y; }))
         atomicOr(status, kBadCode);
     }
-    each_own(n, [&](int k, int i) { destination[at + i] = base ? base[at + i] + sum[k] : sum[k]; });
+    if (base) {
+      read_own<Group>(base + at, n, x);
+      each_own([&](int k) { sum[k] = x[k] + sum[k]; });
+    }
+    write_own<Group>(sum, n, destination + at);
   }
 }
 
@@ -106,7 +109,15 @@ __device__ inline float factor_of(const Plan& plan, int64_t block) {
   return plan.codec.flags & PQ_SCALED ? (float)plan.block_elements(block) / (float)plan.index_of(block).kept : 1.0f;
 }
 
-__global__ void PQ_BLOCKS select_numbers(Plan plan, Vector source, int64_t start, pq_keys keys, float* numbers, uint8_t* payload, int32_t* status) {
+// The numbers of a block in shared memory, and zeros up to `padded`.
+__device__ void load_block(const Vector& source, int64_t at, int n, int padded, float* v) {
+  Numbers x;
+  load_own<Parts>(source, at, n, x);
+  write_own<Parts>(x, padded, v);
+  __syncthreads();
+}
+
+__global__ void select_numbers(Plan plan, Vector source, int64_t start, pq_keys keys, float* numbers, uint8_t* payload, int32_t* status) {
   PQ_SHARED_MEMORY(shared);
   float* const v = (float*)shared;
   __shared__ uint32_t words[kMostWords];
@@ -119,7 +130,7 @@ __global__ void PQ_BLOCKS select_numbers(Plan plan, Vector source, int64_t start
     const float factor = factor_of(plan, block);
     float* const out = numbers + block * plan.index.kept;
     bool finite = true;
-    load_block<InPlace>(source, at, n, padded, v);
+    load_block(source, at, n, padded, v);
     const auto keep = [&](int i, int position) {
       const float x = v[position];
       if (plan.codec.flags & PQ_SCALED) finite &= fabsf(x * factor) <= 0x1p126f;
@@ -127,8 +138,8 @@ __global__ void PQ_BLOCKS select_numbers(Plan plan, Vector source, int64_t start
     };
     if (plan.codec.kind == PQ_RANDOMK) {
       uint32_t most = 0;
-      for (int i = threadIdx.x; i < padded; i += blockDim.x) most = magnitude(v[i]) > most ? magnitude(v[i]) : most;
-      finite = group_max(most) < kInfBits;
+      for (int i = threadIdx.x; i < padded; i += blockDim.x) most = larger(magnitude(v[i]), most);
+      finite = group_max<Parts>(most) < kInfBits;
       each_drawn(keys.shared, (uint32_t)block, n, (int)index.kept, keep);
     } else if (select_largest(v, padded, (int)index.kept, kept)) {
       write_positions(kept, padded / 32, index, payload + plan.positions_at + block * plan.index.nbytes);
@@ -136,7 +147,7 @@ __global__ void PQ_BLOCKS select_numbers(Plan plan, Vector source, int64_t start
     } else {
       finite = false;
     }
-    if (group_any(!finite)) {
+    if (Parts::any(!finite)) {
       if (threadIdx.x == 0) atomicOr(status, kNonfinite);
     } else if (source.tensors.next_residual) {
       for (int i = threadIdx.x; i < n; i += blockDim.x) source.tensors.next_residual[at + i] = v[i];
@@ -146,7 +157,7 @@ __global__ void PQ_BLOCKS select_numbers(Plan plan, Vector source, int64_t start
 }
 
 // destination = destination + sign * number * factor at the places of the numbers that were kept.
-__global__ void PQ_BLOCKS scatter(Plan plan, const uint8_t* payload, pq_keys keys, const float* numbers, float sign, float* destination,
+__global__ void scatter(Plan plan, const uint8_t* payload, pq_keys keys, const float* numbers, float sign, float* destination,
                         int32_t* status) {
   PQ_SHARED_MEMORY(shared);
   int* const positions = (int*)shared;
@@ -172,7 +183,7 @@ __global__ void PQ_BLOCKS scatter(Plan plan, const uint8_t* payload, pq_keys key
 }
 
 // Of what the own numbers of a shard count as in a sparse codec: adds it, times weight, or takes it from the source.
-__global__ void PQ_BLOCKS own_part(Plan plan, Vector source, int64_t start, uint64_t shared_key, bool adds, float weight, float* destination) {
+__global__ void own_part(Plan plan, Vector source, int64_t start, uint64_t shared_key, bool adds, float weight, float* destination) {
   PQ_SHARED_MEMORY(shared);
   float* const v = (float*)shared;
   __shared__ uint32_t drawn[kMostWords];
@@ -182,7 +193,7 @@ __global__ void PQ_BLOCKS own_part(Plan plan, Vector source, int64_t start, uint
     const bool random = plan.codec.kind == PQ_RANDOMK;
     const float factor = factor_of(plan, block);
     for (int w = threadIdx.x; w < kMostWords; w += blockDim.x) drawn[w] = random ? 0 : kAllLanes;
-    load_block<InPlace>(source, start + at, n, n, v);
+    load_block(source, start + at, n, n, v);
     if (random)
       each_drawn(shared_key, (uint32_t)block, n, (int)plan.index_of(block).kept,
                  [&](int, int position) { atomicOr(&drawn[position / 32], 1u << (position % 32)); });
@@ -289,18 +300,18 @@ int32_t launched() { return failed(cudaGetLastError()) ? PQ_DEVICE_ERROR : PQ_OK
 constexpr int64_t kMostGroups = 1 << 14;
 
 struct Shape {
-  unsigned groups, threads;
-  int codes_at, encode_nbytes, decode_nbytes;  // of shared memory
+  unsigned groups, threads;  // thread blocks, of so many threads
+  int numbers;               // that the threads of a group have
 
-  explicit Shape(const Plan& plan) {
-    const int size = plan.codec.block_size, numbers = size + size / 16;  // with the gaps of Eden::place
-    groups = (unsigned)std::min(plan.num_blocks, kMostGroups);
-    threads = (unsigned)((size / kMostPerThread + 31) / 32 * 32);
-    codes_at = (numbers * 4 + 15) / 16 * 16;
-    encode_nbytes = codes_at + size;
-    decode_nbytes = codes_at;
+  template <class Group>
+  static Shape of(const Plan& plan) {
+    const int threads = Group::threads_for(plan.codec.block_size);
+    return {(unsigned)std::min((plan.num_blocks + Group::kInThreadBlock - 1) / Group::kInThreadBlock, kMostGroups),
+            (unsigned)(threads * Group::kInThreadBlock), threads * kPerThread};
   }
 };
+
+static_assert(Eden::encode_nbytes(kMaxBlock) + kMaxBlock <= 46 * 1024, "48 KB are what any GPU gives, and 2 are taken by what is static");
 
 unsigned groups_for(int64_t count) { return (unsigned)std::min((count + kPiece - 1) / kPiece, kMostGroups); }
 constexpr unsigned kThreads = 256;  // where there are no blocks
@@ -310,7 +321,7 @@ void with_codec(const Plan& plan, F f) {
   switch (plan.codec.kind) {
     case PQ_MAXSCALE:
     case PQ_QSGD:
-    case PQ_TERNGRAD: return f(Uniform{});
+    case PQ_TERNGRAD: return plan.codec.block_size <= Warp::kMostNumbers ? f(Uniform<Warp>{}) : f(Uniform<Parts>{});
     case PQ_EDEN: return f(Eden{});
     case PQ_SIGNSGD: return f(SignSgd{});
     case PQ_NATURAL: return f(Natural{});
@@ -322,20 +333,25 @@ void with_codec(const Plan& plan, F f) {
 void launch_encode(const Plan& plan, const Vector& source, int64_t start, uint64_t key, uint8_t* payload, int32_t* status,
                    cudaStream_t stream) {
   if (!plan.num_blocks) return;
-  const Shape shape(plan);
-  with_codec(plan, [&](auto codec) {
-    PQ_LAUNCH(encode<decltype(codec)>, shape.groups, shape.threads, shape.encode_nbytes, stream, plan, source, start, key, payload,
-              shape.codes_at, status);
+  with_codec(plan, [&](auto of_plan) {
+    typedef decltype(of_plan) Codec;
+    typedef typename Codec::Group Group;
+    const Shape shape = Shape::of<Group>(plan);
+    const int codes_at = Codec::encode_nbytes(shape.numbers), nbytes = codes_at + shape.numbers;
+    PQ_LAUNCH(encode<Codec>, shape.groups, shape.threads, nbytes * Group::kInThreadBlock, stream, plan, source, start, key, payload,
+              codes_at, nbytes, status);
   });
 }
 
 void launch_reduce(const Plan& plan, const Payloads& payloads, float weight, const Vector& own, int64_t own_start, bool adds,
                    const float* base, float* destination, int32_t* status, cudaStream_t stream) {
   if (!plan.num_blocks) return;
-  const Shape shape(plan);
-  with_codec(plan, [&](auto codec) {
-    PQ_LAUNCH(reduce<decltype(codec)>, shape.groups, shape.threads, shape.decode_nbytes, stream, plan, payloads, weight, own, own_start,
-              adds, base, destination, status);
+  with_codec(plan, [&](auto of_plan) {
+    typedef decltype(of_plan) Codec;
+    const Shape shape = Shape::of<typename Codec::Group>(plan);
+    const int nbytes = Codec::decode_nbytes(shape.numbers) * Codec::Group::kInThreadBlock;
+    PQ_LAUNCH(reduce<Codec>, shape.groups, shape.threads, nbytes, stream, plan, payloads, weight, own, own_start, adds, base,
+              destination, status);
   });
 }
 
@@ -343,8 +359,8 @@ void launch_reduce(const Plan& plan, const Payloads& payloads, float weight, con
 void launch_scatter(const Plan& plan, const Plan& values, const uint8_t* payload, pq_keys keys, float weight, float sign,
                     float* numbers, float* destination, int32_t* status, cudaStream_t stream) {
   launch_reduce(values, {1, {payload}, {keys.own}}, weight, {}, 0, false, nullptr, numbers, status, stream);
-  const Shape shape(plan);
-  PQ_LAUNCH(scatter, shape.groups, shape.threads, shape.decode_nbytes, stream, plan, payload, keys, numbers, sign, destination, status);
+  const Shape shape = Shape::of<Parts>(plan);
+  PQ_LAUNCH(scatter, shape.groups, shape.threads, shape.numbers * 4, stream, plan, payload, keys, numbers, sign, destination, status);
 }
 
 void launch_add_base(const float* base, int64_t count, float* destination, cudaStream_t stream) {
@@ -405,8 +421,8 @@ int32_t pq_cuda_encode(const pq_codec* codec, const pq_source* source, int64_t l
     return launched();
   }
   float* const numbers = (float*)workspace;
-  const Shape shape(plan);
-  PQ_LAUNCH(select_numbers, shape.groups, shape.threads, shape.decode_nbytes, stream, plan, vector, start, keys, numbers, payload, status);
+  const Shape shape = Shape::of<Parts>(plan);
+  PQ_LAUNCH(select_numbers, shape.groups, shape.threads, shape.numbers * 4, stream, plan, vector, start, keys, numbers, payload, status);
   launch_encode(plans.values, {{}, numbers}, 0, keys.own, payload, status, stream);
   if (source->next_residual)
     launch_scatter(plan, plans.values, payload, keys, 1.0f, -1.0f, numbers, source->next_residual + start, status, stream);
@@ -456,12 +472,12 @@ int32_t pq_cuda_reduce(const pq_codec* codec, int32_t num_payloads, const uint8_
     return launched();
   }
   launch_add_base(nullptr, count, destination, stream);
-  const Shape shape(plan);
+  const Shape shape = Shape::of<Parts>(plan);
   for (int32_t r = 0; r < num_payloads; ++r) {
     if (payloads[r])
       launch_scatter(plan, plans.values, payloads[r], keys[r], weight, 1.0f, (float*)workspace, destination, status, stream);
     else
-      PQ_LAUNCH(own_part, shape.groups, shape.threads, shape.decode_nbytes, stream, plan, vector, own_start, keys[r].shared, true, weight,
+      PQ_LAUNCH(own_part, shape.groups, shape.threads, shape.numbers * 4, stream, plan, vector, own_start, keys[r].shared, true, weight,
                 destination);
   }
   if (base) launch_add_base(base, count, destination, stream);
@@ -479,8 +495,8 @@ int32_t pq_cuda_own_rest(const pq_codec* codec, const pq_source* source, int64_t
     launch_add_base(nullptr, count, rest, stream);
     return launched();
   }
-  const Shape shape(plans.plan);
-  PQ_LAUNCH(own_part, shape.groups, shape.threads, shape.decode_nbytes, stream, plans.plan, Vector{*source, nullptr}, start, keys.shared,
+  const Shape shape = Shape::of<Parts>(plans.plan);
+  PQ_LAUNCH(own_part, shape.groups, shape.threads, shape.numbers * 4, stream, plans.plan, Vector{*source, nullptr}, start, keys.shared,
             false, 1.0f, rest);
   return launched();
 }

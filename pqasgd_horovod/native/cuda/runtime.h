@@ -7,5 +7,7 @@
 #include <cuda_runtime.h>
 #define PQ_LAUNCH(kernel, groups, threads, shared_nbytes, stream, ...) \
   kernel<<<groups, threads, shared_nbytes, stream>>>(__VA_ARGS__)
+#define PQ_NOINLINE __noinline__
+#define PQ_IS_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // which the compiler cannot know of one that was read
 #define PQ_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #endif

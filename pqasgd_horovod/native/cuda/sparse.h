@@ -34,14 +34,14 @@ __device__ inline int count_ones(Kept& kept, int num_words) {
 // The k numbers of largest magnitude, of equal ones the first; v has zeros up to `padded`. False if one is NaN or Inf.
 __device__ inline bool select_largest(const float* v, int padded, int k, Kept& kept) {
   const int num_words = padded / 32, lane = threadIdx.x % 32;
-  uint32_t own[kMostPerThread], most = 0;
+  uint32_t own[kPerThread], most = 0;
 #pragma unroll
-  for (int j = 0; j < kMostPerThread; ++j) {
+  for (int j = 0; j < kPerThread; ++j) {
     const int i = (int)threadIdx.x + j * (int)blockDim.x;
     own[j] = i < padded ? magnitude(v[i]) : 0;
     most = own[j] > most ? own[j] : most;
   }
-  most = group_max(most);
+  most = group_max<Parts>(most);
   if (most >= kInfBits) return false;
 
   uint32_t low = 0, high = most + 1;  // at least k numbers reach low, fewer than k reach high
@@ -49,8 +49,8 @@ __device__ inline bool select_largest(const float* v, int padded, int k, Kept& k
     const uint32_t middle = low + (high - low) / 2;
     int count = 0;
 #pragma unroll
-    for (int j = 0; j < kMostPerThread; ++j) count += own[j] >= middle;
-    count = group_sum(count);
+    for (int j = 0; j < kPerThread; ++j) count += own[j] >= middle;
+    count = group_sum<Parts>(count);
     if (count >= k) low = middle;
     else high = middle;
     if (count == k) break;
@@ -58,7 +58,7 @@ __device__ inline bool select_largest(const float* v, int padded, int k, Kept& k
 
   __shared__ uint32_t equal[kMostWords];
 #pragma unroll
-  for (int j = 0; j < kMostPerThread; ++j) {
+  for (int j = 0; j < kPerThread; ++j) {
     const int i = (int)threadIdx.x + j * (int)blockDim.x;  // of the 32 threads of a warp all are below `padded`, or none
     const uint32_t above = __ballot_sync(kAllLanes, i < padded && own[j] > low);
     const uint32_t same = __ballot_sync(kAllLanes, i < padded && own[j] == low);
@@ -95,7 +95,7 @@ __device__ inline void each_drawn(uint64_t key, uint32_t block, int n, int k, F 
   };
   int turned = 0;  // past the end: in rising order they are the first
   for (int i = threadIdx.x; i < k; i += blockDim.x) turned += position(i) >= (uint32_t)n;
-  turned = group_sum(turned);
+  turned = group_sum<Parts>(turned);
   for (int i = threadIdx.x; i < k; i += blockDim.x) {
     const uint32_t at = position(i);
     if (at >= (uint32_t)n) f(i - (k - turned), (int)(at - n));
@@ -152,7 +152,7 @@ __device__ inline bool read_positions(const uint8_t* in, int n, const IndexCode&
   });
   if (total == kept)
     for (int i = (int)threadIdx.x + 1; i < kept; i += blockDim.x) good &= positions[i] > positions[i - 1];
-  return !group_any(!good);
+  return !Parts::any(!good);
 }
 
 }  // namespace gpu

@@ -27,6 +27,10 @@
 #define __device__
 #define __host__
 #define __shared__ static
+#define __constant__
+#define __grid_constant__
+#define PQ_NOINLINE
+#define PQ_IS_GLOBAL(pointer)
 #define __launch_bounds__(...)
 
 namespace cuda_on_cpu {
@@ -179,9 +183,17 @@ class Group {
     if (order_seed == 1) std::reverse(order.begin(), order.end());
     for (unsigned t = 0; t < threads; ++t) fibers_[t]->state = State::kReady;
     for (bool left = true; left;) {
-      if (order_seed > 1) std::shuffle(order.begin(), order.end(), shuffle);
-      for (unsigned t : order)
-        if (fibers_[t]->state == State::kReady) go_on(t);
+      if (order_seed > 1) {
+        std::shuffle(order.begin(), order.end(), shuffle);
+        for (unsigned first : order)  // a warp goes on as far as it can without the others
+          do
+            for (unsigned t : order)
+              if (t / 32 == first / 32 && fibers_[t]->state == State::kReady) go_on(t);
+          while (release_warp(first / 32 * 32));
+      } else {
+        for (unsigned t : order)
+          if (fibers_[t]->state == State::kReady) go_on(t);
+      }
       left = release(threads);
     }
   }
@@ -200,20 +212,22 @@ class Group {
     setcontext(&fiber.context);
   }
 
+  bool release_warp(unsigned warp) {
+    for (unsigned t = warp; t < warp + 32; ++t)
+      if (fibers_[t]->state != State::kAtWarp) return false;
+    for (unsigned t = warp; t < warp + 32; ++t) fibers_[t]->state = State::kReady;
+    return true;
+  }
+
   // Lets those go on who have all met; false if all are done.
   bool release(unsigned threads) {
     unsigned done = 0, at_group = 0;
     bool released = false;
     for (unsigned warp = 0; warp < threads; warp += 32) {
-      unsigned at_warp = 0;
+      released |= release_warp(warp);
       for (unsigned t = warp; t < warp + 32; ++t) {
         done += fibers_[t]->state == State::kDone;
         at_group += fibers_[t]->state == State::kAtGroup;
-        at_warp += fibers_[t]->state == State::kAtWarp;
-      }
-      if (at_warp == 32) {
-        for (unsigned t = warp; t < warp + 32; ++t) fibers_[t]->state = State::kReady;
-        released = true;
       }
     }
     if (at_group == threads) {
@@ -249,14 +263,14 @@ inline void Group::work() {
 #define gridDim cuda_on_cpu::num_groups
 
 inline void __syncthreads() { cuda_on_cpu::group.wait(cuda_on_cpu::State::kAtGroup); }
+inline void __syncwarp() { cuda_on_cpu::group.wait(cuda_on_cpu::State::kAtWarp); }
 inline int __syncthreads_or(int x) { return cuda_on_cpu::group.any(x != 0); }
 inline uint32_t __ballot_sync(uint32_t, bool x) { return cuda_on_cpu::group.ballot(x); }
 template <class T>
-T __shfl_down_sync(uint32_t, T x, unsigned delta) {
+T __shfl_xor_sync(uint32_t, T x, int other) {
   uint64_t word = 0;
   std::memcpy(&word, &x, sizeof x);
-  const unsigned lane = threadIdx.x % 32;
-  word = cuda_on_cpu::group.exchange(word, lane + delta < 32 ? lane + delta : lane);
+  word = cuda_on_cpu::group.exchange(word, threadIdx.x % 32 ^ (unsigned)other);
   std::memcpy(&x, &word, sizeof x);
   return x;
 }
@@ -264,18 +278,6 @@ template <class T, class U>
 T atomicOr(T* to, U x) {
   const T old = *to;
   *to = old | x;
-  return old;
-}
-template <class T, class U>
-T atomicMax(T* to, U x) {
-  const T old = *to;
-  if ((T)x > old) *to = (T)x;
-  return old;
-}
-template <class T, class U>
-T atomicAdd(T* to, U x) {
-  const T old = *to;
-  *to = old + x;
   return old;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
