@@ -19,7 +19,7 @@ from ..averaging.feedback import MomentumCorrection
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.tables import SparseSpec
-from ..averaging.together import NO_ERROR, succeed_together, told
+from ..averaging.together import NO_ERROR, refused_together, succeed_together
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError, MismatchError
 from ..exchange.carriers import Bytes
@@ -170,24 +170,8 @@ class GradientAverager(abc.ABC):
         Raises ArgumentError if other variables have gradients than in the first call, on this rank and any other that
         has others, and DesynchronizedError on the rest.
         """
-        try:
-            specs = describe_variables(variables)
-            if self._settings.sparse_as_dense:
-                gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
-            present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-            layout = layout_of([specs[i] for i in present], [gradients[i] for i in present])
-            self._check_layout(layout, gradients)
-            if self._layout is None:
-                self._place = self._choose_place([specs[i] for i in present], [variables[i] for i in present])
-        except Exception as error:
-            with outside_of_graphs():
-                self._tell_of(error)
-            raise
-        if self._layout is None:
-            with outside_of_graphs():
-                self._lay_out([specs[i] for i in present], [variables[i] for i in present], layout)
-        result = list(gradients)
-        given = [gradients[i] for i in present]
+        result, present = self._prepare(gradients, variables)
+        given = [result[i] for i in present]
         if self._carrier is None:
             self._count()
             means = self._average_alone(given)
@@ -196,6 +180,23 @@ class GradientAverager(abc.ABC):
         for i, mean in zip(present, means, strict=True):
             result[i] = mean
         return result
+
+    def _prepare(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> tuple[list[Gradient], Sequence[int]]:
+        """Lay out the gradients, collectively, or see that they are laid out; return them, and which there are."""
+        with refused_together(None if self._carrier is None else self._tell):
+            all_specs, own = describe_variables(variables), list(gradients)
+            if self._settings.sparse_as_dense:
+                own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in own]
+            present = [i for i, gradient in enumerate(own) if gradient is not None]
+            specs, given = [all_specs[i] for i in present], [variables[i] for i in present]
+            layout = layout_of(specs, [own[i] for i in present])
+            self._check_layout(layout, own)
+            if not self.is_laid_out:
+                self._place = self._choose_place(specs, given)
+        if not self.is_laid_out:
+            with outside_of_graphs():
+                self._lay_out(specs, given, layout)
+        return own, present
 
     def _choose_place(self, specs: Sequence[VariableSpec], variables: Sequence[Any]) -> Place:
         """Return where gradients of these variables are averaged; raise as :func:`choose_place` if that cannot be."""
@@ -222,6 +223,11 @@ class GradientAverager(abc.ABC):
         """Let Horovod fuse these gradients; before the first average."""
         self._settings = dataclasses.replace(self._settings, groups=groups)
 
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether the ranks have agreed on what is averaged."""
+        return self._layout is not None
+
     def _check_layout(self, layout: list[tuple[str, str]], gradients: Sequence[Gradient]) -> None:
         if self._layout is None:
             check_some(gradients)
@@ -232,15 +238,15 @@ class GradientAverager(abc.ABC):
                 "gradients of the same variables, on every rank: make another optimizer or tape for others"
             )
 
-    def _tell_of(self, error: Exception) -> None:
+    def _tell(self, refusal: Mapping[str, Any]) -> None:
         """Let the others know where they are, or will be, that this rank cannot average with them; collective."""
-        if self._carrier is None:
-            return
-        if self._layout is None:
-            verify_same(self._carrier, told(error), f"{self._name}.layout")
-        else:
-            steps = self._total_steps.numpy()
-            self._meeting.tell(Purpose.LAYOUT, steps, steps)
+        assert self._carrier is not None
+        with outside_of_graphs():
+            if self.is_laid_out:
+                steps = self._total_steps.numpy()
+                self._meeting.tell(Purpose.LAYOUT, steps, steps)
+            else:
+                verify_same(self._carrier, refusal, f"{self._name}.layout")
 
     def _average(self, gradients: list[Gradient]) -> list[Gradient]:
         sparse = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
@@ -549,10 +555,8 @@ class CodedGradients(GradientAverager):
         As :meth:`pqasgd_horovod.averaging.gradients.GradientAverager.join`. ``variables`` are those that are trained:
         where no average was made yet, each is taken to have a dense gradient, which the ranks compare.
         """
-        if self._layout is None:
-            specs = describe_variables(variables)
-            self._place = self._choose_place(specs, variables)
-            self._lay_out(specs, variables, layout_of(specs, variables))
+        if not self.is_laid_out:
+            self._prepare(variables, variables)
         own_steps = int(self._total_steps)
         while True:
             agreement, met = self._meeting.meet(Purpose.JOINED, own_steps, own_steps)

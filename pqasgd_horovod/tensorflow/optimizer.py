@@ -7,9 +7,10 @@ made from its configuration, as Horovod does it.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -28,7 +29,7 @@ from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..averaging.together import Telling, refused_together
 from ..codecs.base import check_integer
-from ..errors import ArgumentError
+from ..errors import ArgumentError, MismatchError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from ..exchange.carriers.nodes import NodesCarrier
@@ -83,52 +84,70 @@ class DistributedMethods(_Inner):
     @as_written
     def build(self, variables: Sequence[Any]) -> None:
         """Make the optimizer's variables, and agree with the other ranks on what is averaged; collective."""
+        if self.built:
+            return
+        variables, averager = list(variables), self._pqasgd_averager.value
+        with self._until_agreed():
+            with refused_together(_outside(self._pqasgd_membership.value.tell_in_layout)):
+                self._place_settings(variables)
+                super().build(variables)
+                buffers = self._prepare_averages(variables)
+            if isinstance(averager, PeriodicAverager):
+                trained = [v for v in variables if not self._is_local(v)]
+                averager.build(trained, buffers, _moments_of(self))
+                self._pqasgd_state = averager.state
+
+    @contextlib.contextmanager
+    def _until_agreed(self, final: type[Exception] = Exception) -> Iterator[None]:
+        """Do what ranks do until they have agreed on what is averaged: a ``final`` error before that is the end.
+
+        All of them have one then, and Keras cannot build again what it has built in part; so none may try again, and
+        wait for the others.
+        """
+        self._check_usable()
+        try:
+            yield
+        except final as error:
+            if not self._pqasgd_averager.value.is_laid_out:
+                self._pqasgd_failure.value = f"{type(error).__name__}: {error}"
+                self.built = False
+            raise
+
+    def _check_usable(self) -> None:
         if self._pqasgd_failure.value is not None:
             raise ArgumentError(
                 f"the optimizer could not be built, for {self._pqasgd_failure.value}; make another one, on every rank"
             )
-        if self.built:
-            return
-        variables = list(variables)
+
+    def _place_settings(self, variables: list[Any]) -> None:
+        """Find the variables that settings are about."""
         settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
-        membership = self._pqasgd_membership.value
-        with outside_of_graphs(), refused_together(membership.tell_in_layout):
-            settings["groups"] = place_groups(settings["groups"], variables)
-            if settings["policy"]:
-                check_names(settings["policy"], describe_variables(variables))
+        settings["groups"] = place_groups(settings["groups"], variables)
+        if settings["policy"]:
+            check_names(settings["policy"], describe_variables(variables))
         if isinstance(averager, GradientAverager):
             averager.regroup(settings["groups"])
-        try:
-            with refused_together(_outside(membership.tell_in_layout)):
-                super().build(variables)
-            self._build_averages(variables)
-        except Exception as error:  # some of it is there now, on every rank
-            self._pqasgd_failure.value = f"{type(error).__name__}: {error}"
-            self.built = False
-            raise
 
-    def _build_averages(self, variables: list[Any]) -> None:
-        settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
-        with outside_of_graphs():
-            if settings["backward_passes_per_step"] > 1:
+    def _prepare_averages(self, variables: list[Any]) -> list[Any]:
+        """Make what Keras does not; return the buffers that are averaged."""
+        if self._pqasgd_settings.value["backward_passes_per_step"] > 1:
+            with outside_of_graphs():
                 self._pqasgd_sums = [
                     tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in map(unwrap, variables)
                 ]
                 self._pqasgd_passes = counter("backward_passes")
-            model = self._find_model()
-            if model is not None and getattr(model, "jit_compile", False):
-                logger.warning("jit_compile=%s is set to False: XLA cannot compile Horovod's ops", model.jit_compile)
-                model.jit_compile = False
-            if isinstance(averager, PeriodicAverager):
-                trained = [v for v in variables if not self._is_local(v)]
-                averager.build(trained, self._find_buffers(model, averager.averaging.buffers), _moments_of(self))
-                self._pqasgd_state = averager.state
+        model, averager = self._find_model(), self._pqasgd_averager.value
+        if model is not None and getattr(model, "jit_compile", False):
+            logger.warning("jit_compile=%s is set to False: XLA cannot compile Horovod's ops", model.jit_compile)
+            model.jit_compile = False
+        return self._find_buffers(model, averager.averaging.buffers) if isinstance(averager, PeriodicAverager) else []
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Update the variables with ``grads``, and average as the schedule says."""
         if len(grads) == 0:
             return
         if not self.built:
+            self._check_usable()
             if trainable_variables is None:
                 raise ArgumentError(
                     "trainable_variables is None and the optimizer is not built: pass the variables, or call "
@@ -178,13 +197,20 @@ class DistributedMethods(_Inner):
                 averager.count_step(learning_rate)
             return
         shared = [i for i, variable in enumerate(variables) if not self._is_local(variable)]
-        means = averager.average([grads[i] for i in shared], [variables[i] for i in shared])
+        means = self._average([grads[i] for i in shared], [variables[i] for i in shared])
         if self._pqasgd_settings.value["scale_local_gradients"]:
             carrier = self._pqasgd_membership.value.carrier
             grads = [g if g is None or carrier is None else scaled(g, 1.0 / carrier.size) for g in grads]
         for i, mean in zip(shared, means, strict=True):
             grads[i] = mean
         super().apply(grads, variables)
+
+    @as_written
+    def _average(self, grads: list[Any], variables: list[Any]) -> list[Any]:
+        averager, carrier = self._pqasgd_averager.value, self._pqasgd_membership.value.carrier
+        with contextlib.nullcontext() if carrier is None else self._until_agreed():
+            means: list[Any] = averager.average(grads, variables)
+        return means
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """At the end of ``fit``: average what is left of a period, and the moving averages of parameters, if any."""
@@ -323,7 +349,8 @@ class DistributedMethods(_Inner):
             last = averager.join()
             self._catch_up(averager.num_steps - before)
         elif membership.carrier is not None:
-            last, uneven = averager.join(list(self._trainable_variables))
+            with self._until_agreed():
+                last, uneven = averager.join(list(self._trainable_variables))
             if uneven:
                 self._take_over(membership.carrier, last)
         return horovod.rank() if membership.carrier is None else int(membership.carrier.process_set.ranks[last])
@@ -352,7 +379,8 @@ class DistributedMethods(_Inner):
         if self.built:
             return
         membership = self._pqasgd_membership.value
-        with refused_together(membership.tell_in_layout):
+        # Where no rank can, which is no MismatchError, all can build and try again.
+        with self._until_agreed(MismatchError), refused_together(membership.tell_in_layout):
             model = self._find_model()
             if model is None or not model.built:
                 raise ArgumentError(

@@ -160,6 +160,8 @@ class PeriodicAverager:
         self._of_fragments: dict[int, Callable[[], None]] = {}
         self._traced = Traced()
         self.state: PeriodicState | None = None
+        self.is_laid_out = False
+        """Whether the ranks have agreed on what is averaged."""
 
     @as_written
     def build(self, parameters: Sequence[Any], buffers: Sequence[Any] = (), moments: Sequence[Any] = ()) -> None:
@@ -180,6 +182,7 @@ class PeriodicAverager:
         specs, digest, place = self._agree_on_layout(parameters, buffers)
         with succeed_together(self._carrier, f"{self._name}.memory"):
             self._build_agreed(parameters, buffers, specs, digest, place)
+        self.is_laid_out = True
 
     def _build_agreed(
         self, parameters: Sequence[Any], buffers: Sequence[Any], specs: list[VariableSpec], digest: int, place: Place

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
 from pqasgd_horovod.errors import ArgumentError, CollectiveTimeoutError, MismatchError
+from pqasgd_horovod.tensorflow import optimizer as pqasgd_optimizer
 from tests.ranks_tensorflow.common import (
     EDEN2,
     EDEN4,
@@ -100,6 +101,74 @@ def test_a_variable_that_only_one_rank_cannot_average(options):
     optimizer = wrap(**options)
     text = assert_raises_everywhere("MismatchError", lambda: optimizer.apply_gradients(pairs))
     assert "has dtype complex64" in text
+    refuse_again(optimizer, make_variables())
+
+
+class Short(keras.optimizers.SGD):
+    """Rank 0 has no memory for Keras' own variables."""
+
+    def build(self, variables):
+        super().build(variables)
+        if hvd.rank() == 0:
+            raise MemoryError("planted")
+
+
+def no_counter(name):
+    raise MemoryError("planted")
+
+
+def refuse_again(optimizer, variables):
+    text = assert_raises_everywhere("ArgumentError", lambda: apply(optimizer, variables, [0]))
+    assert text.startswith("ArgumentError: the optimizer could not be built, for MismatchError: ")
+    assert text.endswith("make another one, on every rank")
+
+
+PERIODS = pytest.mark.parametrize(
+    "options", [{"period": 3}, {"compression": EDEN4}, {}], ids=["period3", "coded", "stock"]
+)
+
+
+@PERIODS
+def test_a_rank_alone_that_cannot_build_and_a_second_try(options):
+    variables, optimizer = make_variables(), wrap(Short(0.1), **options)
+    text = assert_raises_everywhere("MismatchError", lambda: apply(optimizer, variables, [0]))
+    assert "MemoryError: planted" in text
+    refuse_again(optimizer, variables)
+    with pytest.raises(ArgumentError, match="make another one"):
+        optimizer.apply(list(map(tf.constant, gradients_of(0))))
+    with pytest.raises(ArgumentError, match=r"make another one|where Horovod averages"):
+        optimizer.join()
+
+
+@PERIODS
+def test_likewise_in_fit(options):
+    model = compiled(wrap(Short(0.1), **options))
+    assert "MemoryError: planted" in assert_raises_everywhere("MismatchError", lambda: fit(model, 1))
+    assert "make another one" in assert_raises_everywhere("ArgumentError", lambda: fit(model, 1))
+
+
+@PERIODS
+def test_likewise_without_memory_for_sums(options, monkeypatch):
+    variables, optimizer = make_variables(), wrap(backward_passes_per_step=2, **options)
+    if hvd.rank() == 0:
+        monkeypatch.setattr(pqasgd_optimizer, "counter", no_counter)
+    text = assert_raises_everywhere("MismatchError", lambda: apply(optimizer, variables, range(2)))
+    assert "MemoryError: planted" in text
+    monkeypatch.undo()
+    refuse_again(optimizer, variables)
+
+
+@PERIODS
+def test_likewise_with_a_policy_for_other_variables(options):
+    policy = {"policy": [("v0*", hvd.Compression.none)]}
+    variables, optimizer = make_variables(), wrap(**policy, **options)
+    first = variables[1:] if hvd.rank() == 0 else variables
+    shapes = [tuple(v.shape) for v in first]
+    text = assert_raises_everywhere(
+        "MismatchError", lambda: apply(optimizer, first, [0], lambda step: gradients_of(step, shapes=shapes))
+    )
+    assert "'v0*' matches none of the parameters" in text
+    refuse_again(optimizer, variables)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "fit"])
