@@ -22,7 +22,7 @@ from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .compression import Compression, vector_codec_of
-from .graph import GraphChannel, Problems
+from .graph import GraphChannel, Problems, Round
 from .library import ops
 from .meeting import MeetingPoint
 from .places import short_name
@@ -270,7 +270,7 @@ class _Allreduce:
             calls = self._calls.value()
         with after(self._meeting.agree(tf.stack([tf.constant(self._digest, tf.int64), calls]))):
             counted = self._calls.assign_add(1)
-            flags = self._channel.exchange([tensor], calls, calls)
+            flags = self._channel.exchange([tensor], Round(calls, calls))
         with after(self._problems.verdict(flags), counted):
             result = self._channel.means([tensor], self._factor)[0]
         self._turns.end(result)

@@ -28,7 +28,7 @@ from ..exchange.handshake import verify_same
 from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier, allgather, constant_names
-from .graph import GraphChannel, Problems
+from .graph import GraphChannel, Problems, Round
 from .library import ops
 from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint, Records
@@ -454,29 +454,29 @@ class CodedGradients(GradientAverager):
         self,
         sparse: list[tf.IndexedSlices],
         met: Records,
-        run_stage: Callable[[int, list[tf.Tensor], tf.Tensor], list[tf.Tensor]],
+        run_stage: Callable[[int, list[tf.Tensor], Round], list[tf.Tensor]],
     ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
-        """Exchange sparse gradients, and dense ones by ``run_stage(stage, flags of sparse ones, scale)``; return means.
+        """Exchange sparse gradients, and dense ones by ``run_stage(stage, flags of sparse ones, round)``; return means.
 
         That returns the means, and after them something that is there when the verdict is.
         """
         if self.state.residuals is not None:
             when(self._claimed > 0, None, self._claim)
-        scale = tf.ones([]) if self._settings.op == horovod.Sum else met.scale
         steps = self.state.steps.value()
+        round_ = Round(steps, steps, tf.ones([]) if self._settings.op == horovod.Sum else met.scale)
         if len(self._stages) > 1:
             assert self._config.correction is not None
 
             def branch(stage: int) -> Callable[[], list[tf.Tensor]]:
-                return lambda: run_stage(stage, [], scale)
+                return lambda: run_stage(stage, [], round_)
 
             stage = tf.cast(self._config.correction.stage(steps, tf.minimum), tf.int32)
             *means, _ = tf.switch_case(stage, {index: branch(index) for index in range(len(self._stages))})
             return means, []
-        of_rows = self._factor * scale
-        landed = [rows.exchange(gradient, steps, of_rows) for rows, gradient in zip(self._rows, sparse, strict=True)]
+        of_rows = round_._replace(scale=self._factor * round_.scale)
+        landed = [rows.exchange(gradient, of_rows) for rows, gradient in zip(self._rows, sparse, strict=True)]
         # One verdict about all: an error must not leave anything on its way.
-        *means, done = run_stage(0, [each.flags for each in landed], scale)
+        *means, done = run_stage(0, [each.flags for each in landed], round_)
         return means, self._take_rows(landed, done)
 
     def _take_rows(self, landed: Sequence[Landed], done: tf.Tensor) -> list[tf.IndexedSlices]:
@@ -498,17 +498,13 @@ class CodedGradients(GradientAverager):
 
     @hosted
     def _average_stage(
-        self, gradients: list[tf.Tensor], stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor
+        self, gradients: list[tf.Tensor], stage: int, of_rows: list[tf.Tensor], round: Round
     ) -> list[tf.Tensor]:
-        steps = self.state.steps.value()
         channels = self._stages[stage]
         given = [[gradients[i] for i in positions] for positions in self._positions]
         with self._place.here():
             moved = self._advance(gradients, given)
-        exchanged = [
-            channel.exchange(moved[i][1] if moved else given[i], steps, steps, scale=scale)
-            for i, channel in enumerate(channels)
-        ]
+        exchanged = [channel.exchange(moved[i][1] if moved else given[i], round) for i, channel in enumerate(channels)]
         verdict = self._problems.verdict([*of_rows, *(flag for flags in exchanged for flag in flags)])
         result: list[tf.Tensor] = list(gradients)
         with after(verdict):
@@ -529,10 +525,10 @@ class CodedGradients(GradientAverager):
             self._counted_received.assign_add(received)
 
     @hosted
-    def _serve_stage(self, stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
+    def _serve_stage(self, stage: int, of_rows: list[tf.Tensor], round: Round) -> list[tf.Tensor]:
         """Do what :meth:`_average_stage` does with nothing to give, and without means."""
-        steps, channels = self.state.steps.value(), self._stages[stage]
-        exchanged = [channel.exchange_nothing(steps, steps, scale=scale) for channel in channels]
+        channels = self._stages[stage]
+        exchanged = [channel.exchange_nothing(round) for channel in channels]
         verdict = self._problems.verdict([*of_rows, *(flag for flags in exchanged for flag in flags)])
         with after(verdict):
             for channel, flags in zip(channels, exchanged, strict=True):
