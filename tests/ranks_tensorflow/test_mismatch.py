@@ -463,6 +463,11 @@ def test_compressed_allreduce_of_other_tensors(traced):
     text = assert_raises_everywhere("DesynchronizedError", lambda: call(tf.zeros(5 if hvd.rank() else 7), label))
     assert "rank 0" in text
     assert len(set(everybody(float(tf.reduce_sum(call(tf.ones(5), label)))))) == 1
+    # An argument that one rank gets wrong, where the others know such a tensor, and where they do not.
+    wrong = {"op": hvd.Adasum} if hvd.rank() == 0 else {}
+    assert_raises_everywhere("DesynchronizedError", lambda: call(tf.zeros(5), label, **wrong))
+    assert "op is" in assert_raises_everywhere("MismatchError", lambda: call(tf.zeros(8), label, **wrong))
+    assert len(set(everybody(float(tf.reduce_sum(call(tf.ones(5), label)))))) == 1
 
 
 def test_broadcast_of_other_lists():
@@ -473,6 +478,12 @@ def test_broadcast_of_other_lists():
         "MismatchError", lambda: hvd.broadcast_variables(variables[:1], root_rank=hvd.rank())
     )
     assert "root_rank" in text
+    mine = [] if hvd.rank() else variables[:1]
+    assert "variables" in assert_raises_everywhere("MismatchError", lambda: hvd.broadcast_variables(mine, root_rank=0))
+    text = assert_raises_everywhere(
+        "ArgumentError", lambda: hvd.broadcast_variables(variables[:1], root_rank=hvd.size())
+    )
+    assert re.search(r"root_rank is \d; it must be one of the ranks \[0, 1", text)
 
 
 def test_a_replica_that_was_changed_behind_its_back_is_found():
@@ -543,6 +554,32 @@ def test_new_variables_that_are_not_the_same_ones(traced):
     assert "sources.v3:0: it is absent on rank 0" in text
 
 
+def undecided(name, shape):
+    if hvd.rank() == 0:
+        raise OSError("planted")
+    return True
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at-first", "later"])
+@pytest.mark.parametrize(
+    ("wrong", "text", "traced"),
+    [
+        ({"op": hvd.Adasum}, "ArgumentError: op is", True),
+        ({"policy": [(undecided, hvd.Compression.none)]}, "OSError: planted", False),
+    ],
+    ids=["argument", "policy"],
+)
+def test_a_tape_that_only_one_rank_gets_wrong(wrong, text, first, traced):
+    variables = make_variables()
+    options = {"compression": EDEN4, "seed": 5 + 2 * traced + first}
+    if not first:
+        step_by_tape(traced, **options)(variables)
+    step = step_by_tape(traced, **options, **(wrong if hvd.rank() == 0 else {}))
+    told = assert_raises_everywhere("MismatchError" if first else "DesynchronizedError", lambda: step(variables))
+    assert text in told
+    assert_replicas_equal(step_by_tape(traced, **options)(variables))
+
+
 @TAPES
 @pytest.mark.parametrize("first", [True, False], ids=["at-first", "later"])
 def test_a_source_that_one_rank_cannot_average(options, first):
@@ -552,10 +589,8 @@ def test_a_source_that_one_rank_cannot_average(options, first):
         step(variables)
     if hvd.rank() == 0:
         variables[1] = tf.Variable(tf.ones([3], tf.complex64), name="v1")
-    if first:  # each rank has its own error
-        error = ArgumentError if hvd.rank() == 0 else MismatchError
-        with pytest.raises(error, match="has dtype complex64"):
-            step(variables)
+    if first:
+        assert "has dtype complex64" in assert_raises_everywhere("MismatchError", lambda: step(variables))
     else:
         text = assert_raises_everywhere("DesynchronizedError", lambda: step(variables))
         assert "raising an error on rank 0" in text
