@@ -21,6 +21,7 @@ from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbyte
 from ..averaging.tables import SparseSpec
 from ..averaging.together import NO_ERROR, refused_together, succeed_together
 from ..averaging.vector import FlatLayout
+from ..codecs.base import check_integer
 from ..errors import ArgumentError, MismatchError
 from ..exchange.carriers import Bytes
 from ..exchange.carriers.alone import AloneCarrier
@@ -87,6 +88,8 @@ def check_groups(groups: Any, num_groups: int, *, positions: bool = False) -> Gr
 
     ``positions``: in the place of variables there may be their positions, as in what was saved.
     """
+    if not groups:
+        check_integer("num_groups", num_groups, 0, 2**31)
     chosen = groups or num_groups
     if isinstance(chosen, int) and chosen >= 0:
         return chosen
@@ -167,8 +170,8 @@ class GradientAverager(abc.ABC):
     def average(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         """Return the means, in the order of ``gradients``; where there is no gradient there is none after.
 
-        Raises ArgumentError if other variables have gradients than in the first call, on this rank and any other that
-        has others, and DesynchronizedError on the rest.
+        Raises DesynchronizedError on every rank if other variables have gradients than in the first call on some, and
+        ArgumentError if on all.
         """
         result, present = self._prepare(gradients, variables)
         given = [result[i] for i in present]

@@ -31,8 +31,6 @@ from .library import ops, register_explainer
 from .places import ON_HOST, Place, on_host
 from .traced import outside_of_graphs
 
-FLOAT_DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
-
 
 class Round(NamedTuple):
     """Which round buckets are exchanged in."""

@@ -17,11 +17,10 @@ import horovod.tensorflow as horovod
 import keras
 import numpy as np
 import tensorflow as tf
-from horovod.tensorflow import mpi_ops
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
-from ..averaging.construction import Membership, construct_together
+from ..averaging.construction import Membership, construct_together, registered_process_set
 from ..averaging.devices import check_anchor_device
 from ..averaging.feedback import Feedback, MomentumCorrection, check_no_momentum, check_not_stock, feedback_from_config
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
@@ -216,7 +215,7 @@ class DistributedMethods(_Inner):
         """At the end of ``fit``: average what is left of a period, and the moving averages of parameters, if any."""
         self.flush()
         carrier = self._pqasgd_membership.value.carrier
-        updater = self.inner_optimizer if _scales_loss(self) else self
+        updater = _updater_of(self)
         if carrier is not None and updater.use_ema:
             averages = list(map(unwrap, updater._model_variables_moving_average))
             _assign_plain_means(averages, f"{self._pqasgd_membership.value.name}.ema", carrier)
@@ -392,13 +391,13 @@ class DistributedMethods(_Inner):
 
     def _catch_up(self, missed: int) -> None:
         """Let a learning rate schedule go on from the steps of all ranks."""
-        updater = self.inner_optimizer if _scales_loss(self) else self
+        updater = _updater_of(self)
         if isinstance(updater._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             updater.iterations.assign_add(missed * self._pqasgd_settings.value["backward_passes_per_step"])
 
     def _take_over(self, carrier: HorovodCarrier, last: int) -> None:
         """Take over parameters and the optimizer's state, without hyper-parameters, of one rank; collective."""
-        updater = self.inner_optimizer if _scales_loss(self) else self
+        updater = _updater_of(self)
         state = [v for v in self.variables if v is not updater._learning_rate]
         root_rank = int(carrier.process_set.ranks[last])
         broadcast_variables([*self._trainable_variables, *state], root_rank, carrier.process_set)
@@ -436,6 +435,7 @@ class DistributedMethods(_Inner):
         """Return the model that was compiled with this optimizer, or was named at construction."""
         if self._pqasgd_model.value is not None:
             return self._pqasgd_model.value
+        # Keras tells an optimizer nothing of its model. This is done once, and takes about as long as a collection.
         for candidate in gc.get_objects():
             kind = type(candidate)
             if issubclass(kind, keras.optimizers.LossScaleOptimizer) and candidate.inner_optimizer is self:
@@ -455,9 +455,9 @@ class DistributedMethods(_Inner):
         if model is None:
             if self._pqasgd_membership.value.carrier is not None and horovod.rank() == 0:
                 logger.warning(
-                    "no model was compiled with this optimizer, so BatchNormalization's moving statistics are not "
-                    "known and not averaged: pass model=model, or averaging=PeriodicAveraging(period=..., "
-                    "buffers='local') if that is meant"
+                    "no model was found that is compiled with this optimizer (after gc.freeze() none is), so "
+                    "BatchNormalization's moving statistics are not known and not averaged: pass model=model, or "
+                    "averaging=PeriodicAveraging(period=..., buffers='local') if that is meant"
                 )
             return []
         found: list[Any] = []
@@ -564,15 +564,13 @@ def _from_settings(optimizer: Any, settings: dict[str, Any], custom_objects: Any
 def _process_set_of(ranks: Sequence[int] | None) -> Any:
     if ranks is None:
         return horovod.global_process_set
-    for number, members in mpi_ops._basics._get_process_set_ids_and_ranks().items():
-        if list(members) == list(ranks):
-            process_set = horovod.ProcessSet(ranks)
-            process_set.process_set_id = number
-            return process_set
-    raise ArgumentError(
-        f"the optimizer was saved with process_set of ranks {list(ranks)}, which is not registered: pass it to "
-        "hvd.init(process_sets=[...]), or add it with hvd.add_process_set, before the model is loaded"
-    )
+    process_set = registered_process_set(horovod, ranks)
+    if process_set is None:
+        raise ArgumentError(
+            f"the optimizer was saved with process_set of ranks {list(ranks)}, which is not registered: pass it to "
+            "hvd.init(process_sets=[...]), or add it with hvd.add_process_set, before the model is loaded"
+        )
+    return process_set
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -604,14 +602,14 @@ def check_op(op: Any, averaging: PeriodicAveraging, stock: bool, gradient_prediv
 
 def _moments_of(optimizer: Any) -> list[Any]:
     """Return what a built optimizer keeps of its variables, but for copies of them and sums of gradients."""
-    updater = optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
+    updater = _updater_of(optimizer)
     names = ("_learning_rate", "_u_product", "_accumulated_gradients", "_model_variables_moving_average")
     others = [id(other) for other in tf.nest.flatten([getattr(updater, name, None) for name in names])]
     return [v for v in updater.variables if keras.backend.is_float_dtype(v.dtype) and id(v) not in others]
 
 
 def _check_moments(optimizer: Any, policy: str) -> None:
-    updater = optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
+    updater = _updater_of(optimizer)
     counts = any(hasattr(updater, name) for name in ("beta_2", "adam_beta_2", "beta_2_decay"))
     if policy == "reset" and counts and not isinstance(updater, keras.optimizers.Lion):
         raise ArgumentError(
@@ -634,6 +632,11 @@ def _check_momentum(feedback: Feedback | None, optimizer: Any) -> None:
 
 def _scales_loss(optimizer: Any) -> bool:
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def _updater_of(optimizer: Any) -> Any:
+    """Return what changes variables: the optimizer, or the one in it that gets gradients without a scale."""
+    return optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
 
 
 def distribute(
