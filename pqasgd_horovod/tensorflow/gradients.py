@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -571,7 +570,7 @@ class CodedGradients(GradientAverager):
         if correction is not None and correction.clip_norm is not None:
             squares = [tf.reduce_sum(tf.square(tf.cast(gradient, tf.float64))) for gradient in gradients]
             norm = tf.sqrt(tf.add_n(squares))
-            limit = correction.clip_norm / math.sqrt(1 if self._carrier is None else self._carrier.size)
+            limit = correction.clip_limit(1 if self._carrier is None else self._carrier.size)
             clips = tf.math.is_finite(norm) & (norm > limit)
             clipping = tf.cast(tf.where(clips, limit / norm, tf.ones_like(norm)), tf.float32)
         return [
