@@ -25,8 +25,19 @@ def check_process_set(horovod: Any, process_set: Any) -> None:
         raise ArgumentError("Horovod is not initialised: call hvd.init() first")
     if process_set.process_set_id is None:
         raise ArgumentError(
-            f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
+            f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...]), or to "
+            "hvd.add_process_set"
         )
+
+
+def registered_process_set(horovod: Any, ranks: Sequence[int]) -> Any:
+    """Return Horovod's process set of these ranks, in this order; None: it has none."""
+    for number, members in horovod.mpi_ops._basics._get_process_set_ids_and_ranks().items():
+        if list(members) == list(ranks):
+            process_set = horovod.ProcessSet(list(ranks))
+            process_set.process_set_id = number
+            return process_set
+    return None
 
 
 def process_set_of(horovod: Any, ranks: Sequence[int]) -> Any:
@@ -37,12 +48,8 @@ def process_set_of(horovod: Any, ranks: Sequence[int]) -> Any:
     wanted = horovod.ProcessSet(list(ranks))
     if wanted.ranks == horovod.global_process_set.ranks:
         return horovod.global_process_set
-    for number, members in horovod.mpi_ops._basics._get_process_set_ids_and_ranks().items():
-        if list(members) == wanted.ranks:
-            wanted.process_set_id = number
-            return wanted
     try:
-        return horovod.add_process_set(wanted)
+        return registered_process_set(horovod, wanted.ranks) or horovod.add_process_set(wanted)
     except ValueError as error:
         raise ArgumentError(
             "hierarchy is 'node', which needs process sets that are made later: call hvd.init(process_sets=\"dynamic\")"

@@ -138,9 +138,13 @@ class MomentumCorrection(Feedback):
         >>> MomentumCorrection(clip_norm=1.0).clipping(norm=2.0, size=4)
         0.25
         """
-        limit = math.inf if self.clip_norm is None else self.clip_norm / math.sqrt(size)
+        limit = self.clip_limit(size)
         # What is not finite is reported where it is sent.
         return limit / norm if limit < norm < math.inf else 1.0
+
+    def clip_limit(self, size: int) -> float:
+        """Return the largest norm that a gradient keeps on each of ``size`` ranks."""
+        return math.inf if self.clip_norm is None else self.clip_norm / math.sqrt(size)
 
 
 def _is_number(value: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 
+from ..averaging.construction import check_process_set
 from ..errors import ArgumentError, CollectiveTimeoutError
 from ..exchange.carriers import Bytes
 from ..exchange.carriers.nodes import NodesCarrier
@@ -65,12 +66,7 @@ class HorovodCarrier:
     """
 
     def __init__(self, process_set: Any = horovod.global_process_set) -> None:
-        if not horovod.is_initialized():
-            raise ArgumentError("Horovod is not initialised: call hvd.init() first")
-        if process_set.process_set_id is None:
-            raise ArgumentError(
-                f"process_set is {process_set}, which is not registered: call hvd.add_process_set first"
-            )
+        check_process_set(horovod, process_set)
         if not process_set.included():
             raise ArgumentError(f"process_set: rank {horovod.rank()} does not belong to {process_set}")
         self.process_set = process_set

@@ -15,6 +15,7 @@ import tensorflow as tf
 from ..averaging.background import Background
 from ..exchange.carriers import Bytes
 from .library import close_gate, open_gate, ops, register_explainer, translate
+from .traced import after
 
 _gates = itertools.count(1)
 
@@ -41,7 +42,7 @@ class DelayedExchange:
 
     def wait(self, ticket: tf.Tensor) -> tf.Tensor:
         """Return what is not 0 if it has failed, when it is over."""
-        with tf.control_dependencies([tf.numpy_function(self._take, [ticket], [])]):
+        with after(tf.numpy_function(self._take, [ticket], [])):
             return ops.pqasgd_await(gate=self._gate)
 
     def verdict(self, failed: tf.Tensor) -> tf.Operation:

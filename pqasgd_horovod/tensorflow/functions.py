@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -13,6 +13,7 @@ from horovod.tensorflow import mpi_ops
 
 from ..averaging import ExchangeConfig
 from ..averaging.channel import plan_channel
+from ..averaging.together import NO_ERROR, refused_together
 from ..averaging.vector import FlatLayout
 from ..codecs.base import Codec, check_key
 from ..errors import ArgumentError, DesynchronizedError
@@ -22,7 +23,7 @@ from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .compression import Compression, vector_codec_of
-from .graph import GraphChannel, Problems
+from .graph import GraphChannel, Problems, Round
 from .library import ops
 from .meeting import MeetingPoint
 from .places import short_name
@@ -138,7 +139,7 @@ def broadcast_variables(
         process_set: the ranks that take part.
         inplace: accepted for Horovod's sake; the result is the same.
 
-    Raises MismatchError on every rank if the lists differ.
+    Raises MismatchError on every rank if the lists differ, ArgumentError if no rank of the set is ``root_rank``.
 
     >>> import tensorflow as tf, pqasgd_horovod.tensorflow as hvd
     >>> hvd.init()
@@ -146,11 +147,14 @@ def broadcast_variables(
     """
     chosen = [variable for variable in variables if not name_of(variable).endswith("seed_generator_state")]
     carrier = HorovodCarrier(process_set)
-    if carrier.size == 1 or not chosen:
-        return
     name = "pqasgd.broadcast_variables"
     kinds = [f"{name_of(v)}: {tf.as_dtype(unwrap(v).dtype).name} {list(unwrap(v).shape)}" for v in chosen]
-    verify_same(carrier, {"root_rank": root_rank, "variables": kinds}, name)
+    if carrier.size > 1:
+        verify_same(carrier, {"root_rank": root_rank, "variables": kinds}, name)
+    if root_rank not in process_set.ranks:
+        raise ArgumentError(f"root_rank is {root_rank!r}; it must be one of the ranks {list(process_set.ranks)}")
+    if carrier.size == 1 or not chosen:
+        return
 
     def copy() -> None:
         for i, variable in enumerate(map(unwrap, chosen)):
@@ -168,7 +172,6 @@ def broadcast_variables(
 
 _allreduces: dict[tuple[Any, ...], _Allreduce] = {}
 _turns: dict[tuple[Any, ...], Turns] = {}
-_unnamed: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 
 @as_written
@@ -213,23 +216,32 @@ def compressed_allreduce(
     >>> hvd.compressed_allreduce(tf.ones((2, 3)), compression=hvd.Compression.eden(bits=2)).shape
     TensorShape([2, 3])
     """
-    codec = vector_codec_of(Compression.quantize(bits=4) if compression is None else compression)
-    second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
-    if codec is None or (second_compression is not None and second_codec is None):
-        raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.tensorflow.Compression")
-    if op not in (horovod.Average, horovod.Sum):
-        raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
-    tensor = tf.convert_to_tensor(tensor)
-    if tensor.dtype not in DTYPES or not tensor.shape.is_fully_defined():
-        raise ArgumentError(
-            f"tensor has dtype {tensor.dtype.name} and shape {tensor.shape}; it must have a fixed shape and be "
-            f"{', '.join(dtype.name for dtype in DTYPES)}"
-        )
-    config = ExchangeConfig(codec, second_codec, exchange, small_tensor_threshold=0, seed=seed, nonfinite=nonfinite)
     carrier = HorovodCarrier(process_set)
+    label = f"pqasgd.allreduce.{'noname' if name is None else f'named.{name}'}"
+
+    def tell(refusal: Mapping[str, Any]) -> None:
+        with outside_of_graphs():
+            _meet_with_new(carrier, label)
+            verify_same(carrier, refusal, label)
+
+    with refused_together(tell if carrier.size > 1 else None):
+        codec = vector_codec_of(Compression.quantize(bits=4) if compression is None else compression)
+        second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
+        if codec is None or (second_compression is not None and second_codec is None):
+            raise ArgumentError(
+                f"compression is {compression!r}; it must be one of pqasgd_horovod.tensorflow.Compression"
+            )
+        if op not in (horovod.Average, horovod.Sum):
+            raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
+        tensor = tf.convert_to_tensor(tensor)
+        if tensor.dtype not in DTYPES or not tensor.shape.is_fully_defined():
+            raise ArgumentError(
+                f"tensor has dtype {tensor.dtype.name} and shape {tensor.shape}; it must have a fixed shape and be "
+                f"{', '.join(dtype.name for dtype in DTYPES)}"
+            )
+        config = ExchangeConfig(codec, second_codec, exchange, small_tensor_threshold=0, seed=seed, nonfinite=nonfinite)
     if carrier.size == 1 or tensor.shape.num_elements() == 0:
         return tf.identity(tensor)
-    label = f"pqasgd.allreduce.{'noname' if name is None else f'named.{name}'}"
     identity = (label, tuple(process_set.ranks), tensor.dtype, tuple(tensor.shape), config, op)
     if identity not in _allreduces:
         with outside_of_graphs():
@@ -241,6 +253,27 @@ def compressed_allreduce(
 _NEW = -1  # no digest
 
 
+def _meet_with_new(carrier: HorovodCarrier, name: str) -> MeetingPoint:
+    """Say that this rank has a new tensor, where others may be about to exchange one that they know."""
+    meeting = MeetingPoint(carrier, f"{name}.meeting", lambda data: _check_calls(name, data))
+    meeting.tell([_NEW, 0], HANDSHAKE_TIMEOUT_SECONDS)
+    return meeting
+
+
+def _check_calls(name: str, data: Bytes) -> None:
+    records = data.view(np.int64).reshape(-1, 2).tolist()
+    if all(record == records[0] for record in records):
+        return
+    listing = format_by_rank(
+        (rank, "a new tensor" if digest == _NEW else f"call {calls} of {digest:016x}")
+        for rank, (digest, calls) in enumerate(records)
+    )
+    raise DesynchronizedError(
+        f"{name}: the ranks do not make the same calls of compressed_allreduce: {listing}. Give each call a "
+        "name, and make the same ones in the same order on every rank, with the same tensors and settings"
+    )
+
+
 class _Allreduce:
     """All calls of one name with one configuration."""
 
@@ -249,13 +282,10 @@ class _Allreduce:
         shape = tuple(tensor.shape.as_list())
         spec = VariableSpec(name, DTYPES[tensor.dtype], math.prod(shape), shape, kind)
         self.traced = Traced()
-        self._name, self._carrier = name, carrier
-        self._description = {"tensor": kind, "op": str(op), "exchange": config.config()}
+        description = {**NO_ERROR, "tensor": kind, "op": str(op), "exchange": config.config()}
         self._turns = _turns.setdefault((name, tuple(carrier.process_set.ranks)), Turns())
-        self._meeting = MeetingPoint(carrier, f"{name}.meeting", self._explain)
-        # Under the name where others may be about to exchange a tensor that they know.
-        self._meeting.tell([_NEW, 0], HANDSHAKE_TIMEOUT_SECONDS)
-        digest = verify_same(carrier, self._description, name)
+        self._meeting = _meet_with_new(carrier, name)
+        digest = verify_same(carrier, description, name)
         ((way, specs),) = config.by_way([spec])
         plan = plan_channel(FlatLayout(specs), config, way, name=name, index=0, size=carrier.size)
         self._problems = Problems(name, config.nonfinite)
@@ -270,21 +300,8 @@ class _Allreduce:
             calls = self._calls.value()
         with after(self._meeting.agree(tf.stack([tf.constant(self._digest, tf.int64), calls]))):
             counted = self._calls.assign_add(1)
-            flags = self._channel.exchange([tensor], calls, calls)
+            flags = self._channel.exchange([tensor], Round(calls, calls))
         with after(self._problems.verdict(flags), counted):
             result = self._channel.means([tensor], self._factor)[0]
         self._turns.end(result)
         return result
-
-    def _explain(self, data: Bytes) -> None:
-        records = data.view(np.int64).reshape(-1, 2).tolist()
-        if all(record == records[0] for record in records):
-            return
-        listing = format_by_rank(
-            (rank, "a new tensor" if digest == _NEW else f"call {calls} of {digest:016x}")
-            for rank, (digest, calls) in enumerate(records)
-        )
-        raise DesynchronizedError(
-            f"{self._name}: the ranks do not make the same calls of compressed_allreduce: {listing}. Give each call a "
-            "name, and make the same ones in the same order on every rank, with the same tensors and settings"
-        )

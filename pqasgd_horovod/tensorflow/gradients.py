@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ from ..averaging.feedback import MomentumCorrection
 from ..averaging.meeting import Purpose
 from ..averaging.statistics import CommunicationStatistics, ring_allreduce_nbytes
 from ..averaging.tables import SparseSpec
-from ..averaging.together import NO_ERROR, succeed_together, told
+from ..averaging.together import NO_ERROR, refused_together, succeed_together
 from ..averaging.vector import FlatLayout
+from ..codecs.base import check_integer
 from ..errors import ArgumentError, MismatchError
 from ..exchange.carriers import Bytes
 from ..exchange.carriers.alone import AloneCarrier
@@ -28,7 +28,7 @@ from ..exchange.handshake import verify_same
 from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier, allgather, constant_names
-from .graph import GraphChannel, Problems
+from .graph import GraphChannel, Problems, Round
 from .library import ops
 from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint, Records
@@ -87,6 +87,8 @@ def check_groups(groups: Any, num_groups: int, *, positions: bool = False) -> Gr
 
     ``positions``: in the place of variables there may be their positions, as in what was saved.
     """
+    if not groups:
+        check_integer("num_groups", num_groups, 0, 2**31)
     chosen = groups or num_groups
     if isinstance(chosen, int) and chosen >= 0:
         return chosen
@@ -167,27 +169,11 @@ class GradientAverager(abc.ABC):
     def average(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         """Return the means, in the order of ``gradients``; where there is no gradient there is none after.
 
-        Raises ArgumentError if other variables have gradients than in the first call, on this rank and any other that
-        has others, and DesynchronizedError on the rest.
+        Raises DesynchronizedError on every rank if other variables have gradients than in the first call on some, and
+        ArgumentError if on all.
         """
-        try:
-            specs = describe_variables(variables)
-            if self._settings.sparse_as_dense:
-                gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
-            present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-            layout = layout_of([specs[i] for i in present], [gradients[i] for i in present])
-            self._check_layout(layout, gradients)
-            if self._layout is None:
-                self._place = self._choose_place([specs[i] for i in present], [variables[i] for i in present])
-        except Exception as error:
-            with outside_of_graphs():
-                self._tell_of(error)
-            raise
-        if self._layout is None:
-            with outside_of_graphs():
-                self._lay_out([specs[i] for i in present], [variables[i] for i in present], layout)
-        result = list(gradients)
-        given = [gradients[i] for i in present]
+        result, present = self._prepare(gradients, variables)
+        given = [result[i] for i in present]
         if self._carrier is None:
             self._count()
             means = self._average_alone(given)
@@ -196,6 +182,23 @@ class GradientAverager(abc.ABC):
         for i, mean in zip(present, means, strict=True):
             result[i] = mean
         return result
+
+    def _prepare(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> tuple[list[Gradient], Sequence[int]]:
+        """Lay out the gradients, collectively, or see that they are laid out; return them, and which there are."""
+        with refused_together(None if self._carrier is None else self._tell):
+            all_specs, own = describe_variables(variables), list(gradients)
+            if self._settings.sparse_as_dense:
+                own = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in own]
+            present = [i for i, gradient in enumerate(own) if gradient is not None]
+            specs, given = [all_specs[i] for i in present], [variables[i] for i in present]
+            layout = layout_of(specs, [own[i] for i in present])
+            self._check_layout(layout, own)
+            if not self.is_laid_out:
+                self._place = self._choose_place(specs, given)
+        if not self.is_laid_out:
+            with outside_of_graphs():
+                self._lay_out(specs, given, layout)
+        return own, present
 
     def _choose_place(self, specs: Sequence[VariableSpec], variables: Sequence[Any]) -> Place:
         """Return where gradients of these variables are averaged; raise as :func:`choose_place` if that cannot be."""
@@ -222,6 +225,11 @@ class GradientAverager(abc.ABC):
         """Let Horovod fuse these gradients; before the first average."""
         self._settings = dataclasses.replace(self._settings, groups=groups)
 
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether the ranks have agreed on what is averaged."""
+        return self._layout is not None
+
     def _check_layout(self, layout: list[tuple[str, str]], gradients: Sequence[Gradient]) -> None:
         if self._layout is None:
             check_some(gradients)
@@ -232,15 +240,15 @@ class GradientAverager(abc.ABC):
                 "gradients of the same variables, on every rank: make another optimizer or tape for others"
             )
 
-    def _tell_of(self, error: Exception) -> None:
+    def _tell(self, refusal: Mapping[str, Any]) -> None:
         """Let the others know where they are, or will be, that this rank cannot average with them; collective."""
-        if self._carrier is None:
-            return
-        if self._layout is None:
-            verify_same(self._carrier, told(error), f"{self._name}.layout")
-        else:
-            steps = self._total_steps.numpy()
-            self._meeting.tell(Purpose.LAYOUT, steps, steps)
+        assert self._carrier is not None
+        with outside_of_graphs():
+            if self.is_laid_out:
+                steps = self._total_steps.numpy()
+                self._meeting.tell(Purpose.LAYOUT, steps, steps)
+            else:
+                verify_same(self._carrier, refusal, f"{self._name}.layout")
 
     def _average(self, gradients: list[Gradient]) -> list[Gradient]:
         sparse = [gradient for gradient in gradients if isinstance(gradient, tf.IndexedSlices)]
@@ -448,29 +456,29 @@ class CodedGradients(GradientAverager):
         self,
         sparse: list[tf.IndexedSlices],
         met: Records,
-        run_stage: Callable[[int, list[tf.Tensor], tf.Tensor], list[tf.Tensor]],
+        run_stage: Callable[[int, list[tf.Tensor], Round], list[tf.Tensor]],
     ) -> tuple[list[tf.Tensor], list[tf.IndexedSlices]]:
-        """Exchange sparse gradients, and dense ones by ``run_stage(stage, flags of sparse ones, scale)``; return means.
+        """Exchange sparse gradients, and dense ones by ``run_stage(stage, flags of sparse ones, round)``; return means.
 
         That returns the means, and after them something that is there when the verdict is.
         """
         if self.state.residuals is not None:
             when(self._claimed > 0, None, self._claim)
-        scale = tf.ones([]) if self._settings.op == horovod.Sum else met.scale
         steps = self.state.steps.value()
+        round_ = Round(steps, steps, tf.ones([]) if self._settings.op == horovod.Sum else met.scale)
         if len(self._stages) > 1:
             assert self._config.correction is not None
 
             def branch(stage: int) -> Callable[[], list[tf.Tensor]]:
-                return lambda: run_stage(stage, [], scale)
+                return lambda: run_stage(stage, [], round_)
 
             stage = tf.cast(self._config.correction.stage(steps, tf.minimum), tf.int32)
             *means, _ = tf.switch_case(stage, {index: branch(index) for index in range(len(self._stages))})
             return means, []
-        of_rows = self._factor * scale
-        landed = [rows.exchange(gradient, steps, of_rows) for rows, gradient in zip(self._rows, sparse, strict=True)]
+        of_rows = round_._replace(scale=self._factor * round_.scale)
+        landed = [rows.exchange(gradient, of_rows) for rows, gradient in zip(self._rows, sparse, strict=True)]
         # One verdict about all: an error must not leave anything on its way.
-        *means, done = run_stage(0, [each.flags for each in landed], scale)
+        *means, done = run_stage(0, [each.flags for each in landed], round_)
         return means, self._take_rows(landed, done)
 
     def _take_rows(self, landed: Sequence[Landed], done: tf.Tensor) -> list[tf.IndexedSlices]:
@@ -492,17 +500,13 @@ class CodedGradients(GradientAverager):
 
     @hosted
     def _average_stage(
-        self, gradients: list[tf.Tensor], stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor
+        self, gradients: list[tf.Tensor], stage: int, of_rows: list[tf.Tensor], round: Round
     ) -> list[tf.Tensor]:
-        steps = self.state.steps.value()
         channels = self._stages[stage]
         given = [[gradients[i] for i in positions] for positions in self._positions]
         with self._place.here():
             moved = self._advance(gradients, given)
-        exchanged = [
-            channel.exchange(moved[i][1] if moved else given[i], steps, steps, scale=scale)
-            for i, channel in enumerate(channels)
-        ]
+        exchanged = [channel.exchange(moved[i][1] if moved else given[i], round) for i, channel in enumerate(channels)]
         verdict = self._problems.verdict([*of_rows, *(flag for flags in exchanged for flag in flags)])
         result: list[tf.Tensor] = list(gradients)
         with after(verdict):
@@ -523,10 +527,10 @@ class CodedGradients(GradientAverager):
             self._counted_received.assign_add(received)
 
     @hosted
-    def _serve_stage(self, stage: int, of_rows: list[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
+    def _serve_stage(self, stage: int, of_rows: list[tf.Tensor], round: Round) -> list[tf.Tensor]:
         """Do what :meth:`_average_stage` does with nothing to give, and without means."""
-        steps, channels = self.state.steps.value(), self._stages[stage]
-        exchanged = [channel.exchange_nothing(steps, steps, scale=scale) for channel in channels]
+        channels = self._stages[stage]
+        exchanged = [channel.exchange_nothing(round) for channel in channels]
         verdict = self._problems.verdict([*of_rows, *(flag for flags in exchanged for flag in flags)])
         with after(verdict):
             for channel, flags in zip(channels, exchanged, strict=True):
@@ -549,10 +553,8 @@ class CodedGradients(GradientAverager):
         As :meth:`pqasgd_horovod.averaging.gradients.GradientAverager.join`. ``variables`` are those that are trained:
         where no average was made yet, each is taken to have a dense gradient, which the ranks compare.
         """
-        if self._layout is None:
-            specs = describe_variables(variables)
-            self._place = self._choose_place(specs, variables)
-            self._lay_out(specs, variables, layout_of(specs, variables))
+        if not self.is_laid_out:
+            self._prepare(variables, variables)
         own_steps = int(self._total_steps)
         while True:
             agreement, met = self._meeting.meet(Purpose.JOINED, own_steps, own_steps)
@@ -568,7 +570,7 @@ class CodedGradients(GradientAverager):
         if correction is not None and correction.clip_norm is not None:
             squares = [tf.reduce_sum(tf.square(tf.cast(gradient, tf.float64))) for gradient in gradients]
             norm = tf.sqrt(tf.add_n(squares))
-            limit = correction.clip_norm / math.sqrt(1 if self._carrier is None else self._carrier.size)
+            limit = correction.clip_limit(1 if self._carrier is None else self._carrier.size)
             clips = tf.math.is_finite(norm) & (norm > limit)
             clipping = tf.cast(tf.where(clips, limit / norm, tf.ones_like(norm)), tf.float32)
         return [

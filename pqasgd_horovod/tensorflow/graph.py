@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -31,9 +31,15 @@ from .library import ops, register_explainer
 from .places import ON_HOST, Place, on_host
 from .traced import outside_of_graphs
 
-FLOAT_DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 
-Scale = Any  # tf.Tensor or float: what a mean is multiplied by when it has landed; not 1 where ranks are absent
+class Round(NamedTuple):
+    """Which round buckets are exchanged in."""
+
+    step: tf.Tensor
+    number: tf.Tensor
+    scale: Any = (
+        1.0  # tf.Tensor or float: what a mean is multiplied by when it has landed; not 1 where ranks are absent
+    )
 
 
 class Problems:
@@ -73,8 +79,7 @@ class Messages:
     num_elements: int
     digest: int
     seed: int
-    step: tf.Tensor
-    round: tf.Tensor
+    round: Round
     shards: Sequence[Span] | None = None
     names: Names | None = None
     """What the user calls ranks and bucket."""
@@ -94,8 +99,8 @@ class Messages:
             "digest": signed(self.digest),
             "seed": signed(self.seed),
             "shards": [] if self.shards is None else shard_limits(self.shards),
-            "step": self.step,
-            "round": self.round,
+            "step": self.round.step,
+            "round": self.round.number,
         }
 
     def exchange(
@@ -160,11 +165,10 @@ class Messages:
         offset: int,
         bases: Sequence[tf.Tensor],
         note: Callable[[Problem], None],
-        scale: Scale = 1.0,
     ) -> tf.Tensor:
         """Write what the last phase has brought; return flags. ``note`` is told what is wrong, if anything is."""
         with on_host():
-            scale = tf.convert_to_tensor(scale, tf.float32)
+            scale = tf.convert_to_tensor(self.round.scale, tf.float32)
         with self.place.here():
             return ops.pqasgd_land(
                 received=received,
@@ -318,28 +322,16 @@ class GraphChannel:
             limits += [start + own.start, start + own.stop]
         return limits
 
-    def exchange(
-        self,
-        tensors: Sequence[tf.Tensor],
-        step: tf.Tensor,
-        round: tf.Tensor,
-        fragment: int | None = None,
-        scale: Scale = 1.0,
-    ) -> list[tf.Tensor]:
+    def exchange(self, tensors: Sequence[tf.Tensor], round: Round, fragment: int | None = None) -> list[tf.Tensor]:
         """Exchange ``tensors``, those of the plan, or a fragment; return the flags of each bucket, landed then."""
         parts = {bucket: [tensors[i] for i in self.plan.tensors_in(bucket)] for bucket in self._buckets(fragment)}
-        return [self.exchange_part(bucket, part, step, round, scale) for bucket, part in parts.items()]
+        return [self.exchange_part(bucket, part, round) for bucket, part in parts.items()]
 
-    def exchange_vector(
-        self, vector: tf.Tensor, step: tf.Tensor, round: tf.Tensor, fragment: int | None = None, scale: Scale = 1.0
-    ) -> list[tf.Tensor]:
+    def exchange_vector(self, vector: tf.Tensor, round: Round, fragment: int | None = None) -> list[tf.Tensor]:
         """Do the same with all tensors end to end."""
-        buckets = self._buckets(fragment)
-        return [self.exchange_part(bucket, [vector], step, round, scale, first=0) for bucket in buckets]
+        return [self.exchange_part(bucket, [vector], round, first=0) for bucket in self._buckets(fragment)]
 
-    def exchange_nothing(
-        self, step: tf.Tensor, round: tf.Tensor, fragment: int | None = None, scale: Scale = 1.0
-    ) -> list[tf.Tensor]:
+    def exchange_nothing(self, round: Round, fragment: int | None = None) -> list[tf.Tensor]:
         """Do the same with zeros, for a rank that is absent, which keeps what was not sent before."""
         if not self._of_absent:
             with outside_of_graphs(), self.place.here():  # for what expects a residual; of zeros nothing is left
@@ -353,7 +345,7 @@ class GraphChannel:
             with self.place.here():
                 zeros = tf.zeros([self.plan.sizes[bucket]])
             source = {"tensors": [zeros], "anchors": [], "start": 0, "anchor_offset": self.plan.starts[bucket]}
-            flags.append(self.exchange_bucket(bucket, source, residuals, step, round, scale))
+            flags.append(self.exchange_bucket(bucket, source, residuals, round))
         return flags
 
     @property
@@ -362,39 +354,31 @@ class GraphChannel:
         return 1
 
     def exchange_part(
-        self,
-        bucket: int,
-        tensors: Sequence[tf.Tensor],
-        step: tf.Tensor,
-        round: tf.Tensor,
-        scale: Scale = 1.0,
-        first: int | None = None,
+        self, bucket: int, tensors: Sequence[tf.Tensor], round: Round, first: int | None = None
     ) -> tf.Tensor:
         """Exchange one bucket, to which ``tensors`` belong, wholly or in part; return its flags.
 
         ``first`` is where they begin in the vector: None, where the bucket's first tensor does.
         """
-        return self.exchange_bucket(bucket, self._source(bucket, tensors, first), self._residuals, step, round, scale)
+        return self.exchange_bucket(bucket, self._source(bucket, tensors, first), self._residuals, round)
 
     def exchange_bucket(
         self,
         bucket: int,
         source: dict[str, Any],
         residuals: Sequence[tuple[tf.Variable, tf.Variable]],
-        step: tf.Tensor,
-        round: tf.Tensor,
-        scale: Scale,
+        round: Round,
     ) -> tf.Tensor:
         """Exchange one bucket, whose numbers are in ``source``; return its flags."""
         plan = self.plan
         messages = Messages(
             f"{plan.name}.b{bucket}", plan.codec, self._second_codec, self._carrier, bucket, plan.sizes[bucket],
-            self._digest, plan.seed, step, round, self._shards(bucket) if plan.method == "two_phase" else None,
+            self._digest, plan.seed, round, self._shards(bucket) if plan.method == "two_phase" else None,
             place=self.place,
         )  # fmt: skip
         start = plan.starts[bucket]
         received = messages.exchange(source, residuals, start)
-        return messages.land(received, self.arriving, start, self._base(), self._problems.note, scale)
+        return messages.land(received, self.arriving, start, self._base(), self._problems.note)
 
     def _source(self, bucket: int, tensors: Sequence[tf.Tensor], first: int | None) -> dict[str, Any]:
         """Return the inputs and attributes that say where the numbers of a bucket are."""

@@ -13,7 +13,7 @@ from ..averaging.channel import ChannelPlan
 from ..averaging.vector import FlatLayout
 from ..errors import ArgumentError
 from .carrier import HorovodCarrier
-from .graph import GraphChannel, Problems, Scale, signed
+from .graph import GraphChannel, Problems, Round, signed
 from .library import ops
 from .nodes import NodeChannel
 from .places import ON_HOST, Place
@@ -72,9 +72,7 @@ class LowRankChannel(GraphChannel):
         bucket: int,
         source: dict[str, Any],
         residuals: Sequence[tuple[tf.Variable, tf.Variable]],
-        step: tf.Tensor,
-        round: tf.Tensor,
-        scale: Scale,
+        round: Round,
     ) -> tf.Tensor:
         """Exchange both factors of one bucket, whose numbers are in ``source``; return its flags."""
         (residual, next_residual), (starts, next_starts) = residuals
@@ -85,6 +83,7 @@ class LowRankChannel(GraphChannel):
             "left_offset": self._left.plan.starts[bucket],
             "right_offset": self._right.plan.starts[bucket],
         }
+        of_factors = round._replace(scale=1.0)
         with self.place.here():
             own_left = ops.pqasgd_project(
                 starts=starts.handle,
@@ -92,16 +91,16 @@ class LowRankChannel(GraphChannel):
                 **source,
                 **attributes,
             )
-        left_flags = self._left.exchange_part(bucket, [own_left], step, round)
+        left_flags = self._left.exchange_part(bucket, [own_left], of_factors)
         with self.place.here():
             own_right = ops.pqasgd_backproject(
                 flags=left_flags, left=self._left.arriving.handle, next_residual=next_residual.handle, **attributes
             )
-        right_flags = self._right.exchange_part(bucket, [own_right], step, round)
+        right_flags = self._right.exchange_part(bucket, [own_right], of_factors)
         with self.place.here():
             return ops.pqasgd_reconstruct(
-                step=step,
-                scale=scale,
+                step=round.step,
+                scale=round.scale,
                 left_flags=left_flags,
                 right_flags=right_flags,
                 own_right=own_right,

@@ -15,7 +15,7 @@ from ..exchange.plan import bytes_inside_node, bytes_of_rank
 from ..exchange.verdict import FLAGGED, Names, Problem
 from ..native import cuda
 from .carrier import HorovodCarrier
-from .graph import GraphChannel, Messages, Scale
+from .graph import GraphChannel, Messages, Round
 from .library import ops
 
 logger = logging.getLogger("pqasgd_horovod")
@@ -86,17 +86,13 @@ class NodeChannel(GraphChannel):
         bucket: int,
         source: dict[str, Any],
         residuals: Sequence[tuple[tf.Variable, tf.Variable]],
-        step: tf.Tensor,
-        round: tf.Tensor,
-        scale: Scale,
+        round: Round,
     ) -> tf.Tensor:
         """Exchange one bucket, whose numbers are in ``source``; return its flags."""
         plan, nodes, start = self.plan, self._nodes, self.plan.starts[bucket]
         common: dict[str, Any] = {
             "num_elements": plan.sizes[bucket],
             "digest": self._digest,
-            "step": step,
-            "round": round,
             "place": self.place,
         }
         plain, local, across = NoCompression(), _carrier_of(nodes.local), _carrier_of(nodes.across)
@@ -109,6 +105,7 @@ class NodeChannel(GraphChannel):
             bucket,
             seed=plan.seed,
             shards=cut,
+            round=round,
             **common,
         )
         message, flags, mean = inside.mean(source, [], start)
@@ -119,6 +116,7 @@ class NodeChannel(GraphChannel):
                 # Their buckets begin at 0 on every rank of a node: another seed keeps the rounding noise apart.
                 seed=(plan.seed + (local.rank << 32)) % 2**64,
                 shards=self._shards(bucket) if plan.method == "two_phase" else None,
+                round=round._replace(scale=1.0),
                 names=Names(nodes.across_ranks, range(local.rank, len(plan.sizes), local.size), of_nodes=True),
                 **common,
             )  # fmt: skip
@@ -131,7 +129,7 @@ class NodeChannel(GraphChannel):
                     flags=verdict, arriving=self.arriving.handle, offset=start, **inside.attributes
                 )
         received = inside.send_to_all(message, "p2")
-        return inside.land(received, self.arriving, start, self._base(), self._note, scale)
+        return inside.land(received, self.arriving, start, self._base(), self._note)
 
     def _note(self, problem: Problem) -> None:
         """Take note of what all nodes know; inside a node ranks know more, but not the same."""

@@ -7,20 +7,20 @@ made from its configuration, as Horovod does it.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
 import numpy as np
 import tensorflow as tf
-from horovod.tensorflow import mpi_ops
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
-from ..averaging.construction import Membership, construct_together
+from ..averaging.construction import Membership, construct_together, registered_process_set
 from ..averaging.devices import check_anchor_device
 from ..averaging.feedback import Feedback, MomentumCorrection, check_no_momentum, check_not_stock, feedback_from_config
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
@@ -28,7 +28,7 @@ from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..averaging.together import Telling, refused_together
 from ..codecs.base import check_integer
-from ..errors import ArgumentError
+from ..errors import ArgumentError, MismatchError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from ..exchange.carriers.nodes import NodesCarrier
@@ -83,52 +83,70 @@ class DistributedMethods(_Inner):
     @as_written
     def build(self, variables: Sequence[Any]) -> None:
         """Make the optimizer's variables, and agree with the other ranks on what is averaged; collective."""
+        if self.built:
+            return
+        variables, averager = list(variables), self._pqasgd_averager.value
+        with self._until_agreed():
+            with refused_together(_outside(self._pqasgd_membership.value.tell_in_layout)):
+                self._place_settings(variables)
+                super().build(variables)
+                buffers = self._prepare_averages(variables)
+            if isinstance(averager, PeriodicAverager):
+                trained = [v for v in variables if not self._is_local(v)]
+                averager.build(trained, buffers, _moments_of(self))
+                self._pqasgd_state = averager.state
+
+    @contextlib.contextmanager
+    def _until_agreed(self, final: type[Exception] = Exception) -> Iterator[None]:
+        """Do what ranks do until they have agreed on what is averaged: a ``final`` error before that is the end.
+
+        All of them have one then, and Keras cannot build again what it has built in part; so none may try again, and
+        wait for the others.
+        """
+        self._check_usable()
+        try:
+            yield
+        except final as error:
+            if not self._pqasgd_averager.value.is_laid_out:
+                self._pqasgd_failure.value = f"{type(error).__name__}: {error}"
+                self.built = False
+            raise
+
+    def _check_usable(self) -> None:
         if self._pqasgd_failure.value is not None:
             raise ArgumentError(
                 f"the optimizer could not be built, for {self._pqasgd_failure.value}; make another one, on every rank"
             )
-        if self.built:
-            return
-        variables = list(variables)
+
+    def _place_settings(self, variables: list[Any]) -> None:
+        """Find the variables that settings are about."""
         settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
-        membership = self._pqasgd_membership.value
-        with outside_of_graphs(), refused_together(membership.tell_in_layout):
-            settings["groups"] = place_groups(settings["groups"], variables)
-            if settings["policy"]:
-                check_names(settings["policy"], describe_variables(variables))
+        settings["groups"] = place_groups(settings["groups"], variables)
+        if settings["policy"]:
+            check_names(settings["policy"], describe_variables(variables))
         if isinstance(averager, GradientAverager):
             averager.regroup(settings["groups"])
-        try:
-            with refused_together(_outside(membership.tell_in_layout)):
-                super().build(variables)
-            self._build_averages(variables)
-        except Exception as error:  # some of it is there now, on every rank
-            self._pqasgd_failure.value = f"{type(error).__name__}: {error}"
-            self.built = False
-            raise
 
-    def _build_averages(self, variables: list[Any]) -> None:
-        settings, averager = self._pqasgd_settings.value, self._pqasgd_averager.value
-        with outside_of_graphs():
-            if settings["backward_passes_per_step"] > 1:
+    def _prepare_averages(self, variables: list[Any]) -> list[Any]:
+        """Make what Keras does not; return the buffers that are averaged."""
+        if self._pqasgd_settings.value["backward_passes_per_step"] > 1:
+            with outside_of_graphs():
                 self._pqasgd_sums = [
                     tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in map(unwrap, variables)
                 ]
                 self._pqasgd_passes = counter("backward_passes")
-            model = self._find_model()
-            if model is not None and getattr(model, "jit_compile", False):
-                logger.warning("jit_compile=%s is set to False: XLA cannot compile Horovod's ops", model.jit_compile)
-                model.jit_compile = False
-            if isinstance(averager, PeriodicAverager):
-                trained = [v for v in variables if not self._is_local(v)]
-                averager.build(trained, self._find_buffers(model, averager.averaging.buffers), _moments_of(self))
-                self._pqasgd_state = averager.state
+        model, averager = self._find_model(), self._pqasgd_averager.value
+        if model is not None and getattr(model, "jit_compile", False):
+            logger.warning("jit_compile=%s is set to False: XLA cannot compile Horovod's ops", model.jit_compile)
+            model.jit_compile = False
+        return self._find_buffers(model, averager.averaging.buffers) if isinstance(averager, PeriodicAverager) else []
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Update the variables with ``grads``, and average as the schedule says."""
         if len(grads) == 0:
             return
         if not self.built:
+            self._check_usable()
             if trainable_variables is None:
                 raise ArgumentError(
                     "trainable_variables is None and the optimizer is not built: pass the variables, or call "
@@ -178,7 +196,7 @@ class DistributedMethods(_Inner):
                 averager.count_step(learning_rate)
             return
         shared = [i for i, variable in enumerate(variables) if not self._is_local(variable)]
-        means = averager.average([grads[i] for i in shared], [variables[i] for i in shared])
+        means = self._average([grads[i] for i in shared], [variables[i] for i in shared])
         if self._pqasgd_settings.value["scale_local_gradients"]:
             carrier = self._pqasgd_membership.value.carrier
             grads = [g if g is None or carrier is None else scaled(g, 1.0 / carrier.size) for g in grads]
@@ -186,11 +204,18 @@ class DistributedMethods(_Inner):
             grads[i] = mean
         super().apply(grads, variables)
 
+    @as_written
+    def _average(self, grads: list[Any], variables: list[Any]) -> list[Any]:
+        averager, carrier = self._pqasgd_averager.value, self._pqasgd_membership.value.carrier
+        with contextlib.nullcontext() if carrier is None else self._until_agreed():
+            means: list[Any] = averager.average(grads, variables)
+        return means
+
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """At the end of ``fit``: average what is left of a period, and the moving averages of parameters, if any."""
         self.flush()
         carrier = self._pqasgd_membership.value.carrier
-        updater = self.inner_optimizer if _scales_loss(self) else self
+        updater = _updater_of(self)
         if carrier is not None and updater.use_ema:
             averages = list(map(unwrap, updater._model_variables_moving_average))
             _assign_plain_means(averages, f"{self._pqasgd_membership.value.name}.ema", carrier)
@@ -323,7 +348,8 @@ class DistributedMethods(_Inner):
             last = averager.join()
             self._catch_up(averager.num_steps - before)
         elif membership.carrier is not None:
-            last, uneven = averager.join(list(self._trainable_variables))
+            with self._until_agreed():
+                last, uneven = averager.join(list(self._trainable_variables))
             if uneven:
                 self._take_over(membership.carrier, last)
         return horovod.rank() if membership.carrier is None else int(membership.carrier.process_set.ranks[last])
@@ -352,7 +378,8 @@ class DistributedMethods(_Inner):
         if self.built:
             return
         membership = self._pqasgd_membership.value
-        with refused_together(membership.tell_in_layout):
+        # Where no rank can, which is no MismatchError, all can build and try again.
+        with self._until_agreed(MismatchError), refused_together(membership.tell_in_layout):
             model = self._find_model()
             if model is None or not model.built:
                 raise ArgumentError(
@@ -364,13 +391,13 @@ class DistributedMethods(_Inner):
 
     def _catch_up(self, missed: int) -> None:
         """Let a learning rate schedule go on from the steps of all ranks."""
-        updater = self.inner_optimizer if _scales_loss(self) else self
+        updater = _updater_of(self)
         if isinstance(updater._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             updater.iterations.assign_add(missed * self._pqasgd_settings.value["backward_passes_per_step"])
 
     def _take_over(self, carrier: HorovodCarrier, last: int) -> None:
         """Take over parameters and the optimizer's state, without hyper-parameters, of one rank; collective."""
-        updater = self.inner_optimizer if _scales_loss(self) else self
+        updater = _updater_of(self)
         state = [v for v in self.variables if v is not updater._learning_rate]
         root_rank = int(carrier.process_set.ranks[last])
         broadcast_variables([*self._trainable_variables, *state], root_rank, carrier.process_set)
@@ -408,6 +435,7 @@ class DistributedMethods(_Inner):
         """Return the model that was compiled with this optimizer, or was named at construction."""
         if self._pqasgd_model.value is not None:
             return self._pqasgd_model.value
+        # Keras tells an optimizer nothing of its model. This is done once, and takes about as long as a collection.
         for candidate in gc.get_objects():
             kind = type(candidate)
             if issubclass(kind, keras.optimizers.LossScaleOptimizer) and candidate.inner_optimizer is self:
@@ -427,9 +455,9 @@ class DistributedMethods(_Inner):
         if model is None:
             if self._pqasgd_membership.value.carrier is not None and horovod.rank() == 0:
                 logger.warning(
-                    "no model was compiled with this optimizer, so BatchNormalization's moving statistics are not "
-                    "known and not averaged: pass model=model, or averaging=PeriodicAveraging(period=..., "
-                    "buffers='local') if that is meant"
+                    "no model was found that is compiled with this optimizer (after gc.freeze() none is), so "
+                    "BatchNormalization's moving statistics are not known and not averaged: pass model=model, or "
+                    "averaging=PeriodicAveraging(period=..., buffers='local') if that is meant"
                 )
             return []
         found: list[Any] = []
@@ -536,15 +564,13 @@ def _from_settings(optimizer: Any, settings: dict[str, Any], custom_objects: Any
 def _process_set_of(ranks: Sequence[int] | None) -> Any:
     if ranks is None:
         return horovod.global_process_set
-    for number, members in mpi_ops._basics._get_process_set_ids_and_ranks().items():
-        if list(members) == list(ranks):
-            process_set = horovod.ProcessSet(ranks)
-            process_set.process_set_id = number
-            return process_set
-    raise ArgumentError(
-        f"the optimizer was saved with process_set of ranks {list(ranks)}, which is not registered: pass it to "
-        "hvd.init(process_sets=[...]), or add it with hvd.add_process_set, before the model is loaded"
-    )
+    process_set = registered_process_set(horovod, ranks)
+    if process_set is None:
+        raise ArgumentError(
+            f"the optimizer was saved with process_set of ranks {list(ranks)}, which is not registered: pass it to "
+            "hvd.init(process_sets=[...]), or add it with hvd.add_process_set, before the model is loaded"
+        )
+    return process_set
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -576,14 +602,14 @@ def check_op(op: Any, averaging: PeriodicAveraging, stock: bool, gradient_prediv
 
 def _moments_of(optimizer: Any) -> list[Any]:
     """Return what a built optimizer keeps of its variables, but for copies of them and sums of gradients."""
-    updater = optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
+    updater = _updater_of(optimizer)
     names = ("_learning_rate", "_u_product", "_accumulated_gradients", "_model_variables_moving_average")
     others = [id(other) for other in tf.nest.flatten([getattr(updater, name, None) for name in names])]
     return [v for v in updater.variables if keras.backend.is_float_dtype(v.dtype) and id(v) not in others]
 
 
 def _check_moments(optimizer: Any, policy: str) -> None:
-    updater = optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
+    updater = _updater_of(optimizer)
     counts = any(hasattr(updater, name) for name in ("beta_2", "adam_beta_2", "beta_2_decay"))
     if policy == "reset" and counts and not isinstance(updater, keras.optimizers.Lion):
         raise ArgumentError(
@@ -606,6 +632,11 @@ def _check_momentum(feedback: Feedback | None, optimizer: Any) -> None:
 
 def _scales_loss(optimizer: Any) -> bool:
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def _updater_of(optimizer: Any) -> Any:
+    """Return what changes variables: the optimizer, or the one in it that gets gradients without a scale."""
+    return optimizer.inner_optimizer if _scales_loss(optimizer) else optimizer
 
 
 def distribute(

@@ -24,7 +24,7 @@ from ..exchange.plan import num_parts
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .delayed import DelayedExchange
-from .graph import GraphChannel, Problems
+from .graph import GraphChannel, Problems, Round
 from .library import ops
 from .low_rank import make_channel
 from .meeting import Meeting, MeetingPoint, Records
@@ -160,6 +160,8 @@ class PeriodicAverager:
         self._of_fragments: dict[int, Callable[[], None]] = {}
         self._traced = Traced()
         self.state: PeriodicState | None = None
+        self.is_laid_out = False
+        """Whether the ranks have agreed on what is averaged."""
 
     @as_written
     def build(self, parameters: Sequence[Any], buffers: Sequence[Any] = (), moments: Sequence[Any] = ()) -> None:
@@ -180,6 +182,7 @@ class PeriodicAverager:
         specs, digest, place = self._agree_on_layout(parameters, buffers)
         with succeed_together(self._carrier, f"{self._name}.memory"):
             self._build_agreed(parameters, buffers, specs, digest, place)
+        self.is_laid_out = True
 
     def _build_agreed(
         self, parameters: Sequence[Any], buffers: Sequence[Any], specs: list[VariableSpec], digest: int, place: Place
@@ -456,9 +459,9 @@ class PeriodicAverager:
         rate = tf.cast(self.state.pending_learning_rate.value(), tf.float32)
         met = self._meeting.agree(Purpose.AVERAGE, steps, rounds, self._detail(rate))
         with after(met.words):
-            scale = met.scale
+            round_ = Round(steps, rounds, met.scale)
             flags = [
-                channel.exchange_vector(snapshot.value(), steps, rounds, fragment, scale)
+                channel.exchange_vector(snapshot.value(), round_, fragment)
                 for channel, snapshot in zip(self._channels, self.state.snapshots, strict=True)
             ]
         all_flags = [flag for of_channel in flags for flag in of_channel]
@@ -563,12 +566,12 @@ class PeriodicAverager:
         assert self.state is not None
         began = ops.pqasgd_clock()
         with after(began):
-            step, round_ = self.state.steps.value(), self.state.rounds.value()
             scale = 1.0 if met is None else met.scale
+            round_ = Round(self.state.steps.value(), self.state.rounds.value(), scale)
             flags = [
-                channel.exchange_nothing(step, round_, fragment, scale)
+                channel.exchange_nothing(round_, fragment)
                 if absent
-                else channel.exchange([variable.value() for variable in members], step, round_, fragment, scale)
+                else channel.exchange([variable.value() for variable in members], round_, fragment)
                 for channel, members in zip(self._channels, self._members, strict=True)
             ]
         coefficients = self._coefficients(self._learning_rate.value())

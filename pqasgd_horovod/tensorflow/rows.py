@@ -13,7 +13,7 @@ from ..exchange.carriers import Bytes
 from ..exchange.rows import payload_nbytes
 from ..exchange.verdict import explain
 from .carrier import HorovodCarrier, allgather
-from .graph import Problems, Scale, own_header, signed
+from .graph import Problems, Round, own_header, signed
 from .library import ops, register_explainer
 from .places import hosted
 
@@ -51,19 +51,19 @@ class GraphRows:
         }
 
     @hosted
-    def exchange(self, gradient: tf.IndexedSlices, step: tf.Tensor, scale: Scale) -> Landed:
-        """Exchange a gradient; the mean is multiplied by ``scale``."""
+    def exchange(self, gradient: tf.IndexedSlices, round: Round) -> Landed:
+        """Exchange a gradient."""
         rows, values = _rising(gradient, self._spec.table.row_size)
         kept = tf.zeros([0]) if self._residual is None else tf.gather(self._residual.value(), rows)
         message, left = ops.pqasgd_pack_rows(
-            step=step, round=step, rows=rows, values=values, kept=kept, **self._attributes
+            step=round.step, round=round.number, rows=rows, values=values, kept=kept, **self._attributes
         )
         received = allgather(message, self._name, self._carrier.process_set)
         numbers, means, flags = ops.pqasgd_land_rows(
-            step=step,
-            round=step,
+            step=round.step,
+            round=round.number,
             received=received,
-            scale=scale,
+            scale=round.scale,
             explainer=register_explainer(self._explain),
             **self._attributes,
         )

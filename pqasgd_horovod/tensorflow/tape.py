@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import horovod.tensorflow as horovod
@@ -18,12 +19,12 @@ from ..averaging.construction import Membership, check_process_set, construct_to
 from ..averaging.feedback import Feedback, check_not_stock
 from ..averaging.meeting import Purpose
 from ..averaging.policy import Rule, describe_pattern, make_policy
-from ..averaging.together import NO_ERROR, told
+from ..averaging.together import NO_ERROR, refused_together
 from ..errors import ArgumentError, DesynchronizedError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
 from ..exchange.carriers import Bytes
-from ..exchange.handshake import describe_difference
+from ..exchange.handshake import describe_difference, verify_same
 from ..exchange.wire import format_by_rank
 from .carrier import HorovodCarrier
 from .compression import CodecCompressor, Compression, codec_of, vector_codec_of
@@ -74,17 +75,13 @@ class _Tapes:
     @as_written
     def averager_of(self, sources: list[Any], gradients: list[Any], settings: dict[str, Any]) -> GradientAverager:
         """Return what averages such gradients: made once, though a tape is made in every step."""
-        try:
+        with self.refused_together():
             specs, config = describe_variables(sources), settings["config"]
             layout = layout_of(specs, gradients)
             check_some(gradients)
             config.check_names(specs)
             identity = ((*layout, json.dumps(config.describe_codecs(specs))), *_identity(settings))
             self._check_compressor(identity, settings["compressor"])
-        except ArgumentError as error:
-            with outside_of_graphs():
-                self._refuse(error)
-            raise
         if identity not in self.averagers:
             with outside_of_graphs():
                 averager = self._construct(layout, settings)
@@ -101,11 +98,18 @@ class _Tapes:
                 "of your own has to be made once, outside of the traced function"
             )
 
-    def _refuse(self, error: ArgumentError) -> None:
-        """Let the others know, whatever they are about to do, that this rank cannot go on; collective."""
-        self._meet(told(error))
-        with construct_together(Membership(horovod, self._process_set, HorovodCarrier)):
-            raise error
+    def refused_together(self) -> AbstractContextManager[None]:
+        """Let the others, whatever they are about to do, know of an error because of which this rank cannot go on."""
+        carrier = self.carrier
+        if carrier is None:
+            return refused_together(None)
+
+        def tell(refusal: Mapping[str, Any]) -> None:
+            with outside_of_graphs():
+                self._meet(refusal)
+                verify_same(carrier, refusal, Membership(horovod, self._process_set, HorovodCarrier).name)
+
+        return refused_together(tell)
 
     def _construct(self, layout: list[tuple[str, str]], settings: dict[str, Any]) -> GradientAverager:
         _, gradients, kind = _identity(settings)
@@ -131,7 +135,7 @@ class _Tapes:
         self.lists.append(description)
         return averager
 
-    def _meet(self, description: dict[str, Any]) -> _TapeMeeting | None:
+    def _meet(self, description: Mapping[str, Any]) -> _TapeMeeting | None:
         """Go on if every rank has a list of variables that is new to it, or raise the same error on all of them."""
         if self.carrier is None:
             return None
@@ -143,7 +147,7 @@ class _Tapes:
 class _TapeMeeting(Meeting):
     """Where all tapes meet, for one list of variables: a rank also says which list it is, and describes a new one."""
 
-    def __init__(self, tapes: _Tapes, carrier: HorovodCarrier, description: dict[str, Any]) -> None:
+    def __init__(self, tapes: _Tapes, carrier: HorovodCarrier, description: Mapping[str, Any]) -> None:
         super().__init__(carrier, "pqasgd.tapes")
         self._tapes = tapes
         self._index = len(tapes.lists)
@@ -185,6 +189,15 @@ class _TapeMeeting(Meeting):
 
 
 _tapes: dict[tuple[int, ...], _Tapes] = {}
+
+
+def _tapes_of(process_set: Any) -> _Tapes:
+    check_process_set(horovod, process_set)
+    identity = (process_set.process_set_id, *process_set.ranks)
+    if identity not in _tapes:
+        with outside_of_graphs():
+            _tapes[identity] = _Tapes(process_set)
+    return _tapes[identity]
 
 
 class _DistributedTape:
@@ -234,16 +247,8 @@ class _DistributedTape:
         return tf.nest.pack_sequence_as(sources, gradients)
 
     def _average(self, gradients: list[Any], sources: list[Any]) -> list[Any]:
-        return self._tapes().averager_of(sources, gradients, self._settings).average(gradients, sources)
-
-    def _tapes(self) -> _Tapes:
-        process_set = self._settings["process_set"]
-        check_process_set(horovod, process_set)
-        identity = (process_set.process_set_id, *process_set.ranks)
-        if identity not in _tapes:
-            with outside_of_graphs():
-                _tapes[identity] = _Tapes(process_set)
-        return _tapes[identity]
+        tapes = _tapes_of(self._settings["process_set"])
+        return tapes.averager_of(sources, gradients, self._settings).average(gradients, sources)
 
     def join(self) -> NoReturn:
         """Raise ArgumentError: who joins takes over parameters and moments at the end, of which a tape has none."""
@@ -256,9 +261,14 @@ class _DistributedTape:
     def communication_stats(self) -> dict[str, Any]:
         """Return running totals of all tapes with the same settings, as an optimizer's."""
         identity = _identity(self._settings)
-        averagers = [averager for key, averager in self._tapes().averagers.items() if key[1:] == identity]
+        tapes = _tapes_of(self._settings["process_set"])
+        averagers = [averager for key, averager in tapes.averagers.items() if key[1:] == identity]
         if len(averagers) != 1:
-            raise ArgumentError(f"communication_stats: {len(averagers)} lists of variables have gone through this tape")
+            raise ArgumentError(
+                f"communication_stats() was called on a tape with settings by which {len(averagers)} lists of "
+                "variables were averaged; it must be one: call it after gradient(), and tell tapes of other variables "
+                "apart by their seed"
+            )
         return averagers[0].communication_stats()
 
 
@@ -275,6 +285,7 @@ def _identity(settings: dict[str, Any]) -> tuple[Any, ...]:
     return (dataclasses.replace(config, policy=rules), gradients, kind)
 
 
+@as_written
 def DistributedGradientTape(
     gradtape: tf.GradientTape,
     device_dense: str = "",
@@ -311,44 +322,46 @@ def DistributedGradientTape(
     >>> float(tape.gradient(y, x))
     6.0
     """
-    codec = codec_of(compression)
-    second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
-    rules = make_policy(policy, codec_of)
-    if codec is None and rules:
-        raise ArgumentError(f"compression is {compression!r} with a policy; it must be one of Compression then")
-    stock = not rules and (codec is None or codec.commutes_with_sum)
-    check_op(op, PeriodicAveraging(period=1), stock, gradient_predivide_factor)
-    config = ExchangeConfig(
-        codec or Compression.none.codec,
-        second_codec,
-        exchange,
-        small_tensor_threshold,
-        bucket_cap_mb,
-        seed,
-        nonfinite,
-        feedback,
-        rules,
-    )
-    if stock:
-        check_not_stock(feedback, compression)
-    settings = {
-        "stock": stock,
-        "config": config,
-        "compressor": compression if codec is None else CodecCompressor(codec),
-        "gradients": GradientSettings(
-            op,
-            gradient_predivide_factor,
-            check_groups(groups, num_groups),
-            sparse_as_dense,
-            device_dense,
-            device_sparse,
-        ),
-        "process_set": process_set,
-        "scale_local_gradients": scale_local_gradients,
-    }
+    with _tapes_of(process_set).refused_together():
+        codec = codec_of(compression)
+        second_codec = None if second_compression is None else vector_codec_of(second_compression, "second_compression")
+        rules = make_policy(policy, codec_of)
+        if codec is None and rules:
+            raise ArgumentError(f"compression is {compression!r} with a policy; it must be one of Compression then")
+        stock = not rules and (codec is None or codec.commutes_with_sum)
+        check_op(op, PeriodicAveraging(period=1), stock, gradient_predivide_factor)
+        config = ExchangeConfig(
+            codec or Compression.none.codec,
+            second_codec,
+            exchange,
+            small_tensor_threshold,
+            bucket_cap_mb,
+            seed,
+            nonfinite,
+            feedback,
+            rules,
+        )
+        if stock:
+            check_not_stock(feedback, compression)
+        settings = {
+            "stock": stock,
+            "config": config,
+            "compressor": compression if codec is None else CodecCompressor(codec),
+            "gradients": GradientSettings(
+                op,
+                gradient_predivide_factor,
+                check_groups(groups, num_groups),
+                sparse_as_dense,
+                device_dense,
+                device_sparse,
+            ),
+            "process_set": process_set,
+            "scale_local_gradients": scale_local_gradients,
+        }
     return _DistributedTape(gradtape, settings)
 
 
+@as_written
 def PartialDistributedGradientTape(
     gradtape: tf.GradientTape,
     device_dense: str = "",
@@ -378,9 +391,10 @@ def PartialDistributedGradientTape(
     [TensorShape([2, 1]), TensorShape([1])]
     """
     layers = [local_layers] if isinstance(local_layers, keras.Layer) else list(local_layers or ())
-    for layer in layers:
-        if not isinstance(layer, keras.Layer):
-            raise ArgumentError(f"local_layers has {layer!r}; it must be Keras layers, or one")
+    with _tapes_of(process_set).refused_together():
+        for layer in layers:
+            if not isinstance(layer, keras.Layer):
+                raise ArgumentError(f"local_layers has {layer!r}; it must be Keras layers, or one")
     tape = DistributedGradientTape(
         gradtape,
         device_dense,

@@ -96,9 +96,8 @@ def test_what_is_refused(options, text):
     if is_built:
         apply(optimizer, variables, [0])
     assert re.search(text, assert_raises_everywhere("ArgumentError", optimizer.join))
-    if is_built:
-        apply(optimizer, variables, [1])  # and training goes on
-        assert is_local or not differ(values(variables))
+    apply(optimizer, variables, [1])  # and training goes on, or begins
+    assert is_local or not differ(values(variables)) or "period" in options
 
 
 def test_a_tape_is_refused_with_what_to_take():
@@ -114,6 +113,18 @@ def test_a_rank_that_cannot_build_is_an_error_on_those_that_step(period):
     act = functools.partial(apply, optimizer, variables, [0]) if hvd.rank() else optimizer.join
     text = assert_raises_everywhere("MismatchError", act)
     assert "optimizer.build(model.trainable_variables)" in text
+    again = functools.partial(apply, optimizer, variables, [0])
+    assert "make another one" in assert_raises_everywhere("ArgumentError", again)
+
+
+@several_ranks
+def test_a_rank_that_joins_with_what_it_cannot_average_is_an_error_on_those_that_step():
+    variables = [tf.Variable(tf.ones([3], tf.float32 if hvd.rank() else tf.complex64), name="v")]
+    optimizer = wrap(compression=EDEN4)
+    optimizer.build(variables)
+    act = functools.partial(apply, optimizer, variables, [0], lambda step: [np.ones(3, np.float32)])
+    text = assert_raises_everywhere("MismatchError", act if hvd.rank() else optimizer.join)
+    assert "has dtype complex64" in text
 
 
 @several_ranks

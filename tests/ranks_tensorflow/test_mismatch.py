@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
 from pqasgd_horovod.errors import ArgumentError, CollectiveTimeoutError, MismatchError
+from pqasgd_horovod.tensorflow import optimizer as pqasgd_optimizer
 from tests.ranks_tensorflow.common import (
     EDEN2,
     EDEN4,
@@ -100,6 +101,74 @@ def test_a_variable_that_only_one_rank_cannot_average(options):
     optimizer = wrap(**options)
     text = assert_raises_everywhere("MismatchError", lambda: optimizer.apply_gradients(pairs))
     assert "has dtype complex64" in text
+    refuse_again(optimizer, make_variables())
+
+
+class Short(keras.optimizers.SGD):
+    """Rank 0 has no memory for Keras' own variables."""
+
+    def build(self, variables):
+        super().build(variables)
+        if hvd.rank() == 0:
+            raise MemoryError("planted")
+
+
+def no_counter(name):
+    raise MemoryError("planted")
+
+
+def refuse_again(optimizer, variables):
+    text = assert_raises_everywhere("ArgumentError", lambda: apply(optimizer, variables, [0]))
+    assert text.startswith("ArgumentError: the optimizer could not be built, for MismatchError: ")
+    assert text.endswith("make another one, on every rank")
+
+
+PERIODS = pytest.mark.parametrize(
+    "options", [{"period": 3}, {"compression": EDEN4}, {}], ids=["period3", "coded", "stock"]
+)
+
+
+@PERIODS
+def test_a_rank_alone_that_cannot_build_and_a_second_try(options):
+    variables, optimizer = make_variables(), wrap(Short(0.1), **options)
+    text = assert_raises_everywhere("MismatchError", lambda: apply(optimizer, variables, [0]))
+    assert "MemoryError: planted" in text
+    refuse_again(optimizer, variables)
+    with pytest.raises(ArgumentError, match="make another one"):
+        optimizer.apply(list(map(tf.constant, gradients_of(0))))
+    with pytest.raises(ArgumentError, match=r"make another one|where Horovod averages"):
+        optimizer.join()
+
+
+@PERIODS
+def test_likewise_in_fit(options):
+    model = compiled(wrap(Short(0.1), **options))
+    assert "MemoryError: planted" in assert_raises_everywhere("MismatchError", lambda: fit(model, 1))
+    assert "make another one" in assert_raises_everywhere("ArgumentError", lambda: fit(model, 1))
+
+
+@PERIODS
+def test_likewise_without_memory_for_sums(options, monkeypatch):
+    variables, optimizer = make_variables(), wrap(backward_passes_per_step=2, **options)
+    if hvd.rank() == 0:
+        monkeypatch.setattr(pqasgd_optimizer, "counter", no_counter)
+    text = assert_raises_everywhere("MismatchError", lambda: apply(optimizer, variables, range(2)))
+    assert "MemoryError: planted" in text
+    monkeypatch.undo()
+    refuse_again(optimizer, variables)
+
+
+@PERIODS
+def test_likewise_with_a_policy_for_other_variables(options):
+    policy = {"policy": [("v0*", hvd.Compression.none)]}
+    variables, optimizer = make_variables(), wrap(**policy, **options)
+    first = variables[1:] if hvd.rank() == 0 else variables
+    shapes = [tuple(v.shape) for v in first]
+    text = assert_raises_everywhere(
+        "MismatchError", lambda: apply(optimizer, first, [0], lambda step: gradients_of(step, shapes=shapes))
+    )
+    assert "'v0*' matches none of the parameters" in text
+    refuse_again(optimizer, variables)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "fit"])
@@ -394,6 +463,11 @@ def test_compressed_allreduce_of_other_tensors(traced):
     text = assert_raises_everywhere("DesynchronizedError", lambda: call(tf.zeros(5 if hvd.rank() else 7), label))
     assert "rank 0" in text
     assert len(set(everybody(float(tf.reduce_sum(call(tf.ones(5), label)))))) == 1
+    # An argument that one rank gets wrong, where the others know such a tensor, and where they do not.
+    wrong = {"op": hvd.Adasum} if hvd.rank() == 0 else {}
+    assert_raises_everywhere("DesynchronizedError", lambda: call(tf.zeros(5), label, **wrong))
+    assert "op is" in assert_raises_everywhere("MismatchError", lambda: call(tf.zeros(8), label, **wrong))
+    assert len(set(everybody(float(tf.reduce_sum(call(tf.ones(5), label)))))) == 1
 
 
 def test_broadcast_of_other_lists():
@@ -404,6 +478,12 @@ def test_broadcast_of_other_lists():
         "MismatchError", lambda: hvd.broadcast_variables(variables[:1], root_rank=hvd.rank())
     )
     assert "root_rank" in text
+    mine = [] if hvd.rank() else variables[:1]
+    assert "variables" in assert_raises_everywhere("MismatchError", lambda: hvd.broadcast_variables(mine, root_rank=0))
+    text = assert_raises_everywhere(
+        "ArgumentError", lambda: hvd.broadcast_variables(variables[:1], root_rank=hvd.size())
+    )
+    assert re.search(r"root_rank is \d; it must be one of the ranks \[0, 1", text)
 
 
 def test_a_replica_that_was_changed_behind_its_back_is_found():
@@ -474,6 +554,32 @@ def test_new_variables_that_are_not_the_same_ones(traced):
     assert "sources.v3:0: it is absent on rank 0" in text
 
 
+def undecided(name, shape):
+    if hvd.rank() == 0:
+        raise OSError("planted")
+    return True
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at-first", "later"])
+@pytest.mark.parametrize(
+    ("wrong", "text", "traced"),
+    [
+        ({"op": hvd.Adasum}, "ArgumentError: op is", True),
+        ({"policy": [(undecided, hvd.Compression.none)]}, "OSError: planted", False),
+    ],
+    ids=["argument", "policy"],
+)
+def test_a_tape_that_only_one_rank_gets_wrong(wrong, text, first, traced):
+    variables = make_variables()
+    options = {"compression": EDEN4, "seed": 5 + 2 * traced + first}
+    if not first:
+        step_by_tape(traced, **options)(variables)
+    step = step_by_tape(traced, **options, **(wrong if hvd.rank() == 0 else {}))
+    told = assert_raises_everywhere("MismatchError" if first else "DesynchronizedError", lambda: step(variables))
+    assert text in told
+    assert_replicas_equal(step_by_tape(traced, **options)(variables))
+
+
 @TAPES
 @pytest.mark.parametrize("first", [True, False], ids=["at-first", "later"])
 def test_a_source_that_one_rank_cannot_average(options, first):
@@ -483,10 +589,8 @@ def test_a_source_that_one_rank_cannot_average(options, first):
         step(variables)
     if hvd.rank() == 0:
         variables[1] = tf.Variable(tf.ones([3], tf.complex64), name="v1")
-    if first:  # each rank has its own error
-        error = ArgumentError if hvd.rank() == 0 else MismatchError
-        with pytest.raises(error, match="has dtype complex64"):
-            step(variables)
+    if first:
+        assert "has dtype complex64" in assert_raises_everywhere("MismatchError", lambda: step(variables))
     else:
         text = assert_raises_everywhere("DesynchronizedError", lambda: step(variables))
         assert "raising an error on rank 0" in text

@@ -105,6 +105,8 @@ def test_wrong_arguments():
     smooth.set_params({"steps": None})
     with pytest.raises(ArgumentError, match=r"steps_per_epoch is None.*pass it to LearningRateScheduleCallback"):
         smooth.on_train_begin()
+    with pytest.raises(ArgumentError, match="optimizer is a SGD; CommunicationLogger needs a DistributedOptimizer"):
+        fit(keras.optimizers.SGD(0.1), callbacks.CommunicationLogger())
 
 
 def test_the_best_model_is_kept(tmp_path):

@@ -126,6 +126,8 @@ def test_the_configuration_survives_json_and_keras(options):
         (lambda d: d(keras.optimizers.SGD(), nonfinite="skip"), "nonfinite is 'skip'; it must be one of 'raise'"),
         (lambda d: d(keras.optimizers.SGD(), bucket_cap_mb=0), "bucket_cap_mb is 0; it must be a number above 0"),
         (lambda d: d(keras.optimizers.SGD(), backward_passes_per_step=0), "backward_passes_per_step"),
+        (lambda d: d(keras.optimizers.SGD(), num_groups=-1), "num_groups is -1; it must be a whole number from 0"),
+        (lambda d: d(keras.optimizers.SGD(), groups=-1), "groups is -1; it must be a number, 0 or more, or a list"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(make, text):

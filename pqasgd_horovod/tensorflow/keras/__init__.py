@@ -91,10 +91,9 @@ def DistributedOptimizer(
         device_dense: as in Horovod where Horovod averages.
         device_sparse: as in Horovod.
         compression: what bytes stand for the numbers: one of :class:`Compression`.
-        sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise they take Horovod's way: of each row that
-            a rank has used the float32 numbers and an index, to every other rank. Dense ones at b bits are fewer bytes
-            where a rank uses more than about b/32 of the rows in a step: an eighth at 4 bits. (With ``period>1``
-            gradients are not sent at all.)
+        sparse_as_dense: send sparse gradients as dense, coded ones. Otherwise the rows that a rank has used are coded,
+            and sent to every other rank with their numbers. Dense ones are fewer bytes where each of n ranks uses more
+            than about 2/n of the rows in a step. (With ``period>1`` gradients are not sent at all.)
         gradient_predivide_factor: as in Horovod where Horovod averages; elsewhere dividing before and multiplying after
             would cancel.
         op: ``Average`` or ``Sum`` of gradients. ``Sum`` needs ``period=1``, ``Adasum`` needs stock compression too.
@@ -130,7 +129,8 @@ def DistributedOptimizer(
         hierarchy: None, or ``"node"``: the ranks of a node first make their mean, uncompressed, and only that is coded
             and exchanged with other nodes, once for each node. Needs ``hvd.init(process_sets="dynamic")`` and as many
             ranks on each node. Bytes are then counted between nodes.
-        model: where to find BatchNormalization's moving statistics if no model is compiled with this optimizer.
+        model: where to find BatchNormalization's moving statistics if no model is compiled with this optimizer, or
+            ``gc.freeze()`` was called between then and the first step, after which it cannot be found.
         anchor_device: where anchors, residuals and means of parameters on a GPU are kept: None, beside them; ``"cpu"``:
             in host memory, for models that fill the GPU. Numbers are coded there, too.
         check_consistency: after each average compare checksums of all replicas (slow; for debugging).

@@ -308,7 +308,8 @@ class CommunicationLogger(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the totals so far."""
+        optimizer = _distributed(self)
         if logs is not None:
             _join_if_due(self.model)
-            statistics = self.model.optimizer.communication_stats()
+            statistics = optimizer.communication_stats()
             logs.update({name: statistics[name] for name in ("bytes_sent", "rounds", "compression_ratio")})
