@@ -37,9 +37,8 @@ class Round(NamedTuple):
 
     step: tf.Tensor
     number: tf.Tensor
-    scale: Any = (
-        1.0  # tf.Tensor or float: what a mean is multiplied by when it has landed; not 1 where ranks are absent
-    )
+    scale: Any = 1.0
+    """A tf.Tensor or float: what a mean is multiplied by when it has landed; not 1 where ranks are absent."""
 
 
 class Problems:
