@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as horovod
+import numpy as np
 import torch
 from horovod.torch.optimizer import _DistributedOptimizer
 
@@ -225,7 +226,7 @@ def rows_of(parameter: torch.nn.Parameter) -> Rows:
     """Return the rows of a gradient; a row that was used several times is there once. No gradient: no rows."""
     gradient = parameter.grad
     if gradient is None:
-        return Rows(torch.empty(0, dtype=torch.int64).numpy(), torch.empty(0).numpy())
+        return Rows(np.empty(0, np.int64), np.empty(0, np.float32))
     gradient = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce()
     numbers, values = gradient.indices()[0].cpu(), gradient.values().float().cpu()
     return Rows(numbers.contiguous().numpy(), values.contiguous().numpy())
