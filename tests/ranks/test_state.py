@@ -81,6 +81,21 @@ def test_a_plain_checkpoint_starts_a_new_period():
     plain.load_state_dict(optimizer.state_dict())  # and back
 
 
+@pytest.mark.parametrize("options", [{}, {"compression": EDEN2}, {"compression": EDEN2, "period": 3}], ids=str)
+def test_state_from_before_the_wrapping_is_kept(options):
+    model = make_model()
+    plain = sgd(model)
+    train(model, plain, range(2), rank=0)
+    momentum = plain.state[model.fc1.weight]["momentum_buffer"].clone()
+    optimizer = wrap(model, plain, **options)
+    assert torch.equal(optimizer.state[model.fc1.weight]["momentum_buffer"], momentum)
+    train(model, optimizer, range(3))
+    optimizer.flush()
+    inner = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    optimizer = wrap(model, inner, **options)
+    assert bool((optimizer.state[model.fc1.weight]["sum"] == 0.5).all())
+
+
 def test_another_configuration_or_model_is_refused_and_nothing_changes():
     model = make_model()
     optimizer = wrap(model, compression=EDEN2, period=2)
