@@ -23,6 +23,10 @@ def check_process_set(horovod: Any, process_set: Any) -> None:
     """Raise ArgumentError if Horovod is not initialised, or does not know the process set."""
     if not horovod.is_initialized():
         raise ArgumentError("Horovod is not initialised: call hvd.init() first")
+    if not isinstance(process_set, horovod.ProcessSet):
+        raise ArgumentError(
+            f"process_set is {process_set!r}; it must be an hvd.ProcessSet, such as hvd.ProcessSet([0, 1])"
+        )
     if process_set.process_set_id is None:
         raise ArgumentError(
             f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...])"
