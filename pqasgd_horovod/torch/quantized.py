@@ -92,6 +92,7 @@ class GradientMethods(CommonMethods):
     def _is_current(self) -> bool:
         """Return whether the layout has every trainable parameter, as it is in memory; looked up once in a step."""
         if self._layout_is_current is None:
+            self._settings.membership.check_world()
             placed = self._gradients.keys() | self._sparse.keys()
             self._layout_is_current = (
                 bool(placed)
@@ -136,6 +137,7 @@ class GradientMethods(CommonMethods):
         be found here.)
         """
         if not self._averager.exchanges:
+            self._settings.membership.check_world()
             self._averager.finish()
             self._synchronized = True
             return

@@ -96,6 +96,20 @@ def test_state_from_before_the_wrapping_is_kept(options):
     assert bool((optimizer.state[model.fc1.weight]["sum"] == 0.5).all())
 
 
+@pytest.mark.parametrize("period", [1, 2])
+def test_an_optimizer_that_was_made_in_another_world_says_so(period, monkeypatch):
+    model = make_model()
+    optimizer = wrap(model, compression=EDEN2, period=period)
+    train(model, optimizer, range(1))
+    monkeypatch.setattr(optimizer._settings.membership, "_world", (0, 9, 9))  # as before elastic mode has lost ranks
+    text = f"was made as rank 0 of 9, and this is rank {hvd.rank()} of {hvd.size()} now.*hvd.elastic.run"
+    with pytest.raises(ArgumentError, match=text):
+        train(model, optimizer, range(1, 2))
+    if period > 1:
+        with pytest.raises(ArgumentError, match=text):
+            optimizer.flush()
+
+
 def test_another_configuration_or_model_is_refused_and_nothing_changes():
     model = make_model()
     optimizer = wrap(model, compression=EDEN2, period=2)
