@@ -100,6 +100,10 @@ def test_allreduce_of_what_it_does_not_take():
             hvd.compressed_allreduce(wrong)
     with pytest.raises(ArgumentError, match="op is"):
         hvd.compressed_allreduce(torch.ones(3), op=hvd.Max)
+    with pytest.raises(ArgumentError, match=r"tensor is a ndarray; it must be a torch\.Tensor"):
+        hvd.compressed_allreduce(np.ones(3, np.float32))
+    with pytest.raises(ArgumentError, match=r"process_set is \[0\]; it must be an hvd.ProcessSet"):
+        hvd.compressed_allreduce(torch.ones(3), process_set=[0])
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=str)
