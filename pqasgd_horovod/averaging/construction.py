@@ -98,7 +98,8 @@ class Membership:
         return self._horovod.rank(), self._horovod.size(), self._process_set.size()
 
     def check_world(self) -> None:
-        """Raise ArgumentError if Horovod has other ranks now, as in its elastic mode."""
+        """Raise ArgumentError if Horovod has other ranks now, as in elastic mode, or no such process set any more."""
+        check_process_set(self._horovod, self._process_set)
         world = self._present_world()
         if world != self._world:
             raise ArgumentError(

@@ -110,6 +110,17 @@ def test_an_optimizer_that_was_made_in_another_world_says_so(period, monkeypatch
             optimizer.flush()
 
 
+@several_ranks
+def test_an_optimizer_whose_process_set_is_gone_says_so():
+    alone = hvd.add_process_set([0])
+    model = make_model()
+    optimizer = wrap(model, compression=EDEN2, period=2, process_set=alone)
+    train(model, optimizer, range(1))
+    hvd.remove_process_set(alone)
+    with pytest.raises(ArgumentError, match=r"process_set is .*, which is not registered"):
+        train(model, optimizer, range(1, 2))
+
+
 def test_another_configuration_or_model_is_refused_and_nothing_changes():
     model = make_model()
     optimizer = wrap(model, compression=EDEN2, period=2)
