@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from .. import codecs
-from ..codecs.base import Codec, Scheme, check_integer
+from ..codecs.base import Codec, Scheme, check_integer, is_number
 from ..errors import ArgumentError
 from ..exchange.base import NonFinitePolicy
 from ..exchange.layout import DEFAULT_BUCKET_CAP_BYTES
@@ -96,12 +96,14 @@ class ExchangeConfig:
             )
         if self.hierarchy not in HIERARCHIES:
             raise ArgumentError(f"hierarchy is {self.hierarchy!r}; it must be None or 'node'")
-        check_integer("small_tensor_threshold", self.small_tensor_threshold, 0, 2**48)
-        check_integer("seed", self.seed, 0, 2**64 - 1)
-        if not isinstance(self.bucket_cap_mb, (int, float)) or not 0 < self.bucket_cap_mb <= 1024:
+        threshold = check_integer("small_tensor_threshold", self.small_tensor_threshold, 0, 2**48)
+        object.__setattr__(self, "small_tensor_threshold", threshold)
+        object.__setattr__(self, "seed", check_integer("seed", self.seed, 0, 2**64 - 1))
+        if not is_number(self.bucket_cap_mb) or not 0 < self.bucket_cap_mb <= 1024:
             raise ArgumentError(
                 f"bucket_cap_mb is {self.bucket_cap_mb!r}; it must be a number above 0, at most 1024 MiB"
             )
+        object.__setattr__(self, "bucket_cap_mb", float(self.bucket_cap_mb))
         coded = self._codecs()
         if self.second_codec is not None:
             coded["second_compression"] = self.second_codec

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
+
 from .. import __version__
 from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
 from ..exchange.carriers.nodes import find_nodes
-from ..exchange.handshake import verify_same
+from ..exchange.handshake import HANDSHAKE_TIMEOUT_SECONDS, verify_same
 from .config import ExchangeConfig
 from .strategy import PeriodicAveraging
 from .together import NO_ERROR, Telling, succeed_together, telling
@@ -23,6 +25,10 @@ def check_process_set(horovod: Any, process_set: Any) -> None:
     """Raise ArgumentError if Horovod is not initialised, or does not know the process set."""
     if not horovod.is_initialized():
         raise ArgumentError("Horovod is not initialised: call hvd.init() first")
+    if not isinstance(process_set, horovod.ProcessSet):
+        raise ArgumentError(
+            f"process_set is {process_set!r}; it must be an hvd.ProcessSet, such as hvd.ProcessSet([0, 1])"
+        )
     if process_set.process_set_id is None:
         raise ArgumentError(
             f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...]), or to "
@@ -38,6 +44,17 @@ def registered_process_set(horovod: Any, ranks: Sequence[int]) -> Any:
             process_set.process_set_id = number
             return process_set
     return None
+
+
+def most_constructed(carrier: Carrier, own: int) -> int:
+    """Return the most that any rank has constructed: one that has joined later, in elastic mode, has fewer; collective.
+
+    >>> from pqasgd_horovod.exchange.carriers.threads import run_ranks
+    >>> run_ranks(3, lambda carrier: most_constructed(carrier, own=carrier.rank))
+    [2, 2, 2]
+    """
+    told = carrier.allgather("pqasgd.construction", np.frombuffer(own.to_bytes(8, "little"), np.uint8))
+    return int(told.wait(HANDSHAKE_TIMEOUT_SECONDS).view("<u8").max())
 
 
 def process_set_of(horovod: Any, ranks: Sequence[int]) -> Any:
@@ -72,15 +89,32 @@ class Membership:
         self.name = ""
         self.carrier: Carrier | None = None
         self.description: dict[str, Any] = {}
-        if process_set.included():
-            ranks = tuple(process_set.ranks)
-            self.name = f"pqasgd.optimizer.{_constructed[ranks]}"
-            _constructed[ranks] += 1
-            if len(ranks) > 1:
-                self.carrier = make_carrier(process_set)
         self._horovod = horovod
         self._process_set = process_set
         self._make_carrier = make_carrier
+        self._world = self._present_world()
+        if process_set.included():
+            ranks = tuple(process_set.ranks)
+            if len(ranks) > 1:
+                self.carrier = make_carrier(process_set)
+                _constructed[ranks] = most_constructed(self.carrier, _constructed[ranks])
+            self.name = f"pqasgd.optimizer.{_constructed[ranks]}"
+            _constructed[ranks] += 1
+
+    def _present_world(self) -> tuple[int, int, int]:
+        return self._horovod.rank(), self._horovod.size(), self._process_set.size()
+
+    def check_world(self) -> None:
+        """Raise ArgumentError if Horovod has other ranks now, as in elastic mode, or no such process set any more."""
+        check_process_set(self._horovod, self._process_set)
+        world = self._present_world()
+        if world != self._world:
+            raise ArgumentError(
+                f"{self.name} was made as rank {self._world[0]} of {self._world[1]}, and this is rank {world[0]} of "
+                f"{world[1]} now: Horovod has been initialised anew. Make a DistributedOptimizer afterwards, on every "
+                "rank: with Horovod's elastic mode in the function that hvd.elastic.run decorates, and give the state "
+                "the model but not the optimizer"
+            )
 
     @property
     def tell_in_layout(self) -> Telling | None:

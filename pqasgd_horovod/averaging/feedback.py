@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from .. import native
-from ..codecs.base import FLOAT32, Scheme, check_integer
+from ..codecs.base import FLOAT32, Scheme, check_integer, is_number
 from ..errors import ArgumentError
 from .outer import Coefficients
 
@@ -105,14 +104,16 @@ class MomentumCorrection(Feedback):
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.momentum) or not 0 <= self.momentum < 1:
+        if not is_number(self.momentum) or not 0 <= self.momentum < 1:
             raise ArgumentError(f"momentum is {self.momentum!r}; it must be a number from 0 to below 1")
         for name in ("nesterov", "masking"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        if self.clip_norm is not None and (not _is_number(self.clip_norm) or not 0 < self.clip_norm < float("inf")):
+        if self.clip_norm is not None and (not is_number(self.clip_norm) or not 0 < self.clip_norm < float("inf")):
             raise ArgumentError(f"clip_norm is {self.clip_norm!r}; it must be None or a number above 0")
-        check_integer("warmup_steps", self.warmup_steps, 0, 2**48)
+        object.__setattr__(self, "momentum", float(self.momentum))
+        object.__setattr__(self, "clip_norm", None if self.clip_norm is None else float(self.clip_norm))
+        object.__setattr__(self, "warmup_steps", check_integer("warmup_steps", self.warmup_steps, 0, 2**48))
 
     @property
     def coefficients(self) -> Coefficients:
@@ -145,10 +146,6 @@ class MomentumCorrection(Feedback):
     def clip_limit(self, size: int) -> float:
         """Return the largest norm that a gradient keeps on each of ``size`` ranks."""
         return math.inf if self.clip_norm is None else self.clip_norm / math.sqrt(size)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 FEEDBACKS: Mapping[str, type[Feedback]] = {cls.id: cls for cls in (Feedback, MomentumCorrection)}

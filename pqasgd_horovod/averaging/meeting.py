@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import DesynchronizedError
+from ..errors import CollectiveTimeoutError, DesynchronizedError
 from ..exchange.carriers import Carrier, Handle
 from ..exchange.wire import format_by_rank
 
@@ -160,7 +160,12 @@ class Meeting:
             if self._handle is None:
                 self._launch()
             assert self._handle is not None
-            received = self._handle.wait(timeout).tobytes()
+            try:
+                received = self._handle.wait(timeout).tobytes()
+            except Exception as error:
+                if not isinstance(error, CollectiveTimeoutError):
+                    self._handle = None  # it has ended; a later meeting is another one
+                raise
             self._handle = None
             intents = [Intent(Purpose(purpose), *rest) for purpose, *rest in _FORMAT.iter_unpack(received)]
             if _go_together(intents):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codecs.base import FLOAT32
+from ..codecs.base import FLOAT32, is_number
 from ..errors import ArgumentError
 
 AnchorArray = NDArray[np.float32] | NDArray[np.float64]
@@ -48,17 +48,15 @@ class Outer(abc.ABC):
 
 
 def _check_fraction(name: str, value: float) -> float:
-    number = float(value)
-    if not 0.0 <= number < 1.0:
+    if not is_number(value) or not 0.0 <= value < 1.0:
         raise ArgumentError(f"{name} is {value!r}; it must be a number from 0 to below 1")
-    return number
+    return float(value)
 
 
 def _check_rate(name: str, value: float) -> float:
-    number = float(value)
-    if not 0.0 < number < float("inf"):
+    if not is_number(value) or not 0.0 < value < float("inf"):
         raise ArgumentError(f"{name} is {value!r}; it must be a number above 0")
-    return number
+    return float(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ class LargerThan:
     num_elements: int
 
     def __post_init__(self) -> None:
-        check_integer("num_elements", self.num_elements, 0, _LARGEST)
+        object.__setattr__(self, "num_elements", check_integer("num_elements", self.num_elements, 0, _LARGEST))
 
     def __call__(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape is larger."""
@@ -52,7 +52,7 @@ class SmallerThan:
     num_elements: int
 
     def __post_init__(self) -> None:
-        check_integer("num_elements", self.num_elements, 0, _LARGEST)
+        object.__setattr__(self, "num_elements", check_integer("num_elements", self.num_elements, 0, _LARGEST))
 
     def __call__(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape is smaller."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..codecs.base import check_integer
+from ..codecs.base import check_integer, is_number
 from ..errors import ArgumentError
 
 _LARGEST = 2**31
@@ -217,8 +217,12 @@ class AdaptivePeriod(Schedule):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, _LARGEST))
         if self.last < self.first:
             raise ArgumentError(f"last is {self.last}; it must be at least first, {self.first}")
-        if not 0 <= self.low <= 1 <= self.high:
-            raise ArgumentError(f"low is {self.low} and high is {self.high}; low must be from 0 to 1, high at least 1")
+        if not is_number(self.low) or not is_number(self.high) or not 0 <= self.low <= 1 <= self.high < float("inf"):
+            raise ArgumentError(
+                f"low is {self.low!r} and high is {self.high!r}; low must be a number from 0 to 1, high at least 1"
+            )
+        for name in ("low", "high"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def uses_learning_rate(self) -> bool:

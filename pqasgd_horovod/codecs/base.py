@@ -11,9 +11,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -653,3 +654,8 @@ def check_integer(name: str, value: int, low: int, high: int) -> int:
     if isinstance(value, bool) or not low <= number <= high:
         raise ArgumentError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
     return number
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether ``value`` is a number, NumPy's included, and not True or False."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

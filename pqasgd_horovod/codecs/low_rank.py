@@ -60,7 +60,8 @@ class PowerSgd(Scheme):
     approximation_rank: int = 2
 
     def __post_init__(self) -> None:
-        check_integer("approximation_rank", self.approximation_rank, 1, MAX_APPROXIMATION_RANK)
+        rank = check_integer("approximation_rank", self.approximation_rank, 1, MAX_APPROXIMATION_RANK)
+        object.__setattr__(self, "approximation_rank", rank)
 
     @property
     def message_codec(self) -> Codec:

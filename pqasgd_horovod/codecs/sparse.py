@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import numbers
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from .. import keys as random
 from ..errors import ArgumentError
 from ..keys import Keys
-from .base import FLOAT32, UINT8, UINT32, BlockCodec, Codec, check_count, register
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, Codec, check_count, is_number, register
 from .cast import NoCompression
 from .positions import INT64, pack_positions, positions_nbytes, unpack_positions
 from .uniform import check_block_size
@@ -70,7 +69,7 @@ class Sparse(Codec):
     values: Codec
 
     def __post_init__(self) -> None:
-        if isinstance(self.density, bool) or not isinstance(self.density, numbers.Real) or not 0 < self.density <= 1:
+        if not is_number(self.density) or not 0 < self.density <= 1:
             raise ArgumentError(f"density is {self.density!r}; it must be a number above 0, at most 1")
         object.__setattr__(self, "density", float(self.density))
         object.__setattr__(self, "block_size", check_block_size(self.block_size))
@@ -283,9 +282,8 @@ class Threshold(Sparse):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_number = isinstance(self.value, numbers.Real) and not isinstance(self.value, bool)
         with np.errstate(over="ignore"):
-            if not is_number or not 0 < np.float32(self.value) < np.inf:
+            if not is_number(self.value) or not 0 < np.float32(self.value) < np.inf:
                 raise ArgumentError(f"value is {self.value!r}; it must be a float32 number above 0")
         object.__setattr__(self, "value", float(self.value))
 

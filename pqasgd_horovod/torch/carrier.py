@@ -9,6 +9,7 @@ import horovod.torch as horovod
 import numpy as np
 import torch
 
+from ..averaging.construction import check_process_set
 from ..errors import ArgumentError, CollectiveTimeoutError
 from ..exchange.carriers import Memory, Messages, wait_until
 from . import devices
@@ -54,11 +55,12 @@ class HorovodCarrier:
     Where Horovod has NCCL it carries memory of GPUs, too, if all ranks send such memory under a name. Calls are matched
     between ranks by name. ``rank`` and ``size`` are those of the process set; Horovod must be initialised and this
     process must belong to the set. What is sent must not change until its handle is done.
+
+    It does not depend on the thread's inference mode, since Horovod resizes what it receives on a thread of its own.
     """
 
     def __init__(self, process_set: Any = horovod.global_process_set) -> None:
-        if not horovod.is_initialized():
-            raise ArgumentError("Horovod is not initialised: call hvd.init() first")
+        check_process_set(horovod, process_set)
         if not process_set.included():
             raise ArgumentError(f"process_set: rank {horovod.rank()} does not belong to {process_set}")
         self._process_set = process_set
@@ -67,13 +69,17 @@ class HorovodCarrier:
 
     def allgather(self, name: str, payload: Memory) -> HorovodHandle[Memory]:
         """Start to send ``payload`` to all; the result is the payloads of all ranks, in rank order."""
-        handle = horovod.allgather_async(_as_tensor(payload), name=name, process_set=self._process_set)
+        with torch.inference_mode(False):
+            handle = horovod.allgather_async(_as_tensor(payload), name=name, process_set=self._process_set)
         return HorovodHandle(handle, name, payload)
 
     def alltoall(self, name: str, payload: Memory, splits: Sequence[int]) -> HorovodHandle[Memory]:
         """Start to send the consecutive parts of ``payload``, ``splits[r]`` bytes to rank r."""
-        pieces = torch.tensor(splits, dtype=torch.int32)
-        handle = horovod.alltoall_async(_as_tensor(payload), splits=pieces, name=name, process_set=self._process_set)
+        with torch.inference_mode(False):
+            pieces = torch.tensor(splits, dtype=torch.int32, device="cpu")
+            handle = horovod.alltoall_async(
+                _as_tensor(payload), splits=pieces, name=name, process_set=self._process_set
+            )
         return HorovodHandle(handle, name, payload)
 
 

@@ -80,6 +80,8 @@ def compressed_allreduce(
             raise ArgumentError(f"compression is {compression!r}; it must be one of pqasgd_horovod.torch.Compression")
         if op not in (horovod.Average, horovod.Sum):
             raise ArgumentError(f"op is {op}; it must be hvd.Average or hvd.Sum")
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"tensor is a {type(tensor).__name__}; it must be a torch.Tensor")
         if tensor.device.type not in DEVICE_TYPES or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
             raise ArgumentError(
                 f"tensor is {tensor.layout} {tensor.dtype} on {tensor.device}; it must be a dense tensor, on the CPU "

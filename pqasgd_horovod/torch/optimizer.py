@@ -18,7 +18,7 @@ from ..averaging.feedback import Feedback, check_no_momentum, check_not_stock
 from ..averaging.policy import make_policy
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
-from ..codecs.base import Scheme, check_integer
+from ..codecs.base import Scheme, check_integer, is_number
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
@@ -75,7 +75,9 @@ def DistributedOptimizer(
 
     Args:
         optimizer: any torch optimizer, not wrapped yet. Parameters in float16, bfloat16, float32 or float64, all on the
-            CPU or all on one GPU of CUDA's; they may move until the first step.
+            CPU or all on one GPU of CUDA's; they may move until the first step. Hyper-parameters and state are taken
+            over. As in Horovod hooks are not, nor are attributes that a class of your own sets: register and set them
+            afterwards. Such a class has to be one that can be made of parameter groups alone.
         named_parameters: ``model.named_parameters()``. If it is that very generator the model's buffers are found
             through it.
         compression: what bytes stand for the numbers: one of :class:`Compression`.
@@ -157,6 +159,7 @@ def DistributedOptimizer(
         averaging = describe_outer(resolve_averaging(period, averaging))
         check_has_moments(optimizer, averaging.moments)
         check_anchor_device(anchor_device)
+        _check_kinds(model, check_consistency, flush_timeout)
         check_common_device({f"parameter {i}": p for i, p in enumerate(parameters_of(optimizer))})
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
@@ -236,6 +239,18 @@ def DistributedOptimizer(
     return wrapped
 
 
+def _check_kinds(model: Any, check_consistency: Any, flush_timeout: Any) -> None:
+    """What else would be noticed hours later, where it is used."""
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"model is {model!r}; it must be None or a torch.nn.Module")
+    if not isinstance(check_consistency, bool):
+        raise ArgumentError(f"check_consistency is {check_consistency!r}; it must be True or False")
+    if flush_timeout is not None and (not is_number(flush_timeout) or not flush_timeout >= 0):
+        raise ArgumentError(
+            f"flush_timeout is {flush_timeout!r}; it must be a number of seconds, 0 or more, or None, without end"
+        )
+
+
 def _require(codec: Found | None, compression: Any, argument: str, averaging: PeriodicAveraging) -> Found:
     if codec is None:
         raise ArgumentError(
@@ -249,8 +264,8 @@ def _check_op(op: Any, averaging: PeriodicAveraging, optimizer: torch.optim.Opti
     if op == horovod.Average:
         if averaging.exchanges_gradients and isinstance(optimizer, torch.optim.LBFGS):
             raise ArgumentError(
-                "optimizer is LBFGS with period=1 and a lossy codec; it decides by the local loss how often to compute "
-                "gradients, which would differ between ranks: use period>1 or Compression.none"
+                "optimizer is LBFGS with period=1; it decides by the local loss how often to compute gradients, which "
+                "would differ between ranks: use period>1"
             )
         return
     if op == horovod.Adasum:

@@ -26,8 +26,8 @@ def describe_outer(averaging: PeriodicAveraging) -> PeriodicAveraging:
     if not isinstance(averaging.outer, OuterOptimizer):
         return averaging
     make = averaging.outer.optimizer
-    probe = torch.nn.Parameter(torch.zeros(1, 1))
-    probe.grad = torch.zeros(1, 1)
+    probe = torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))
+    probe.grad = torch.zeros_like(probe, requires_grad=False)
     try:
         optimizer = make([probe])
         if isinstance(optimizer, torch.optim.Optimizer):

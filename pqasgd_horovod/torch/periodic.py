@@ -40,6 +40,7 @@ class PeriodicMethods(CommonMethods):
 
     def _prepare(self) -> None:
         """Before the local update: see that what is trainable has an anchor. Collective when that has changed."""
+        self._settings.membership.check_world()
         # A parameter frozen in the middle of a period has local progress left to average, so it keeps its place until
         # the next one: then it leaves, or the codec's noise would move it.
         if self._settings.averaging.delay and not all(p.requires_grad for p in self._placed):
@@ -79,6 +80,7 @@ class PeriodicMethods(CommonMethods):
         Nothing happens right after an average. Raises CollectiveTimeoutError if the other ranks do not come in
         ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
         """
+        self._settings.membership.check_world()
         self._averager.flush(timeout)
 
     def join(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as horovod
+import numpy as np
 import torch
 from horovod.torch.optimizer import _DistributedOptimizer
 
@@ -91,6 +92,7 @@ class GradientMethods(CommonMethods):
     def _is_current(self) -> bool:
         """Return whether the layout has every trainable parameter, as it is in memory; looked up once in a step."""
         if self._layout_is_current is None:
+            self._settings.membership.check_world()
             placed = self._gradients.keys() | self._sparse.keys()
             self._layout_is_current = (
                 bool(placed)
@@ -135,6 +137,7 @@ class GradientMethods(CommonMethods):
         be found here.)
         """
         if not self._averager.exchanges:
+            self._settings.membership.check_world()
             self._averager.finish()
             self._synchronized = True
             return
@@ -225,7 +228,7 @@ def rows_of(parameter: torch.nn.Parameter) -> Rows:
     """Return the rows of a gradient; a row that was used several times is there once. No gradient: no rows."""
     gradient = parameter.grad
     if gradient is None:
-        return Rows(torch.empty(0, dtype=torch.int64).numpy(), torch.empty(0).numpy())
+        return Rows(np.empty(0, np.int64), np.empty(0, np.float32))
     gradient = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce()
     numbers, values = gradient.indices()[0].cpu(), gradient.values().float().cpu()
     return Rows(numbers.contiguous().numpy(), values.contiguous().numpy())

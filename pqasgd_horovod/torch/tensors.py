@@ -102,10 +102,17 @@ class TensorMemory:
         self.shape = tuple(tensor.shape)
         self.matrix = matrix_of(tensor)
         self.description = describe(tensor)
+        self._form = _form(tensor)
 
     def pointer(self) -> int:
         """Return where the elements are now; raise ArgumentError if they are not what they were."""
         tensor = self._look_up()
+        # At each average, of each tensor: words are made only where there is something to say.
+        if tensor.layout != torch.strided or tensor.device != self._place or _form(tensor) != self._form:
+            self._check(tensor)
+        return tensor.data_ptr()
+
+    def _check(self, tensor: torch.Tensor) -> None:
         check_tensor(self.name, tensor)
         if tensor.device != self._place:
             raise ArgumentError(
@@ -117,7 +124,6 @@ class TensorMemory:
                 f"{self.name} was {self.description} when training began and is {describe(tensor)} now; make such "
                 "changes before the first step"
             )
-        return tensor.data_ptr()
 
 
 class GradientMemory:

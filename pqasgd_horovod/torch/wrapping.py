@@ -85,6 +85,8 @@ def build(optimizer: torch.optim.Optimizer, *layers: type, arguments: tuple[Any,
     # Horovod's constructor passes parameter groups only; without this a group added later would get the class's
     # defaults, not the user's.
     wrapped.defaults = dict(optimizer.defaults)
+    # Nor is state passed: a checkpoint that was loaded already, or Adagrad's initial_accumulator_value.
+    wrapped.state.update(optimizer.state)
     return wrapped
 
 

@@ -81,3 +81,19 @@ def test_a_flush_that_was_given_up_does_not_disturb_the_next_average():
         return True
 
     assert run_ranks(3, program, timeout=30.0) == [True] * 3
+
+
+def test_what_has_failed_is_not_waited_for_again():
+    class Failed:
+        def wait(self, timeout=None):
+            raise OSError("connection reset")
+
+    def program(carrier):
+        meeting = Meeting(carrier, "test")
+        meeting._handle = Failed()
+        with pytest.raises(OSError, match="reset"):
+            meeting.agree(20.0)
+        meeting.announce(AVERAGE, 4, 0)
+        return len(meeting.agree(20.0).intents)
+
+    assert run_ranks(2, program, timeout=30.0) == [2] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,16 +12,20 @@ from hypothesis import strategies as st
 
 from pqasgd_horovod import codecs, native
 from pqasgd_horovod.averaging import (
+    AdaptivePeriod,
     ExchangeConfig,
     GrowingPeriod,
+    MomentumCorrection,
     Nesterov,
     PeriodicAverager,
     PeriodicAveraging,
     PostLocal,
     Replace,
     SlowMo,
+    larger_than,
 )
 from pqasgd_horovod.averaging.outer import Coefficients, outer_step
+from pqasgd_horovod.averaging.policy import Rule
 from pqasgd_horovod.errors import ArgumentError, DesynchronizedError
 from pqasgd_horovod.exchange.carriers.threads import run_ranks
 from tests.averaging.arrays import make_views
@@ -225,6 +231,9 @@ def test_resuming_is_bit_exact(outer):
         (lambda: PostLocal(period=0), "period is 0; it must be a whole number from 1"),
         (lambda: PostLocal(first_steps=-1), "first_steps is -1; it must be a whole number from 0"),
         (lambda: GrowingPeriod(first=8, last=4), "last is 4; it must be at least first, 8"),
+        (lambda: SlowMo("half"), "beta is 'half'; it must be a number from 0 to below 1"),
+        (lambda: Nesterov(lr=[1.0]), r"lr is \[1.0\]; it must be a number above 0"),
+        (lambda: AdaptivePeriod(low="a"), "low is 'a' and high is 1.3; low must be a number from 0 to 1"),
         (lambda: PeriodicAveraging(outer="slowmo"), "outer is 'slowmo'; it must be an outer optimizer"),
         (lambda: PeriodicAveraging(period=1.5), "period is 1.5; it must be a whole number from 1"),
     ],
@@ -232,6 +241,19 @@ def test_resuming_is_bit_exact(outer):
 def test_values_that_are_not_allowed(make, text):
     with pytest.raises(ArgumentError, match=text):
         make()
+
+
+def test_configurations_with_numbers_of_numpy_are_json():
+    half, two = np.float32(0.5), np.int64(2)
+    makes = [
+        AdaptivePeriod(two, np.int64(8), two, half, np.float32(1.5)),
+        MomentumCorrection(half, clip_norm=half, warmup_steps=two),
+        SlowMo(half, half),
+        ExchangeConfig(codecs.none(), small_tensor_threshold=two, bucket_cap_mb=half, seed=two),
+        ExchangeConfig(codecs.none(), policy=(Rule(larger_than(two), codecs.eden()),)),
+    ]
+    for made in makes:
+        assert json.loads(json.dumps(made.config())) == made.config()
 
 
 def test_what_exchanges_gradients():

@@ -58,6 +58,7 @@ def test_configurations(make, message):
 
 def test_numpy_integers_become_plain_ones():
     assert type(codecs.eden(bits=np.int64(3)).config()["bits"]) is int
+    assert type(codecs.powersgd(np.int64(3)).config()["approximation_rank"]) is int
 
 
 @implementations

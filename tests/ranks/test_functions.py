@@ -100,6 +100,10 @@ def test_allreduce_of_what_it_does_not_take():
             hvd.compressed_allreduce(wrong)
     with pytest.raises(ArgumentError, match="op is"):
         hvd.compressed_allreduce(torch.ones(3), op=hvd.Max)
+    with pytest.raises(ArgumentError, match=r"tensor is a ndarray; it must be a torch\.Tensor"):
+        hvd.compressed_allreduce(np.ones(3, np.float32))
+    with pytest.raises(ArgumentError, match=r"process_set is \[0\]; it must be an hvd.ProcessSet"):
+        hvd.compressed_allreduce(torch.ones(3), process_set=[0])
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=str)
@@ -148,3 +152,25 @@ def test_a_carrier_sends_pieces():
     payload.flags.writeable = False
     received = carrier.alltoall("test.pieces", payload, splits).wait(20)
     assert received.tolist() == [hvd.rank()] * (splits[hvd.rank()] * hvd.size())
+
+
+def test_inference_mode_and_the_default_device_do_not_matter():
+    """What is sent and received is in host memory, and Horovod resizes it on a thread that is not in inference mode."""
+    model = torch.nn.Linear(40, 50)
+    options = {"compression": hvd.Compression.eden(bits=4), "period": 3, "exchange": "two_phase"}
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    inputs = torch.full((2, 40), 1.0 + hvd.rank())
+    torch.set_default_device("meta")
+    try:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        with torch.inference_mode():
+            optimizer.flush()
+            mean = hvd.compressed_allreduce(model.weight, exchange="two_phase")
+    finally:
+        torch.set_default_device("cpu")
+    assert len({weight.numpy().tobytes() for weight in everybody(model.weight.detach())}) == 1
+    torch.testing.assert_close(mean, model.weight.detach(), rtol=0.3, atol=0.03)

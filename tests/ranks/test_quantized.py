@@ -606,6 +606,11 @@ def test_stats_are_the_bytes_predicted():
         ({"small_tensor_threshold": 1.5}, "small_tensor_threshold is 1.5"),
         ({"backward_passes_per_step": 0}, "backward_passes_per_step is 0"),
         ({"op": hvd.Sum, "gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0"),
+        ({"process_set": [0, 1]}, r"process_set is \[0, 1\]; it must be an hvd.ProcessSet"),
+        ({"model": "resnet"}, "model is 'resnet'; it must be None or a torch.nn.Module"),
+        ({"check_consistency": "no"}, "check_consistency is 'no'; it must be True or False"),
+        ({"flush_timeout": "60"}, "flush_timeout is '60'; it must be a number of seconds"),
+        ({"flush_timeout": -1}, "flush_timeout is -1"),
     ],
     ids=str,
 )
@@ -613,6 +618,14 @@ def test_arguments_that_are_not_allowed(options, text):
     model = make_model()
     with pytest.raises(ArgumentError, match=text):
         hvd.DistributedOptimizer(sgd(model), model.named_parameters(), **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = make_model(norm=False)
+    numbers = {"seed": np.int64(3), "small_tensor_threshold": np.int32(10), "bucket_cap_mb": np.float32(2)}
+    optimizer = wrap(model, period=np.int64(2), compression=MAXSCALE, flush_timeout=np.float32(9), **numbers)
+    train(model, optimizer, range(2))
+    assert_replicas_equal(model)
 
 
 def test_optimizers_that_are_not_allowed():

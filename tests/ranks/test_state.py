@@ -81,6 +81,46 @@ def test_a_plain_checkpoint_starts_a_new_period():
     plain.load_state_dict(optimizer.state_dict())  # and back
 
 
+@pytest.mark.parametrize("options", [{}, {"compression": EDEN2}, {"compression": EDEN2, "period": 3}], ids=str)
+def test_state_from_before_the_wrapping_is_kept(options):
+    model = make_model()
+    plain = sgd(model)
+    train(model, plain, range(2), rank=0)
+    momentum = plain.state[model.fc1.weight]["momentum_buffer"].clone()
+    optimizer = wrap(model, plain, **options)
+    assert torch.equal(optimizer.state[model.fc1.weight]["momentum_buffer"], momentum)
+    train(model, optimizer, range(3))
+    optimizer.flush()
+    inner = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    optimizer = wrap(model, inner, **options)
+    assert bool((optimizer.state[model.fc1.weight]["sum"] == 0.5).all())
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_an_optimizer_that_was_made_in_another_world_says_so(period, monkeypatch):
+    model = make_model()
+    optimizer = wrap(model, compression=EDEN2, period=period)
+    train(model, optimizer, range(1))
+    monkeypatch.setattr(optimizer._settings.membership, "_world", (0, 9, 9))  # as before elastic mode has lost ranks
+    text = f"was made as rank 0 of 9, and this is rank {hvd.rank()} of {hvd.size()} now.*hvd.elastic.run"
+    with pytest.raises(ArgumentError, match=text):
+        train(model, optimizer, range(1, 2))
+    if period > 1:
+        with pytest.raises(ArgumentError, match=text):
+            optimizer.flush()
+
+
+@several_ranks
+def test_an_optimizer_whose_process_set_is_gone_says_so():
+    alone = hvd.add_process_set([0])
+    model = make_model()
+    optimizer = wrap(model, compression=EDEN2, period=2, process_set=alone)
+    train(model, optimizer, range(1))
+    hvd.remove_process_set(alone)
+    with pytest.raises(ArgumentError, match=r"process_set is .*, which is not registered"):
+        train(model, optimizer, range(1, 2))
+
+
 def test_another_configuration_or_model_is_refused_and_nothing_changes():
     model = make_model()
     optimizer = wrap(model, compression=EDEN2, period=2)
