@@ -64,19 +64,22 @@ __device__ inline void with_bits(int bits, F f) {
   }
 }
 
+struct alignas(8) Eight {
+  uint32_t words[2];
+};
+
 // n codes, one a byte in shared memory, to ceil(n * bits / 8) bytes; those from n to the next multiple of 8 are 0.
 template <class Group, class Width>
 __device__ inline void pack(const uint8_t* codes, int n, Width bits, uint8_t* out) {
   const int nbytes = (n * bits + 7) / 8;
   for (int eight = Group::thread(); eight * 8 < n; eight += Group::threads()) {
-    uint32_t four[2];
-    std::memcpy(four, codes + 8 * eight, 8);
-    for (uint32_t& word : four) {
+    Eight codes_of = *(const Eight*)(codes + 8 * eight);  // one access, which memcpy would not be
+    for (uint32_t& word : codes_of.words) {
       word = (word & 0x00ff00ff) | (word & 0xff00ff00) >> (8 - bits);
       word = (word & 0xffff) | word >> 16 << (2 * bits);
     }
     const int at = eight * bits;
-    const uint64_t packed = four[0] | (uint64_t)four[1] << (4 * bits);
+    const uint64_t packed = codes_of.words[0] | (uint64_t)codes_of.words[1] << (4 * bits);
     if (at + bits <= nbytes) store_bytes(out + at, packed, bits);
     else
 #pragma unroll 1
@@ -105,11 +108,17 @@ __device__ inline void each_code(const uint8_t* in, int n, Width bits, F f) {
   const uint32_t mask = (1u << bits) - 1;
   uint32_t words[kPerThread] = {};
   in += first / 8;
-  each_within<Group>(n, [&](int k, int step) { words[k] = in[step / 8 * bits]; });
-  if (8 % bits && shift + bits > 8) {
-    uint32_t next[kPerThread] = {};
-    each_within<Group>(n, [&](int k, int step) { next[k] = in[step / 8 * bits + 1]; });
-    each_own([&](int k) { words[k] |= next[k] << 8; });
+  if (8 % bits == 0) {
+    each_within<Group>(n, [&](int k, int step) { words[k] = in[step / 8 * bits]; });
+  } else {  // codes that lie in two bytes; the address goes on, for sixteen take too many registers
+    const int left = n - Group::first();
+    each_own([&](int k) {
+      if (k * Group::kStep < left) {
+        words[k] = in[0];
+        if (shift + bits > 8) words[k] |= (uint32_t)in[1] << 8;
+      }
+      in += Group::kStep / 8 * bits;
+    });
   }
   each_own([&](int k) { f(k, words[k] >> shift & mask); });
 }

@@ -64,24 +64,28 @@ struct Uniform : Codec<OfThreads> {
     if (l2) size = sqrtf(size);
     scales[0] = zero ? 0.0f : size;
     const float limit = (float)(s << F), inv = zero ? 0.0f : limit / size;
-    draw_uniform16<Group>(n, key, block, words);
-    const int left = n - Group::first();
+    draw_uniform16<Group>(key, block, words);
     uint8_t* const own_codes = codes + Group::first();
     Numbers scaled;
+    uint32_t u[kPerThread];  // all are read before a code is written
+    each_own([&](int k) { u[k] = uniform16<Group>(words, k); });
     each_own([&](int k) { scaled[k] = x[k] * inv; });
     if (l2) each_own([&](int k) { scaled[k] = fmaxf(fminf(scaled[k], limit), -limit); });
-    each_own([&](int k) {
-      const uint8_t code = level(scaled[k], uniform16<Group>(words, k), s << F, F);
-      own_codes[k * Group::kStep] = k * Group::kStep < left ? code : 0;
-    });
+    if (F == 16) each_own([&](int k) { own_codes[k * Group::kStep] = level(scaled[k], u[k], s << 16, 16); });
+    else each_own([&](int k) { own_codes[k * Group::kStep] = level(scaled[k], u[k], s << 15, 15); });
     Group::meet();
+    if (n % 8) {  // those past the end, with which a byte is filled up, are 0
+      if (Group::thread() < 8 - n % 8) codes[n + Group::thread()] = 0;
+      Group::meet();
+    }
     if (!ternary) {
       with_bits(bits, [&](auto width) { pack<Group>(codes, n, width, out); });
     } else {
       const int stride = (n + 4) / 5;
       for (int j = Group::thread(); j < stride; j += Group::threads()) {
-        uint32_t byte = 0, power = 1;
-        for (int i = j; i < n; i += stride, power *= 3) byte += power * codes[i];
+        uint32_t byte = 0;
+#pragma unroll
+        for (int digit = 4; digit >= 0; --digit) byte = byte * 3 + (j + digit * stride < n ? codes[j + digit * stride] : 0);
         out[j] = (uint8_t)byte;
       }
     }
@@ -99,10 +103,21 @@ struct Uniform : Codec<OfThreads> {
     if (ternary) {
       uint8_t* const codes = (uint8_t*)memory;
       const int stride = (n + 4) / 5;
-      for (int j = Group::thread(); j < stride; j += Group::threads()) {
-        uint32_t byte = in[j];
-        good &= byte <= 242;
-        for (int i = j; i < n; i += stride, byte /= 3) codes[i] = (uint8_t)(byte % 3);
+      constexpr int kBytes = (kPerThread + 4) / 5;  // of a thread
+      uint32_t bytes[kBytes];
+#pragma unroll
+      for (int k = 0; k < kBytes; ++k) {
+        const int j = Group::thread() + k * Group::threads();
+        bytes[k] = j < stride ? in[j] : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kBytes; ++k) {
+        const int j = Group::thread() + k * Group::threads();
+        good &= bytes[k] <= 242;
+        if (j >= stride) continue;
+#pragma unroll
+        for (int digit = 0; digit < 5; ++digit, bytes[k] /= 3)
+          if (j + digit * stride < n) codes[j + digit * stride] = (uint8_t)(bytes[k] % 3);
       }
       Group::meet();
       uint32_t own_codes[kPerThread];
@@ -175,7 +190,7 @@ struct Eden : Codec<Parts> {
   static __device__ float* sixteen(float* z) { return z + place(16 * Group::thread()); }
 
   // Fast Walsh-Hadamard transform, unnormalised, strides in rising order. Before, x are the numbers 16 threadIdx.x + r of a block
-  // of P, after it the thread's own. Every thread calls it; all may write to z when it returns.
+  // of P, after it the thread's own; those past P are what z has there. Every thread calls it; all may write to z when it returns.
   static __device__ void transform(float* z, int P, Numbers& x) {
     const int t = Group::thread(), begin = t / 16 * 256 + t % 16;
     butterfly<1>(x), butterfly<2>(x), butterfly<4>(x), butterfly<8>(x);
@@ -188,17 +203,17 @@ struct Eden : Codec<Parts> {
 #pragma unroll
       for (int r = 0; r < kPerThread; ++r) x[r] = z[place(begin) + place(16 * r)];
       butterfly<1>(x), butterfly<2>(x);
-      if (P > 64) butterfly<4>(x);
-      if (P > 128) butterfly<8>(x);
+      if (P > 128) butterfly<4>(x), butterfly<8>(x);
+      else if (P > 64) butterfly<4>(x);
 #pragma unroll
       for (int r = 0; r < kPerThread; ++r) z[place(begin) + place(16 * r)] = x[r];
     }
     Group::meet();
-    from_memory(z, P, x);
-    if (P > 256) butterfly<4>(x);
-    if (P > 512) butterfly<8>(x);
+    each_own([&](int k) { x[k] = own_place(z, k); });
+    if (P > 512) butterfly<4>(x), butterfly<8>(x);
+    else if (P > 256) butterfly<4>(x);
     if (P > Parts::kPart) {
-      each_within<Group>(P, [&](int k, int) { own_place(z, k) = x[k]; });
+      each_own([&](int k) { own_place(z, k) = x[k]; });
       Group::meet();
       switch (P / Parts::kPart) {
         case 2: between_parts<2>(z); break;
@@ -206,14 +221,9 @@ struct Eden : Codec<Parts> {
         case 8: between_parts<8>(z); break;
       }
       Group::meet();
-      from_memory(z, P, x);
+      each_own([&](int k) { x[k] = own_place(z, k); });
     }
     Group::meet();
-  }
-  static __device__ void from_memory(float* z, int P, Numbers& x) {
-#pragma unroll
-    for (int k = 0; k < kPerThread; ++k) x[k] = 0.0f;
-    each_within<Group>(P, [&](int k, int) { x[k] = own_place(z, k); });
   }
 
   // The stages of strides 1024 and more, in a block of R parts.
@@ -242,8 +252,7 @@ struct Eden : Codec<Parts> {
                                       uint8_t* codes, float* scales, uint8_t* out) {
     const int bits = plan.codec.bits, P = padded(plan, n);
     const Signs signs(key, block);
-    each_own([&](int k) { x[k] = signs.times(x[k], k); });
-    each_within<Group>(P, [&](int k, int) { own_place(z, k) = x[k]; });
+    each_own([&](int k) { own_place(z, k) = signs.times(x[k], k); });  // and zeros past P, which stay
     Group::meet();
 #pragma unroll
     for (int r = 0; r < kPerThread; r += 4) {
@@ -267,7 +276,7 @@ struct Eden : Codec<Parts> {
       each_own([&](int k) { most = larger(magnitude(x[k]), most); });
       const float peak = from_bits(group_max<Group>(most)), inv = (float)top * (float)(1 << (F - 1)) / peak;
       scales[0] = peak / ((float)top * (float)P);
-      draw_uniform16<Group>(P, key, block, words);
+      draw_uniform16<Group>(key, block, words);
       uint8_t* const own_codes = codes + Group::first();
       each_own([&](int k) {
         own_codes[k * Group::kStep] = level(x[k] * inv, uniform16<Group>(words, k), top << (F - 1), F);
@@ -304,15 +313,26 @@ struct Eden : Codec<Parts> {
     float thresholds[levels - 1];
 #pragma unroll
     for (int m = 0; m + 1 < levels; ++m) thresholds[m] = threshold(bits, m, sigma);
-    uint8_t* const own_codes = codes + Group::first();
-    return Group::sum64([&](int k) {
+    uint32_t own_codes[kPerThread];
+    Numbers products;
+    each_own([&](int k) {
       const float a = from_bits(magnitude(x[k]));
-      int m = 0;  // how many thresholds a reaches
+      float left[levels - 1];  // of the thresholds, those between which a may be
 #pragma unroll
-      for (int t = 0; t + 1 < levels; ++t) m += a >= thresholds[t];
-      own_codes[k * Group::kStep] = (uint8_t)((uint32_t)m | to_bits(x[k]) >> 31 << (bits - 1));
-      return a * values()[m];
+      for (int m = 0; m + 1 < levels; ++m) left[m] = thresholds[m];
+      uint32_t reached = 0;
+#pragma unroll
+      for (int half = levels / 2; half > 0; half /= 2) {
+        const bool upper = a >= left[half - 1];
+        reached += upper ? half : 0;
+#pragma unroll
+        for (int m = 0; m + 1 < half; ++m) left[m] = upper ? left[half + m] : left[m];
+      }
+      own_codes[k] = reached | to_bits(x[k]) >> 31 << (bits - 1);
+      products[k] = a * values()[reached];
     });
+    each_own([&](int k) { codes[Group::first() + k * Group::kStep] = (uint8_t)own_codes[k]; });
+    return Group::sum64([&](int k) { return products[k]; });
   }
   static __device__ float quantize_finely(int bits, int P, const Numbers& x, float sigma, float* thresholds, uint8_t* codes) {
     const int levels = 1 << (bits - 1);
@@ -413,7 +433,7 @@ struct Natural : Codec<Parts> {
     Pair* const words = (Pair*)memory;
     uint8_t* const exponents = out + (n + 7) / 8;
     bool finite = true;
-    draw_uniform16<Group>(n, key, block, words);
+    draw_uniform16<Group>(key, block, words);
     uint32_t exponent[kPerThread];
     each_own([&](int k) {
       const uint32_t m = magnitude(x[k]);

@@ -17,10 +17,18 @@ enum Found : int32_t { kNonfinite = 1, kBadScale = 2, kBadCode = 4 };
 
 // ---- kernels: each group of threads takes one block of the codec after the other ----
 
+// 16 registers of a thread are numbers, as many what they are added to; with 80 there are 24 warps at work on a multiprocessor, and a
+// thread block of 512 threads fits, which has to be said also to the driver that compiles PTX.
+#if CUDART_VERSION >= 12040
+#define PQ_REGISTERS __maxnreg__(80)
+#else
+#define PQ_REGISTERS __launch_bounds__(Parts::kMostThreads)
+#endif
 
-template <class Codec>
-__global__ void encode(Plan plan, const __grid_constant__ Vector source, int64_t start, uint64_t key, uint8_t* payload, int codes_at,
-                       int nbytes, int32_t* status) {
+// kKeeps: what was not sent is kept, for which a block is decoded again.
+template <class Codec, bool kKeeps>
+__global__ void PQ_REGISTERS encode(Plan plan, const __grid_constant__ Vector source, int64_t start, uint64_t key, uint8_t* payload,
+                                    int codes_at, int nbytes, int32_t* status) {
   typedef typename Codec::Group Group;
   PQ_SHARED_MEMORY(shared);
   float* const memory = (float*)(shared + Group::in_thread_block() * nbytes);
@@ -40,7 +48,7 @@ __global__ void encode(Plan plan, const __grid_constant__ Vector source, int64_t
         for (int k = 0; k < kMaxScales; ++k)
           if (k < plan.scales_per_block)
             store_bytes(payload + 4 * (block * plan.scales_per_block + k), to_bits(scales[k]), 4);
-      if (source.tensors.next_residual) {
+      if (kKeeps) {
         Numbers sent;
         Group::meet();  // the codes are written, and read again
         Codec::decode_block(plan, out, n, key, (uint32_t)block, scales, 1.0f, memory, [&](int k, float y) { sent[k] = 0.0f + y; });
@@ -62,8 +70,8 @@ struct Payloads {
 };
 
 template <class Codec>
-__global__ void reduce(Plan plan, Payloads payloads, float weight, const __grid_constant__ Vector own, int64_t own_start, bool adds,
-                       const float* base, float* destination, int32_t* status) {
+__global__ void PQ_REGISTERS reduce(Plan plan, Payloads payloads, float weight, const __grid_constant__ Vector own, int64_t own_start,
+                                    bool adds, const float* base, float* destination, int32_t* status) {
   typedef typename Codec::Group Group;
   PQ_SHARED_MEMORY(shared);
   float* const memory = (float*)(shared + Group::in_thread_block() * Codec::decode_nbytes(Group::threads() * kPerThread));
@@ -117,7 +125,8 @@ __device__ void load_block(const Vector& source, int64_t at, int n, int padded, 
   __syncthreads();
 }
 
-__global__ void select_numbers(Plan plan, Vector source, int64_t start, pq_keys keys, float* numbers, uint8_t* payload, int32_t* status) {
+__global__ void PQ_REGISTERS select_numbers(Plan plan, const __grid_constant__ Vector source, int64_t start, pq_keys keys, float* numbers,
+                                            uint8_t* payload, int32_t* status) {
   PQ_SHARED_MEMORY(shared);
   float* const v = (float*)shared;
   __shared__ uint32_t words[kMostWords];
@@ -157,7 +166,7 @@ __global__ void select_numbers(Plan plan, Vector source, int64_t start, pq_keys 
 }
 
 // destination = destination + sign * number * factor at the places of the numbers that were kept.
-__global__ void scatter(Plan plan, const uint8_t* payload, pq_keys keys, const float* numbers, float sign, float* destination,
+__global__ void PQ_REGISTERS scatter(Plan plan, const uint8_t* payload, pq_keys keys, const float* numbers, float sign, float* destination,
                         int32_t* status) {
   PQ_SHARED_MEMORY(shared);
   int* const positions = (int*)shared;
@@ -183,7 +192,8 @@ __global__ void scatter(Plan plan, const uint8_t* payload, pq_keys keys, const f
 }
 
 // Of what the own numbers of a shard count as in a sparse codec: adds it, times weight, or takes it from the source.
-__global__ void own_part(Plan plan, Vector source, int64_t start, uint64_t shared_key, bool adds, float weight, float* destination) {
+__global__ void PQ_REGISTERS own_part(Plan plan, const __grid_constant__ Vector source, int64_t start, uint64_t shared_key, bool adds,
+                                      float weight, float* destination) {
   PQ_SHARED_MEMORY(shared);
   float* const v = (float*)shared;
   __shared__ uint32_t drawn[kMostWords];
@@ -311,6 +321,8 @@ struct Shape {
   }
 };
 
+static_assert(Uniform<Warp>::encode_nbytes(Warp::kMostNumbers) % 16 == 0 && Eden::encode_nbytes(Parts::kPart) % 16 == 0,
+              "for Eight and Four");
 static_assert(Eden::encode_nbytes(kMaxBlock) + kMaxBlock <= 46 * 1024, "48 KB are what any GPU gives, and 2 are taken by what is static");
 
 unsigned groups_for(int64_t count) { return (unsigned)std::min((count + kPiece - 1) / kPiece, kMostGroups); }
@@ -338,7 +350,8 @@ void launch_encode(const Plan& plan, const Vector& source, int64_t start, uint64
     typedef typename Codec::Group Group;
     const Shape shape = Shape::of<Group>(plan);
     const int codes_at = Codec::encode_nbytes(shape.numbers), nbytes = codes_at + shape.numbers;
-    PQ_LAUNCH(encode<Codec>, shape.groups, shape.threads, nbytes * Group::kInThreadBlock, stream, plan, source, start, key, payload,
+    const auto kernel = source.tensors.next_residual ? encode<Codec, true> : encode<Codec, false>;
+    PQ_LAUNCH(kernel, shape.groups, shape.threads, nbytes * Group::kInThreadBlock, stream, plan, source, start, key, payload,
               codes_at, nbytes, status);
   });
 }

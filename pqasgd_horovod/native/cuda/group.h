@@ -137,11 +137,18 @@ __device__ inline void each_own(F f) {
   for (int k = 0; k < kPerThread; ++k) f(k);
 }
 
+// Whether a group has as many numbers as it can have: then nobody asks of each one whether it is there.
+template <class Group>
+__device__ inline bool is_whole(int n) {
+  return n == Group::threads() * kPerThread;
+}
+
 // f(k, step) for the thread's own numbers of [0, n): how far they are from the first, known to the compiler too. For reading and
 // writing: nothing else should have to ask where the end is.
 template <class Group, class F>
 __device__ inline void each_within(int n, F f) {
   const int left = n - Group::first();
+  if (is_whole<Group>(n)) return each_own([&](int k) { f(k, k * Group::kStep); });
   each_own([&](int k) {
     if (k * Group::kStep < left) f(k, k * Group::kStep);
   });
@@ -151,6 +158,7 @@ __device__ inline void each_within(int n, F f) {
 template <class Group, class T, class X>
 __device__ inline void read_own(const T* from, int n, X (&x)[kPerThread]) {
   const T* const own = from + Group::first();
+  if (is_whole<Group>(n)) return each_own([&](int k) { x[k] = own[k * Group::kStep]; });
   each_own([&](int k) { x[k] = X(); });
   each_within<Group>(n, [&](int k, int step) { x[k] = own[step]; });
 }
@@ -160,13 +168,14 @@ __device__ inline void write_own(const X (&x)[kPerThread], int n, T* to) {
   each_within<Group>(n, [&](int k, int step) { own[step] = (T)x[k]; });
 }
 
-// Draws the random numbers below 65536 of a block; one call of the generator serves four of them. `words` are in shared memory.
+// Draws the random numbers below 65536 of a block; one call of the generator serves four of them. `words` are in shared memory, which
+// has room for those of a whole group.
 template <class Group>
-__device__ inline void draw_uniform16(int n, uint64_t key, uint32_t block, Pair* words) {
+__device__ inline void draw_uniform16(uint64_t key, uint32_t block, Pair* words) {
 #pragma unroll
   for (int k = 0; k < kPerThread / 4; ++k) {
     const int w = Group::thread() + k * Group::threads();
-    if (w < (n + 63) / 64 * 16) words[w] = threefry<kStreamRounds>(key, (uint32_t)w, block);
+    words[w] = threefry<kStreamRounds>(key, (uint32_t)w, block);
   }
   Group::meet();
 }

@@ -6,7 +6,7 @@
 
 namespace pqasgd {
 
-struct Pair {
+struct alignas(8) Pair {
   uint32_t x0, x1;
 };
 

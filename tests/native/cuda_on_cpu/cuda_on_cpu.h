@@ -31,6 +31,7 @@
 #define __grid_constant__
 #define PQ_NOINLINE
 #define PQ_IS_GLOBAL(pointer)
+#define __maxnreg__(registers)
 #define __launch_bounds__(...)
 
 namespace cuda_on_cpu {
