@@ -8,10 +8,12 @@ import pytest
 import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
+import pqasgd_horovod.tensorflow.keras as hvd_keras
 from tests.ranks_tensorflow.common import (
     EDEN2,
     EDEN4,
     assert_equal,
+    assert_raises_everywhere,
     assert_replicas_equal,
     compiled,
     differ,
@@ -193,6 +195,23 @@ def test_mixed_precision_as_the_global_policy(period):
         assert_replicas_equal(model)
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": EDEN4, "period": 3}], ids=["stock", "period"])
+def test_fit_where_keras_turns_xla_on(options):
+    model = compiled(wrap(sgd(), **options), jit_compile=True)
+    fit(model, 4, callbacks=[hvd_keras.callbacks.BroadcastGlobalVariablesCallback(0)])
+    assert not model.jit_compile
+    assert_replicas_equal(model)
+
+
+@several_ranks
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one-rank"])
+def test_xla_without_the_callback_is_an_error_on_all_ranks(everywhere):
+    model = compiled(wrap(sgd(), compression=EDEN4, period=3), jit_compile=everywhere or hvd.rank() == 0)
+    kind = "ArgumentError" if everywhere else "MismatchError"
+    text = assert_raises_everywhere(kind, lambda: fit(model, 4))
+    assert "jit_compile is on, and XLA cannot compile Horovod's ops: pass jit_compile=False" in text
 
 
 @several_ranks
