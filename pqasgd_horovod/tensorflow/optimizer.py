@@ -76,6 +76,7 @@ class DistributedMethods(_Inner):
         self._pqasgd_model = _Hidden(model)
         self._pqasgd_local = _Hidden([])
         self._pqasgd_failure = _Hidden(None)
+        self._pqasgd_warned = _Hidden(False)
         if isinstance(averager, GradientAverager):
             self._pqasgd_state: Any = averager.state
 
@@ -200,6 +201,8 @@ class DistributedMethods(_Inner):
     def _step(self, grads: list[Any], variables: list[Any]) -> None:
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):
+            if len(variables) < len(self._trainable_variables):
+                self._warn_of_frozen()
             computed = first_computed(grads)
             with after(*computed):
                 averager.before_step()
@@ -216,6 +219,19 @@ class DistributedMethods(_Inner):
         for i, mean in zip(shared, means, strict=True):
             grads[i] = mean
         super().apply(grads, variables)
+
+    def _warn_of_frozen(self) -> None:
+        """Say once that what was frozen after the first step is still averaged."""
+        settings = self._pqasgd_settings.value
+        frozen = [name_of(v) for v in self._trainable_variables if not v.trainable and not self._is_local(v)]
+        exact = settings["codec"] == Compression.none.codec.config() and not settings["policy"]
+        if frozen and not exact and not self._pqasgd_warned.value and self._pqasgd_membership.value.carrier is not None:
+            self._pqasgd_warned.value = True
+            logger.warning(
+                "%s and perhaps others were frozen after the first step, and are still averaged, so that the codec's "
+                "noise moves them: compile with another DistributedOptimizer, on every rank",
+                frozen[0],
+            )
 
     @as_written
     def _average(self, grads: list[Any], variables: list[Any]) -> list[Any]:

@@ -256,6 +256,27 @@ def test_all_buffers_and_only_all_takes_other_buffers_in():
         assert model.layers[0].mask.numpy().tolist() == [expected] * 3, policy
 
 
+@several_ranks
+@pytest.mark.parametrize("compression", [EDEN2, hvd.Compression.none], ids=["eden", "none"])
+def test_a_layer_that_is_frozen_later_needs_another_optimizer(compression, caplog):
+    model = compiled(wrap(sgd(), compression=compression, period=2))
+    fit(model, 3)
+    model.layers[0].trainable = False
+    before = values(model.layers[0].variables)
+    compiled(model.optimizer, model)
+    fit(model, 4)
+    assert_replicas_equal(model)
+    moved = any((a != b).any() for a, b in zip(before, values(model.layers[0].variables), strict=True))
+    said = "frozen after the first step, and are still averaged" in caplog.text
+    assert moved == said == (compression is EDEN2)
+    caplog.clear()
+    compiled(wrap(sgd(), compression=compression, period=2), model)
+    before = values(model.layers[0].variables)
+    fit(model, 4)
+    assert_equal(values(model.layers[0].variables), before)
+    assert "frozen" not in caplog.text
+
+
 def test_a_frozen_layer_stays_as_it_is():
     model = make_model()
     model.layers[1].trainable = False

@@ -229,8 +229,9 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
 class FlushCallback(keras.callbacks.Callback):
     """Average a last partial period before the model is evaluated or saved, and at the end: on every rank.
 
-    Put it before callbacks that save. Without it ``fit`` ends with a flush all the same, but what is validated or saved
-    before is this rank's replica.
+    Put it before callbacks that save; and, with :class:`MetricAverageCallback` after it, before those that decide by
+    metrics (``EarlyStopping``, ``ReduceLROnPlateau``), or each rank decides by its own. Without it ``fit`` ends with a
+    flush all the same, but what is validated or saved before is this rank's replica.
 
     >>> import pqasgd_horovod.tensorflow.keras as hvd
     >>> callback = hvd.callbacks.FlushCallback()
