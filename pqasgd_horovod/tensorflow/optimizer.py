@@ -627,6 +627,11 @@ def _process_set_of(ranks: Sequence[int] | None) -> Any:
 
 
 def _check_optimizer(optimizer: Any) -> None:
+    if keras.config.backend() != "tensorflow":
+        raise ArgumentError(
+            f"the backend of Keras is {keras.config.backend()!r}; it must be 'tensorflow': set KERAS_BACKEND="
+            "tensorflow before Keras is imported"
+        )
     if isinstance(optimizer, DistributedMethods):
         raise ArgumentError("optimizer is a DistributedOptimizer already; pass the plain optimizer")
     if not isinstance(optimizer, keras.optimizers.Optimizer):

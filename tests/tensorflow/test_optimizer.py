@@ -145,6 +145,12 @@ def test_wrong_arguments(make, text):
             make(distribute)
 
 
+def test_another_backend_of_keras_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
+    with pytest.raises(ArgumentError, match="backend of Keras is 'torch'; it must be 'tensorflow': set KERAS_BACKEND"):
+        hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1))
+
+
 def test_numbers_of_numpy_are_numbers():
     names = ("backward_passes_per_step", "small_tensor_threshold", "seed", "num_groups", "period")
     numbers = {name: np.int64(1) for name in names}
