@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..codecs.base import is_number
 from ..errors import ArgumentError
 from ..exchange.carriers import Carrier
 from ..exchange.carriers.nodes import find_nodes
@@ -34,6 +35,15 @@ def check_process_set(horovod: Any, process_set: Any) -> None:
             f"process_set is {process_set}, which is not registered: pass it to hvd.init(process_sets=[...]), or to "
             "hvd.add_process_set"
         )
+
+
+def check_timeout(name: str, seconds: Any) -> float | None:
+    """Return ``seconds`` as a float, or None; raise ArgumentError unless it is a number of seconds, or None."""
+    if seconds is None:
+        return None
+    if not is_number(seconds) or not seconds >= 0:
+        raise ArgumentError(f"{name} is {seconds!r}; it must be a number of seconds, 0 or more, or None, without end")
+    return float(seconds)
 
 
 def registered_process_set(horovod: Any, ranks: Sequence[int]) -> Any:

@@ -88,10 +88,10 @@ def check_groups(groups: Any, num_groups: int, *, positions: bool = False) -> Gr
     ``positions``: in the place of variables there may be their positions, as in what was saved.
     """
     if not groups:
-        check_integer("num_groups", num_groups, 0, 2**31)
-    chosen = groups or num_groups
-    if isinstance(chosen, int) and chosen >= 0:
-        return chosen
+        return check_integer("num_groups", num_groups, 0, 2**31)
+    chosen = groups
+    if isinstance(chosen, int | np.integer) and chosen >= 0:
+        return int(chosen)
     allowed = (tf.Variable, int) if positions else tf.Variable
     if isinstance(chosen, list | tuple) and all(isinstance(group, list | tuple) for group in chosen):
         lists = tuple(map(tuple, chosen))

@@ -17,17 +17,18 @@ import horovod.tensorflow as horovod
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
-from ..averaging.construction import Membership, construct_together, registered_process_set
+from ..averaging.construction import Membership, check_timeout, construct_together, registered_process_set
 from ..averaging.devices import check_anchor_device
 from ..averaging.feedback import Feedback, MomentumCorrection, check_no_momentum, check_not_stock, feedback_from_config
 from ..averaging.policy import Rule, check_names, make_policy, pattern_from_config
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..averaging.together import Telling, refused_together
-from ..codecs.base import check_integer
+from ..codecs.base import check_integer, is_number
 from ..errors import ArgumentError, MismatchError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
@@ -75,6 +76,7 @@ class DistributedMethods(_Inner):
         self._pqasgd_model = _Hidden(model)
         self._pqasgd_local = _Hidden([])
         self._pqasgd_failure = _Hidden(None)
+        self._pqasgd_warned = _Hidden(False)
         if isinstance(averager, GradientAverager):
             self._pqasgd_state: Any = averager.state
 
@@ -88,6 +90,7 @@ class DistributedMethods(_Inner):
         variables, averager = list(variables), self._pqasgd_averager.value
         with self._until_agreed():
             with refused_together(_outside(self._pqasgd_membership.value.tell_in_layout)):
+                self._check_graph()
                 self._place_settings(variables)
                 super().build(variables)
                 buffers = self._prepare_averages(variables)
@@ -111,6 +114,16 @@ class DistributedMethods(_Inner):
                 self._pqasgd_failure.value = f"{type(error).__name__}: {error}"
                 self.built = False
             raise
+
+    def _check_graph(self) -> None:
+        """Raise ArgumentError while a function is traced that XLA is to compile: its error would name none of this."""
+        alone = self._pqasgd_membership.value.carrier is None
+        if not alone and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            raise ArgumentError(
+                "jit_compile is on, and XLA cannot compile Horovod's ops: pass jit_compile=False to model.compile() "
+                "('auto' turns it on where there is a GPU) or to tf.function, or give model.fit the "
+                "BroadcastGlobalVariablesCallback(0), which switches it off"
+            )
 
     def _check_usable(self) -> None:
         if self._pqasgd_failure.value is not None:
@@ -136,9 +149,8 @@ class DistributedMethods(_Inner):
                 ]
                 self._pqasgd_passes = counter("backward_passes")
         model, averager = self._find_model(), self._pqasgd_averager.value
-        if model is not None and getattr(model, "jit_compile", False):
-            logger.warning("jit_compile=%s is set to False: XLA cannot compile Horovod's ops", model.jit_compile)
-            model.jit_compile = False
+        if model is not None:
+            switch_off_xla(model)
         return self._find_buffers(model, averager.averaging.buffers) if isinstance(averager, PeriodicAverager) else []
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -157,6 +169,8 @@ class DistributedMethods(_Inner):
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         if len(grads) != len(variables):
             raise ArgumentError(f"grads has {len(grads)} entries for {len(variables)} variables; it must have as many")
+        self._check_graph()
+        self._pqasgd_membership.value.check_world()
         passes = self._pqasgd_settings.value["backward_passes_per_step"]
         if passes == 1:
             self._step(list(grads), variables)
@@ -187,6 +201,8 @@ class DistributedMethods(_Inner):
     def _step(self, grads: list[Any], variables: list[Any]) -> None:
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):
+            if len(variables) < len(self._trainable_variables):
+                self._warn_of_frozen()
             computed = first_computed(grads)
             with after(*computed):
                 averager.before_step()
@@ -203,6 +219,19 @@ class DistributedMethods(_Inner):
         for i, mean in zip(shared, means, strict=True):
             grads[i] = mean
         super().apply(grads, variables)
+
+    def _warn_of_frozen(self) -> None:
+        """Say once that what was frozen after the first step is still averaged."""
+        settings = self._pqasgd_settings.value
+        frozen = [name_of(v) for v in self._trainable_variables if not v.trainable and not self._is_local(v)]
+        exact = settings["codec"] == Compression.none.codec.config() and not settings["policy"]
+        if frozen and not exact and not self._pqasgd_warned.value and self._pqasgd_membership.value.carrier is not None:
+            self._pqasgd_warned.value = True
+            logger.warning(
+                "%s and perhaps others were frozen after the first step, and are still averaged, so that the codec's "
+                "noise moves them: compile with another DistributedOptimizer, on every rank",
+                frozen[0],
+            )
 
     @as_written
     def _average(self, grads: list[Any], variables: list[Any]) -> list[Any]:
@@ -303,6 +332,8 @@ class DistributedMethods(_Inner):
         do not come in ``timeout`` seconds (None: wait as any collective does); nothing is lost then. Give a timeout on
         all ranks, or on none.
         """
+        timeout = check_timeout("timeout", timeout)
+        self._pqasgd_membership.value.check_world()
         averager = self._pqasgd_averager.value
         if isinstance(averager, PeriodicAverager):
             averager.flush(timeout)
@@ -340,8 +371,9 @@ class DistributedMethods(_Inner):
         >>> optimizer.join() == hvd.size() - 1
         True
         """
-        self._check_for_join()
         averager, membership = self._pqasgd_averager.value, self._pqasgd_membership.value
+        membership.check_world()
+        self._check_for_join()
         self._build_without_step()
         if isinstance(averager, PeriodicAverager):
             before = averager.num_steps
@@ -470,6 +502,27 @@ class DistributedMethods(_Inner):
         return found
 
 
+def switch_off_xla(model: Any) -> bool:
+    """Let Keras not compile a model with XLA, and say so; return whether it would have."""
+    if not getattr(model, "jit_compile", False):
+        return False
+    logger.warning("jit_compile=%s is set to False: XLA cannot compile Horovod's ops", model.jit_compile)
+    model.jit_compile = False
+    return True
+
+
+def _check_kinds(model: Any, check_consistency: Any, gradient_predivide_factor: Any) -> None:
+    """What else would be noticed in the first step, or never."""
+    if model is not None and not isinstance(model, keras.Model):
+        raise ArgumentError(f"model is {model!r}; it must be None or a keras.Model")
+    if not isinstance(check_consistency, bool):
+        raise ArgumentError(f"check_consistency is {check_consistency!r}; it must be True or False")
+    if not is_number(gradient_predivide_factor) or not 0 < gradient_predivide_factor < float("inf"):
+        raise ArgumentError(
+            f"gradient_predivide_factor is {gradient_predivide_factor!r}; it must be a number above 0, such as 1.0"
+        )
+
+
 def _check_saved(saved: dict[str, Any], expected: dict[str, tf.Variable]) -> None:
     shapes = [{key: list(np.shape(value)) for key, value in values.items()} for values in (saved, expected)]
     differences = [
@@ -574,6 +627,11 @@ def _process_set_of(ranks: Sequence[int] | None) -> Any:
 
 
 def _check_optimizer(optimizer: Any) -> None:
+    if keras.config.backend() != "tensorflow":
+        raise ArgumentError(
+            f"the backend of Keras is {keras.config.backend()!r}; it must be 'tensorflow': set KERAS_BACKEND="
+            "tensorflow before Keras is imported"
+        )
     if isinstance(optimizer, DistributedMethods):
         raise ArgumentError("optimizer is a DistributedOptimizer already; pass the plain optimizer")
     if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -674,7 +732,9 @@ def distribute(
     membership = Membership(horovod, process_set, HorovodCarrier)
     with construct_together(membership):
         _check_optimizer(optimizer)
-        check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
+        backward_passes_per_step = check_integer("backward_passes_per_step", backward_passes_per_step, 1, 2**31)
+        _check_kinds(model, check_consistency, gradient_predivide_factor)
+        gradient_predivide_factor = float(gradient_predivide_factor)
         strategy = describe_outer(resolve_averaging(period, averaging))
         _check_moments(optimizer, strategy.moments)
         check_anchor_device(anchor_device)
@@ -736,9 +796,9 @@ def distribute(
             "second_codec": None if second_codec is None else second_codec.config(),
             "averaging": strategy.config(),
             "exchange": exchange,
-            "small_tensor_threshold": small_tensor_threshold,
-            "bucket_cap_mb": bucket_cap_mb,
-            "seed": seed,
+            "small_tensor_threshold": config.small_tensor_threshold,
+            "bucket_cap_mb": config.bucket_cap_mb,
+            "seed": config.seed,
             "nonfinite": nonfinite,
             "feedback": None if feedback is None else feedback.config(),
             "policy": rules,

@@ -12,13 +12,13 @@ from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import ExchangeConfig, PeriodicAveraging
 from ..averaging.config import DEFAULT_SMALL_TENSOR_THRESHOLD
-from ..averaging.construction import Membership, construct_together
+from ..averaging.construction import Membership, check_timeout, construct_together
 from ..averaging.devices import check_anchor_device
 from ..averaging.feedback import Feedback, check_no_momentum, check_not_stock
 from ..averaging.policy import make_policy
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
-from ..codecs.base import Scheme, check_integer, is_number
+from ..codecs.base import Scheme, check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
@@ -159,7 +159,8 @@ def DistributedOptimizer(
         averaging = describe_outer(resolve_averaging(period, averaging))
         check_has_moments(optimizer, averaging.moments)
         check_anchor_device(anchor_device)
-        _check_kinds(model, check_consistency, flush_timeout)
+        _check_kinds(model, check_consistency)
+        flush_timeout = check_timeout("flush_timeout", flush_timeout)
         check_common_device({f"parameter {i}": p for i, p in enumerate(parameters_of(optimizer))})
         codec = codec_of(compression)
         rules = make_policy(policy, codec_of)
@@ -239,16 +240,12 @@ def DistributedOptimizer(
     return wrapped
 
 
-def _check_kinds(model: Any, check_consistency: Any, flush_timeout: Any) -> None:
+def _check_kinds(model: Any, check_consistency: Any) -> None:
     """What else would be noticed hours later, where it is used."""
     if model is not None and not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model is {model!r}; it must be None or a torch.nn.Module")
     if not isinstance(check_consistency, bool):
         raise ArgumentError(f"check_consistency is {check_consistency!r}; it must be True or False")
-    if flush_timeout is not None and (not is_number(flush_timeout) or not flush_timeout >= 0):
-        raise ArgumentError(
-            f"flush_timeout is {flush_timeout!r}; it must be a number of seconds, 0 or more, or None, without end"
-        )
 
 
 def _require(codec: Found | None, compression: Any, argument: str, averaging: PeriodicAveraging) -> Found:

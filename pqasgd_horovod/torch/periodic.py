@@ -10,6 +10,7 @@ import torch
 from horovod.torch.optimizer import _DistributedOptimizer
 
 from ..averaging import PeriodicAverager
+from ..averaging.construction import check_timeout
 from ..averaging.outer import OuterOptimizer
 from .moments import OptimizerMoments
 from .outer import OuterStepper
@@ -80,6 +81,7 @@ class PeriodicMethods(CommonMethods):
         Nothing happens right after an average. Raises CollectiveTimeoutError if the other ranks do not come in
         ``timeout`` seconds (None: wait as any collective does); nothing is lost then.
         """
+        timeout = check_timeout("timeout", timeout)
         self._settings.membership.check_world()
         self._averager.flush(timeout)
 

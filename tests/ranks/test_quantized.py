@@ -626,6 +626,9 @@ def test_numbers_of_numpy_are_numbers():
     optimizer = wrap(model, period=np.int64(2), compression=MAXSCALE, flush_timeout=np.float32(9), **numbers)
     train(model, optimizer, range(2))
     assert_replicas_equal(model)
+    optimizer.flush(np.float32(9))
+    with pytest.raises(ArgumentError, match="timeout is '3'; it must be a number of seconds, 0 or more, or None"):
+        optimizer.flush("3")
 
 
 def test_optimizers_that_are_not_allowed():

@@ -8,10 +8,12 @@ import pytest
 import tensorflow as tf
 
 import pqasgd_horovod.tensorflow as hvd
+import pqasgd_horovod.tensorflow.keras as hvd_keras
 from tests.ranks_tensorflow.common import (
     EDEN2,
     EDEN4,
     assert_equal,
+    assert_raises_everywhere,
     assert_replicas_equal,
     compiled,
     differ,
@@ -195,6 +197,23 @@ def test_mixed_precision_as_the_global_policy(period):
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.parametrize("options", [{}, {"compression": EDEN4, "period": 3}], ids=["stock", "period"])
+def test_fit_where_keras_turns_xla_on(options):
+    model = compiled(wrap(sgd(), **options), jit_compile=True)
+    fit(model, 4, callbacks=[hvd_keras.callbacks.BroadcastGlobalVariablesCallback(0)])
+    assert not model.jit_compile
+    assert_replicas_equal(model)
+
+
+@several_ranks
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one-rank"])
+def test_xla_without_the_callback_is_an_error_on_all_ranks(everywhere):
+    model = compiled(wrap(sgd(), compression=EDEN4, period=3), jit_compile=everywhere or hvd.rank() == 0)
+    kind = "ArgumentError" if everywhere else "MismatchError"
+    text = assert_raises_everywhere(kind, lambda: fit(model, 4))
+    assert "jit_compile is on, and XLA cannot compile Horovod's ops: pass jit_compile=False" in text
+
+
 @several_ranks
 def test_statistics_of_normalization():
     """Compared with the mean of what each rank's plain optimizer makes of its own data in that period."""
@@ -235,6 +254,27 @@ def test_all_buffers_and_only_all_takes_other_buffers_in():
         fit(model, 2)
         expected = (hvd.size() - 1) / 2 if policy == "all" else float(hvd.rank())
         assert model.layers[0].mask.numpy().tolist() == [expected] * 3, policy
+
+
+@several_ranks
+@pytest.mark.parametrize("compression", [EDEN2, hvd.Compression.none], ids=["eden", "none"])
+def test_a_layer_that_is_frozen_later_needs_another_optimizer(compression, caplog):
+    model = compiled(wrap(sgd(), compression=compression, period=2))
+    fit(model, 3)
+    model.layers[0].trainable = False
+    before = values(model.layers[0].variables)
+    compiled(model.optimizer, model)
+    fit(model, 4)
+    assert_replicas_equal(model)
+    moved = any((a != b).any() for a, b in zip(before, values(model.layers[0].variables), strict=True))
+    said = "frozen after the first step, and are still averaged" in caplog.text
+    assert moved == said == (compression is EDEN2)
+    caplog.clear()
+    compiled(wrap(sgd(), compression=compression, period=2), model)
+    before = values(model.layers[0].variables)
+    fit(model, 4)
+    assert_equal(values(model.layers[0].variables), before)
+    assert "frozen" not in caplog.text
 
 
 def test_a_frozen_layer_stays_as_it_is():

@@ -252,6 +252,18 @@ def test_a_file_of_other_settings_or_of_another_world_is_refused_with_the_reason
 
 
 @several_ranks
+@pytest.mark.parametrize("period", [1, 2])
+def test_an_optimizer_that_was_made_in_another_world_says_so(period, monkeypatch):
+    optimizer, variables = wrap(compression=EDEN2, period=period), make_variables()
+    apply(optimizer, variables, range(1))
+    membership = optimizer._pqasgd_membership.value
+    monkeypatch.setattr(membership, "_world", (0, 9, 9))  # as before elastic mode has lost ranks
+    text = f"was made as rank 0 of 9, and this is rank {hvd.rank()} of {hvd.size()} now.*hvd.elastic.run"
+    for act in (lambda: apply(optimizer, variables, range(1, 2)), optimizer.flush, optimizer.join):
+        with pytest.raises(ArgumentError, match=text):
+            act()
+
+
 def test_a_file_that_one_rank_alone_has_loaded_is_the_same_error_everywhere():
     model = compiled(wrap(period=3, compression=EDEN4))
     train(model, range(3))

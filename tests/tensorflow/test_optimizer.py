@@ -128,12 +128,38 @@ def test_the_configuration_survives_json_and_keras(options):
         (lambda d: d(keras.optimizers.SGD(), backward_passes_per_step=0), "backward_passes_per_step"),
         (lambda d: d(keras.optimizers.SGD(), num_groups=-1), "num_groups is -1; it must be a whole number from 0"),
         (lambda d: d(keras.optimizers.SGD(), groups=-1), "groups is -1; it must be a number, 0 or more, or a list"),
+        (lambda d: d(keras.optimizers.SGD(), model="x"), "model is 'x'; it must be None or a keras.Model"),
+        (lambda d: d(keras.optimizers.SGD(), check_consistency="no"), "check_consistency is 'no'; it must be True or"),
+        (
+            lambda d: d(keras.optimizers.SGD(), gradient_predivide_factor="2"),
+            "gradient_predivide_factor is '2'; it must be a number above 0",
+        ),
+        (lambda d: d(keras.optimizers.SGD(), gradient_predivide_factor=0), "gradient_predivide_factor is 0; it must"),
+        (lambda d: d(keras.optimizers.SGD(), period=2).flush("3"), "timeout is '3'; it must be a number of seconds"),
+        (lambda d: d(keras.optimizers.SGD(), period=2).flush(-1), "timeout is -1; it must be a number of seconds"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(make, text):
     for distribute in (hvd_keras.DistributedOptimizer, hvd.DistributedOptimizer):
         with pytest.raises(ArgumentError, match=text):
             make(distribute)
+
+
+def test_another_backend_of_keras_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
+    with pytest.raises(ArgumentError, match="backend of Keras is 'torch'; it must be 'tensorflow': set KERAS_BACKEND"):
+        hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1))
+
+
+def test_numbers_of_numpy_are_numbers():
+    names = ("backward_passes_per_step", "small_tensor_threshold", "seed", "num_groups", "period")
+    numbers = {name: np.int64(1) for name in names}
+    numbers |= {name: np.float32(1) for name in ("gradient_predivide_factor", "bucket_cap_mb")}
+    optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1), **numbers)
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert {config[name] for name in numbers if name in config} == {1}
+    fit(optimizer)
+    optimizer.flush(np.float32(1))
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": EDEN2}, {"compression": EDEN2, "period": 8}])

@@ -133,7 +133,8 @@ def DistributedOptimizer(
             ``gc.freeze()`` was called between then and the first step, after which it cannot be found.
         anchor_device: where anchors, residuals and means of parameters on a GPU are kept: None, beside them; ``"cpu"``:
             in host memory, for models that fill the GPU. Numbers are coded there, too.
-        check_consistency: after each average compare checksums of all replicas (slow; for debugging).
+        check_consistency: after each average compare checksums of all replicas (slow; for debugging). With ``period=1``
+            nothing is compared.
 
     Returns:
         An optimizer that also has ``flush()``, ``communication_stats()`` and ``register_local_var()``. Counters and

@@ -11,12 +11,15 @@ import numpy as np
 
 from ...errors import ArgumentError
 from ..functions import broadcast_variables
-from ..optimizer import DistributedMethods
+from ..optimizer import DistributedMethods, switch_off_xla
 from ..variables import unwrap
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Give every rank the variables of one, of model and optimizer, before the first step.
+
+    It also switches off XLA (``jit_compile``), which Keras turns on where there is a GPU and which cannot compile
+    Horovod's ops.
 
     Args:
         root_rank: the rank whose values everybody gets.
@@ -37,7 +40,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._local.append(unwrap(var))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Broadcast; Keras has built model and optimizer by now."""
+        """Broadcast; Keras has built model and optimizer by now, if it could before the first batch."""
+        if isinstance(self.model.optimizer, DistributedMethods) and switch_off_xla(self.model):
+            self.model.make_train_function(force=True)
         if self.broadcast_done:
             return
         optimizer = self.model.optimizer
@@ -224,8 +229,9 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
 class FlushCallback(keras.callbacks.Callback):
     """Average a last partial period before the model is evaluated or saved, and at the end: on every rank.
 
-    Put it before callbacks that save. Without it ``fit`` ends with a flush all the same, but what is validated or saved
-    before is this rank's replica.
+    Put it before callbacks that save; and, with :class:`MetricAverageCallback` after it, before those that decide by
+    metrics (``EarlyStopping``, ``ReduceLROnPlateau``), or each rank decides by its own. Without it ``fit`` ends with a
+    flush all the same, but what is validated or saved before is this rank's replica.
 
     >>> import pqasgd_horovod.tensorflow.keras as hvd
     >>> callback = hvd.callbacks.FlushCallback()
