@@ -156,6 +156,7 @@ def test_a_carrier_sends_pieces():
 
 def test_inference_mode_and_the_default_device_do_not_matter():
     """What is sent and received is in host memory, and Horovod resizes it on a thread that is not in inference mode."""
+    torch.manual_seed(0)
     model = torch.nn.Linear(40, 50)
     options = {"compression": hvd.Compression.eden(bits=4), "period": 3, "exchange": "two_phase"}
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
@@ -169,8 +170,10 @@ def test_inference_mode_and_the_default_device_do_not_matter():
             optimizer.step()
         with torch.inference_mode():
             optimizer.flush()
-            mean = hvd.compressed_allreduce(model.weight, exchange="two_phase")
+            mean = hvd.compressed_allreduce(
+                model.weight, compression=hvd.Compression.eden(bits=8), exchange="two_phase"
+            )
     finally:
         torch.set_default_device("cpu")
     assert len({weight.numpy().tobytes() for weight in everybody(model.weight.detach())}) == 1
-    torch.testing.assert_close(mean, model.weight.detach(), rtol=0.3, atol=0.03)
+    torch.testing.assert_close(mean, model.weight.detach(), rtol=0, atol=0.02)  # the noise is about 0.001
