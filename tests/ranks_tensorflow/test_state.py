@@ -264,6 +264,7 @@ def test_an_optimizer_that_was_made_in_another_world_says_so(period, monkeypatch
             act()
 
 
+@several_ranks
 def test_a_file_that_one_rank_alone_has_loaded_is_the_same_error_everywhere():
     model = compiled(wrap(period=3, compression=EDEN4))
     train(model, range(3))
