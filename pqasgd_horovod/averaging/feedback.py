@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .. import native
-from ..codecs.base import FLOAT32, Scheme, check_integer, is_number
+from ..codecs.base import FLOAT32, Scheme, check_flag, check_integer, is_number
 from ..errors import ArgumentError
 from .outer import Coefficients
 
@@ -107,8 +107,7 @@ class MomentumCorrection(Feedback):
         if not is_number(self.momentum) or not 0 <= self.momentum < 1:
             raise ArgumentError(f"momentum is {self.momentum!r}; it must be a number from 0 to below 1")
         for name in ("nesterov", "masking"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+            check_flag(name, getattr(self, name))
         if self.clip_norm is not None and (not is_number(self.clip_norm) or not 0 < self.clip_norm < float("inf")):
             raise ArgumentError(f"clip_norm is {self.clip_norm!r}; it must be None or a number above 0")
         object.__setattr__(self, "momentum", float(self.momentum))

@@ -656,6 +656,12 @@ def check_integer(name: str, value: int, low: int, high: int) -> int:
     return number
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise ArgumentError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} is {value!r}; it must be True or False")
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether ``value`` is a number, NumPy's included, and not True or False."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

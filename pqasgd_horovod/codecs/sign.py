@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from . import packing
-from .base import FLOAT32, UINT8, UINT32, BlockCodec, EncodedBlocks, register, sum64
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, EncodedBlocks, check_flag, register, sum64
 from .uniform import check_block_size
 
 _BLOCK_SIZE = 1024
@@ -107,12 +107,10 @@ class SignSgd(Sign):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.majority_vote, bool):
-            raise ArgumentError(f"majority_vote is {self.majority_vote!r}; it must be True or False")
+        check_flag("majority_vote", self.majority_vote)
         if self.scaled is None:
             object.__setattr__(self, "scaled", not self.majority_vote)
-        if not isinstance(self.scaled, bool):
-            raise ArgumentError(f"scaled is {self.scaled!r}; it must be True or False")
+        check_flag("scaled", self.scaled)
         if self.scaled and self.majority_vote:
             raise ArgumentError("scaled is True with majority_vote=True; votes have no scale: leave scaled out")
 

@@ -16,7 +16,7 @@ import numpy as np
 from .. import keys as random
 from ..errors import ArgumentError
 from ..keys import Keys
-from .base import FLOAT32, UINT8, UINT32, BlockCodec, Codec, check_count, is_number, register
+from .base import FLOAT32, UINT8, UINT32, BlockCodec, Codec, check_count, check_flag, is_number, register
 from .cast import NoCompression
 from .positions import INT64, pack_positions, positions_nbytes, unpack_positions
 from .uniform import check_block_size
@@ -343,8 +343,7 @@ class RandomK(Sparse):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.scaled, bool):
-            raise ArgumentError(f"scaled is {self.scaled!r}; it must be True or False")
+        check_flag("scaled", self.scaled)
 
     @property
     def unbiased(self) -> bool:

@@ -28,7 +28,7 @@ from ..averaging.policy import Rule, check_names, make_policy, pattern_from_conf
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
 from ..averaging.together import Telling, refused_together
-from ..codecs.base import check_integer, is_number
+from ..codecs.base import check_flag, check_integer, is_number
 from ..errors import ArgumentError, MismatchError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
@@ -222,10 +222,12 @@ class DistributedMethods(_Inner):
 
     def _warn_of_frozen(self) -> None:
         """Say once that what was frozen after the first step is still averaged."""
+        if self._pqasgd_warned.value or self._pqasgd_membership.value.carrier is None:
+            return
         settings = self._pqasgd_settings.value
         frozen = [name_of(v) for v in self._trainable_variables if not v.trainable and not self._is_local(v)]
         exact = settings["codec"] == Compression.none.codec.config() and not settings["policy"]
-        if frozen and not exact and not self._pqasgd_warned.value and self._pqasgd_membership.value.carrier is not None:
+        if frozen and not exact:
             self._pqasgd_warned.value = True
             logger.warning(
                 "%s and perhaps others were frozen after the first step, and are still averaged, so that the codec's "
@@ -515,8 +517,7 @@ def _check_kinds(model: Any, check_consistency: Any, gradient_predivide_factor: 
     """What else would be noticed in the first step, or never."""
     if model is not None and not isinstance(model, keras.Model):
         raise ArgumentError(f"model is {model!r}; it must be None or a keras.Model")
-    if not isinstance(check_consistency, bool):
-        raise ArgumentError(f"check_consistency is {check_consistency!r}; it must be True or False")
+    check_flag("check_consistency", check_consistency)
     if not is_number(gradient_predivide_factor) or not 0 < gradient_predivide_factor < float("inf"):
         raise ArgumentError(
             f"gradient_predivide_factor is {gradient_predivide_factor!r}; it must be a number above 0, such as 1.0"

@@ -18,7 +18,7 @@ from ..averaging.feedback import Feedback, check_no_momentum, check_not_stock
 from ..averaging.policy import make_policy
 from ..averaging.schedule import Schedule
 from ..averaging.strategy import resolve_averaging
-from ..codecs.base import Scheme, check_integer
+from ..codecs.base import Scheme, check_flag, check_integer
 from ..errors import ArgumentError
 from ..exchange import DEFAULT_BUCKET_CAP_BYTES
 from ..exchange.base import NonFinitePolicy
@@ -244,8 +244,7 @@ def _check_kinds(model: Any, check_consistency: Any) -> None:
     """What else would be noticed hours later, where it is used."""
     if model is not None and not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model is {model!r}; it must be None or a torch.nn.Module")
-    if not isinstance(check_consistency, bool):
-        raise ArgumentError(f"check_consistency is {check_consistency!r}; it must be True or False")
+    check_flag("check_consistency", check_consistency)
 
 
 def _require(codec: Found | None, compression: Any, argument: str, averaging: PeriodicAveraging) -> Found:

@@ -12,7 +12,7 @@ import torch
 import pqasgd_horovod.torch as hvd
 from pqasgd_horovod import codecs
 from pqasgd_horovod.errors import ArgumentError, CollectiveTimeoutError, NonFiniteError
-from tests.ranks.common import assert_raises_everywhere, everybody, several_ranks
+from tests.ranks.common import assert_raises_everywhere, everybody, make_model, several_ranks
 
 COMPRESSIONS = [
     hvd.Compression.none,
@@ -156,12 +156,11 @@ def test_a_carrier_sends_pieces():
 
 def test_inference_mode_and_the_default_device_do_not_matter():
     """What is sent and received is in host memory, and Horovod resizes it on a thread that is not in inference mode."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(40, 50)
+    model = make_model(norm=False)
     options = {"compression": hvd.Compression.eden(bits=4), "period": 3, "exchange": "two_phase"}
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
-    inputs = torch.full((2, 40), 1.0 + hvd.rank())
+    inputs, weight = torch.full((2, 30), 1.0 + hvd.rank()), model.fc2.weight
     torch.set_default_device("meta")
     try:
         for _ in range(4):
@@ -170,10 +169,9 @@ def test_inference_mode_and_the_default_device_do_not_matter():
             optimizer.step()
         with torch.inference_mode():
             optimizer.flush()
-            mean = hvd.compressed_allreduce(
-                model.weight, compression=hvd.Compression.eden(bits=8), exchange="two_phase"
-            )
+            mean = hvd.compressed_allreduce(weight, compression=hvd.Compression.eden(bits=8), exchange="two_phase")
     finally:
         torch.set_default_device("cpu")
-    assert len({weight.numpy().tobytes() for weight in everybody(model.weight.detach())}) == 1
-    torch.testing.assert_close(mean, model.weight.detach(), rtol=0, atol=0.02)  # the noise is about 0.001
+    assert len({values.numpy().tobytes() for values in everybody(weight.detach())}) == 1
+    error = (mean - weight.detach()).norm() / weight.detach().norm()
+    assert error < 0.02  # two codings of 8 bits: sqrt(2 * 4.1e-5) is 0.009

@@ -25,6 +25,18 @@ __device__ inline uint8_t level(float scaled, uint32_t u, int32_t offset, int F)
   return (uint8_t)((t + ((int32_t)(u >> (16 - F)) + (offset - 0x4B400000))) >> F);
 }
 
+// The codes of the own numbers, rounded up or down by chance; draws what decides it in `memory`, 2 bytes for each number.
+template <class Group>
+__device__ inline void round_own(const Numbers& scaled, int32_t offset, int F, uint64_t key, uint32_t block, float* memory, uint8_t* codes) {
+  Pair* const words = (Pair*)memory;
+  uint8_t* const own_codes = codes + Group::first();
+  draw_uniform16<Group>(key, block, words);
+  uint32_t u[kPerThread];  // all are read before a code is written
+  each_own([&](int k) { u[k] = uniform16<Group>(words, k); });
+  if (F == 16) each_own([&](int k) { own_codes[k * Group::kStep] = level(scaled[k], u[k], offset, 16); });
+  else each_own([&](int k) { own_codes[k * Group::kStep] = level(scaled[k], u[k], offset, 15); });
+}
+
 // An integer below 2^23 as a number, plus an integer: exact, and faster than a conversion.
 __device__ inline float plus(uint32_t code, float offset) { return from_bits(0x4B000000u | code) + (offset - 8388608.0f); }
 
@@ -50,7 +62,6 @@ struct Uniform : Codec<OfThreads> {
     const bool ternary = plan.codec.kind == PQ_TERNGRAD, l2 = plan.codec.kind == PQ_QSGD;
     const int bits = ternary ? 2 : plan.codec.bits, F = fraction_bits(bits);
     const int32_t s = (1 << (bits - 1)) - 1;
-    Pair* const words = (Pair*)memory;
     float size;
     if (l2) {
       size = Group::sum64([&](int k) { return x[k] * x[k]; });
@@ -64,15 +75,10 @@ struct Uniform : Codec<OfThreads> {
     if (l2) size = sqrtf(size);
     scales[0] = zero ? 0.0f : size;
     const float limit = (float)(s << F), inv = zero ? 0.0f : limit / size;
-    draw_uniform16<Group>(key, block, words);
-    uint8_t* const own_codes = codes + Group::first();
     Numbers scaled;
-    uint32_t u[kPerThread];  // all are read before a code is written
-    each_own([&](int k) { u[k] = uniform16<Group>(words, k); });
     each_own([&](int k) { scaled[k] = x[k] * inv; });
     if (l2) each_own([&](int k) { scaled[k] = fmaxf(fminf(scaled[k], limit), -limit); });
-    if (F == 16) each_own([&](int k) { own_codes[k * Group::kStep] = level(scaled[k], u[k], s << 16, 16); });
-    else each_own([&](int k) { own_codes[k * Group::kStep] = level(scaled[k], u[k], s << 15, 15); });
+    round_own<Group>(scaled, s << F, F, key, block, memory, codes);
     Group::meet();
     if (n % 8) {  // those past the end, with which a byte is filled up, are 0
       if (Group::thread() < 8 - n % 8) codes[n + Group::thread()] = 0;
@@ -173,10 +179,10 @@ struct Eden : Codec<Parts> {
   };
 
   // One stage of the transform: of numbers h apart in x their sum and their difference.
-  template <int h>
-  static __device__ void butterfly(Numbers& x) {
+  template <int h, int R>
+  static __device__ void butterfly(float (&x)[R]) {
 #pragma unroll
-    for (int r = 0; r < kPerThread; ++r)
+    for (int r = 0; r < R; ++r)
       if (!(r & h)) {
         const float a = x[r], b = x[r + h];
         x[r] = a + b;
@@ -233,16 +239,9 @@ struct Eden : Codec<Parts> {
       float x[R];
 #pragma unroll
       for (int r = 0; r < R; ++r) x[r] = z[place(i + r * Parts::kPart)];
-#pragma unroll
-      for (int h = 1; h < R; h *= 2) {
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-          if (!(r & h)) {
-            const float a = x[r], b = x[r + h];
-            x[r] = a + b;
-            x[r + h] = a - b;
-          }
-      }
+      butterfly<1>(x);
+      if constexpr (R > 2) butterfly<2>(x);
+      if constexpr (R > 4) butterfly<4>(x);
 #pragma unroll
       for (int r = 0; r < R; ++r) z[place(i + r * Parts::kPart)] = x[r];
     }
@@ -271,16 +270,12 @@ struct Eden : Codec<Parts> {
     if (plan.codec.flags & PQ_STOCHASTIC) {
       const int F = fraction_bits(bits);
       const int32_t top = (1 << bits) - 1;
-      Pair* const words = (Pair*)z;
       uint32_t most = 0;
       each_own([&](int k) { most = larger(magnitude(x[k]), most); });
       const float peak = from_bits(group_max<Group>(most)), inv = (float)top * (float)(1 << (F - 1)) / peak;
       scales[0] = peak / ((float)top * (float)P);
-      draw_uniform16<Group>(key, block, words);
-      uint8_t* const own_codes = codes + Group::first();
-      each_own([&](int k) {
-        own_codes[k * Group::kStep] = level(x[k] * inv, uniform16<Group>(words, k), top << (F - 1), F);
-      });
+      each_own([&](int k) { x[k] = x[k] * inv; });
+      round_own<Group>(x, top << (F - 1), F, key, block, z, codes);
     } else {
       const float energy = n2 / (float)P, sigma = sqrtf(energy);
       switch (bits) {
@@ -290,10 +285,10 @@ struct Eden : Codec<Parts> {
           pack_bits<Group>(P, out, [&](int k) { return to_bits(x[k]) >> 31; });
           return true;
         }
-        case 2: scales[0] = energy / quantize<2>(P, x, sigma, codes); break;
-        case 3: scales[0] = energy / quantize<3>(P, x, sigma, codes); break;
-        case 4: scales[0] = energy / quantize<4>(P, x, sigma, codes); break;
-        default: scales[0] = energy / quantize_finely(bits, P, x, sigma, z, codes);
+        case 2: scales[0] = energy / quantize<2>(x, sigma, codes); break;
+        case 3: scales[0] = energy / quantize<3>(x, sigma, codes); break;
+        case 4: scales[0] = energy / quantize<4>(x, sigma, codes); break;
+        default: scales[0] = energy / quantize_finely(bits, x, sigma, z, codes);
       }
     }
     Group::meet();
@@ -308,7 +303,7 @@ struct Eden : Codec<Parts> {
 
   // Codes of the nearest centroids; returns the sum of |x| times centroid.
   template <int bits>
-  static __device__ float quantize(int P, const Numbers& x, float sigma, uint8_t* codes) {
+  static __device__ float quantize(const Numbers& x, float sigma, uint8_t* codes) {
     constexpr int levels = 1 << (bits - 1);
     float thresholds[levels - 1];
 #pragma unroll
@@ -334,7 +329,7 @@ struct Eden : Codec<Parts> {
     each_own([&](int k) { codes[Group::first() + k * Group::kStep] = (uint8_t)own_codes[k]; });
     return Group::sum64([&](int k) { return products[k]; });
   }
-  static __device__ float quantize_finely(int bits, int P, const Numbers& x, float sigma, float* thresholds, uint8_t* codes) {
+  static __device__ float quantize_finely(int bits, const Numbers& x, float sigma, float* thresholds, uint8_t* codes) {
     const int levels = 1 << (bits - 1);
     for (int m = Group::thread(); m + 1 < levels; m += Group::threads()) thresholds[m] = threshold(bits, m, sigma);
     Group::meet();
